@@ -292,18 +292,22 @@ def parse(chunk: bytes) -> Read:
     while at < len(chunk) and not missing:
         try:
             reply, at = reply_at(chunk, at)
-            if not isinstance(reply, list) or reply[0] != b"message":
-                replies.append(reply)
-                continue
-            event = framed(reply[2])
-            if not grouped or grouped[-1][0] != reply[1]:
-                grouped.append((reply[1], []))
-            grouped[-1][1].append(event)
         except Incomplete as incomplete:
             missing = incomplete.args[0]
+            continue
+        if not isinstance(reply, list) or reply[0] != b"message":
+            replies.append(reply)
+            continue
+        _, channel, message = reply
+        if not grouped or grouped[-1][0] != channel:
+            grouped.append((channel, []))
+        try:
+            grouped[-1][1].append(framed(message))
         except ValueError as error:
-            dropped.append((reply[1], str(error)))
-    runs = (Run(channel, b"".join(frame for _, frame in events), tuple(events)) for channel, events in grouped)
+            dropped.append((channel, str(error)))
+    runs = (
+        Run(channel, b"".join(frame for _, frame in events), tuple(events)) for channel, events in grouped if events
+    )
     return Read(tuple(runs), tuple(replies), tuple(dropped), at, missing)
 
 
