@@ -643,7 +643,7 @@ class Subscriber:
         self.sock, self.max_message = sock, max_message
         self.streams: dict[bytes, set[Stream]] = {}
         self.lost = False  # also read by other threads
-        self._commands: deque[bytes] = deque()  # channels of the commands that Redis has not answered, in order
+        self._commands: list[bytes] = []  # channels of the commands that Redis has not answered, in order
         self._parts: list[bytes] = []  # the beginning of a reply
         self._missing = 0  # bytes of it that are still to come, at least
         self._skipping = False  # it is a message larger than max_message
@@ -678,7 +678,7 @@ class Subscriber:
         error = f"Redis refused: {reply}" if isinstance(reply, ResponseError) else ""
         if not self._commands:
             raise ConnectionError(error or "Redis answered what was not asked")
-        channel = self._commands.popleft()
+        channel = self._commands.pop(0)
         if channel in self._commands or not (error or reply[0] == b"subscribe"):
             return  # the answer to a later command counts
         for stream in tuple(self.streams.get(channel, ())):
@@ -1101,8 +1101,9 @@ class Handler(socketserver.BaseRequestHandler):
                 raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
             self.asked = request_of(head.decode("latin-1"))
             self.unread = int(self.asked.headers.get("content-length", "0"))
-            self._check_host()
-            return self._route(self.asked)
+            with self.server.answering():
+                self._check_host()
+                return self._route(self.asked)
         except HTTPError as error:
             body = json.dumps({"state": "error", "error": str(error)}).encode()
             self._respond(error.status, body, {**JSON, **error.headers, "Connection": "close"})
@@ -1147,7 +1148,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _check_host(self) -> None:
         """Against DNS rebinding, where a foreign page's own name leads to this server. HTTPError 403."""
         settings, host = self.server.settings, re.sub(":[0-9]+$", "", self.asked.headers["host"]).lower()
-        local = ["localhost", "127.0.0.1", "[::1]"] if settings.loopback() else []
+        local = ["localhost", "127.0.0.1", "[::1]", settings.host] if settings.loopback() else []
         allowed = [name.lower() for name in settings.allow_host] + local
         if allowed and host not in allowed:
             raise HTTPError(403, f"Host {host} is not allowed (--allow-host)")
@@ -1379,7 +1380,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = threading.Event()
         self.numbers = threading.BoundedSemaphore(MAX_NUMBERS)
         self.numbering = itertools.count(1)
-        self._lock = threading.Lock()  # for the next three
+        self._lock = threading.Lock()  # for the next five
+        self._answering = 0  # requests
+        self._answered = threading.Condition(self._lock)
         self._counts: Counter[str] = Counter()  # samples for GET /metrics
         self._admitted: Counter[str] = Counter()  # open streams by address
         self._waiting: dict[socket.socket, None] = {}  # connections without a whole request, the oldest first
@@ -1407,6 +1410,18 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An error of ours: what a browser does, Handler keeps to itself."""
         log.exception("a request from %s failed", client_address[0])
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """While a request is answered, `run` does not return, for a second at most."""
+        with self._lock:
+            self._answering += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._answering -= 1
+                self._answered.notify()
 
     @contextlib.contextmanager
     def waiting(self, sock: socket.socket) -> Iterator[None]:
@@ -1493,9 +1508,15 @@ class Server(http.server.ThreadingHTTPServer):
         until.wait()
         self.stopping.set()
         self.shutdown()
+        self.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # answer those who were in the queue: closing would reset them
+            while True:
+                self.process_request(*self.get_request())
         self.server_close()
         self.relay.call(self.relay.drain)
-        relay.join(self.settings.drain)
+        relay.join(max(self.settings.drain, 0.5))
+        with self._lock:
+            self._answered.wait_for(lambda: not self._answering, 1.0)
 
 
 def page_and_policy() -> tuple[bytes, str]:
