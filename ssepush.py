@@ -479,8 +479,9 @@ class Channels:
     def resume(self, channels: Sequence[str], last_event_id: str) -> Iterator[tuple[int, bytes, int]]:
         """Yield `(position, frames, events)`, page by page, for a stream that was at last_event_id, or is new ("").
 
-        events: how many of them are in frames. After the last page, live events at or before its position are already sent. A new stream is only told where
-        it is (an id without data sets the browser's last event ID, and dispatches nothing). RedisAway.
+        events is the number of events in frames. After the last page, live events at or before its position are
+        already sent. A new stream is only told where it is: an id without data sets the browser's last event ID, and
+        dispatches nothing. RedisAway.
         """
         if not self.history:
             yield 0, _reset("history-off", None) if last_event_id else b"", bool(last_event_id)
