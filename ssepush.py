@@ -78,6 +78,7 @@ log = logging.getLogger("ssepush")
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
 MAX_CHANNELS = 20  # on one stream: a browser opens at most 6 connections per host, so pages share one stream
 MAX_CHANNEL_BYTES = 200
+MAX_EVENT_BYTES = 1024 * 1024  # unless --max-event says more: what publishers may send, and streams must pass on
 MAX_HEAD_BYTES = 16 * 1024  # a request's line and header fields
 MAX_WAITING = 1000  # connections that have not sent their whole request; one more ends the oldest of them
 MAX_NUMBERS = 50  # /numbers keeps a thread for each of its pages
@@ -138,8 +139,8 @@ class Settings(argparse.Namespace):
     secret: str = ""
 
     def max_message(self) -> int:
-        """Bytes of the largest message that streams pass on: the largest event, and room for its id."""
-        return max(self.max_event, self.max_backlog) + 1024
+        """Bytes of the largest message that streams pass on: the largest that anyone publishes, and room for its id."""
+        return max(self.max_event, self.max_backlog, MAX_EVENT_BYTES) + 1024
 
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
@@ -413,12 +414,12 @@ class Published(int):
 class Channels:
     """Redis as the other sections see it. Any thread; each call takes a connection of a pool, and gives it back."""
 
-    def __init__(self, redis_url: str, history: int, history_ttl: int) -> None:
-        """history: events kept per channel, 0 for none; history_ttl: for how many seconds.
+    def __init__(self, redis_url: str, history: int, history_ttl: int, max_event: int) -> None:
+        """history: events kept per channel, 0 for none; history_ttl: for how many seconds; max_event: bytes.
 
         ValueError: the URL is wrong. Nothing is connected yet.
         """
-        self.history, self.history_ttl = history, history_ttl
+        self.history, self.history_ttl, self.max_event = history, history_ttl, max_event
         defaults = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0, "max_connections": 32, "timeout": REDIS_S}
         # No retries: what was asked once must not run twice. RESP2 without CLIENT SETINFO: fewer round trips.
         fixed = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None, "decode_responses": False}
@@ -465,8 +466,10 @@ class Channels:
     def publish(self, channel: str, message: bytes) -> Published:
         """Give a message of `message_of` its id, keep it, and send it to every subscriber: all of it, or nothing.
 
-        RedisAway: it did not go out. Unanswered: it may or may not have gone out.
+        RedisAway: it did not go out. Unanswered: it may or may not have gone out. ValueError: it is too large.
         """
+        if len(message) > self.max_event:
+            raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
         if not self.history:
             return Published(self._call("PUBLISH", channel, message))
         keys = (COUNTER_KEY, NEWEST_KEY, HISTORY_KEY + channel)
@@ -548,15 +551,18 @@ def publish(
     redis_url: str | None = None,
     history: int = 100,
     history_ttl: int = 86400,
+    max_event: int = MAX_EVENT_BYTES,
 ) -> Published:
     """Publish an event from any Python program, with flask-sse's names: `publish({"a": 1}, type="greet")`.
 
-    data: anything that JSON can hold. redis_url: the environment's REDIS_URL, or else the local Redis. history and
-    history_ttl: those of the server. Answers the number of subscribers reached. ValueError or TypeError: an argument
-    cannot be sent; RedisAway: it was not published; Unanswered: it may or may not have been.
+    data: anything that JSON can hold. redis_url: the environment's REDIS_URL, or else the local Redis. history,
+    history_ttl and max_event: those of the server. Answers the number of subscribers reached. ValueError or TypeError:
+    an argument cannot be sent; RedisAway: it was not published; Unanswered: it may or may not have been.
     """
     url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
-    return _channels(url, history, history_ttl).publish(check_channel(channel), message_of(data, type, retry))
+    return _channels(url, history, history_ttl, max_event).publish(
+        check_channel(channel), message_of(data, type, retry)
+    )
 
 
 def check_channel(channel: object) -> str:
@@ -1248,12 +1254,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _publish(self, data: object, channel: object = "sse", type: Any = None, retry: Any = None) -> bool:
         status, said = "ok", ""
         try:
-            message = message_of(data, type, retry)
-            if len(message) > self.server.settings.max_event:
-                raise ValueError(
-                    f"the event has {len(message)} bytes; at most {self.server.settings.max_event} are taken"
-                )
-            published = self.server.channels.publish(check_channel(channel), message)
+            published = self.server.channels.publish(check_channel(channel), message_of(data, type, retry))
         except ValueError as error:
             status, said = "refused", str(error)
         except Unanswered as error:
@@ -1530,6 +1531,9 @@ def page_and_policy() -> tuple[bytes, str]:
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+PUBLISHER_OPTIONS = ("redis_url", "history", "history_ttl", "max_event")
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage around it."""
 
@@ -1560,7 +1564,7 @@ def command_line() -> Parser:
         if details := vars(Settings)[name]:  # the two secrets have none
             flag = "--" + name.replace("_", "-")
             parser.add_argument(flag, **details)
-            if name in ("redis_url", "history", "history_ttl"):
+            if name in PUBLISHER_OPTIONS:
                 publisher.add_argument(flag, **{**details, "default": argparse.SUPPRESS})
     return parser
 
@@ -1570,7 +1574,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = Settings(**vars(command_line().parse_args(arguments)))
     try:
         if options.command == "publish":
-            kept = {name: getattr(options, name) for name in ("redis_url", "history", "history_ttl")}
+            kept = {name: getattr(options, name) for name in PUBLISHER_OPTIONS}
             lines = (line.rstrip("\r\n") for line in sys.stdin) if options.data == "-" else [options.data]
             for line in lines:
                 print(int(publish(line, options.type, options.channel, options.retry, **kept)), flush=True)
@@ -1599,7 +1603,7 @@ def serve(settings: Settings) -> None:
     settings.publish_token = os.environ.get("SSEPUSH_PUBLISH_TOKEN", "")
     settings.secret = os.environ.get("SSEPUSH_SECRET", "")
     url = settings.redis_url or os.environ.get("REDIS_URL", "")
-    channels = Channels(url or DEFAULT_REDIS_URL, settings.history, settings.history_ttl)
+    channels = Channels(url or DEFAULT_REDIS_URL, settings.history, settings.history_ttl, settings.max_event)
     settings.max_streams = streams_allowed(settings)
     stop: SimpleQueue[None] = SimpleQueue()  # whose put, unlike Event.set, may interrupt anything
     for number in (signal.SIGINT, signal.SIGTERM):
