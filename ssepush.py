@@ -397,8 +397,9 @@ class RedisAway(Exception):
 
     def __init__(self, error: object) -> None:
         refused = "Redis refused: " if isinstance(error, ResponseError | redis.AuthenticationError) else ""
-        login = ": give user and password in the URL, as redis://USER:PASSWORD@HOST:PORT/0"
-        super().__init__(f"{refused}{error}{login if isinstance(error, redis.AuthenticationError) else ''}")
+        login = isinstance(error, redis.AuthenticationError) or "unauthenticated" in str(error)
+        hint = ": give user and password in the Redis URL, as redis://USER:PASSWORD@HOST:PORT/0" if login else ""
+        super().__init__(f"{refused}{error}{hint}")
 
 
 class Unanswered(RedisAway):
@@ -768,6 +769,7 @@ class Relay:
                     log.exception("the relay goes on after an error of its own")
         for subscriber in tuple(self.subscribers):
             self._lose(subscriber)
+        self._tick()  # for what is still to be logged
         for closable in (self._selector, self._waker, self._woken):
             closable.close()
 
@@ -885,8 +887,9 @@ class Relay:
         counts, newest = self.counts, run.events[-1][0]
         counts["events_sent_total"] += len(run.events) * reached
         counts["sent_bytes_total"] += len(run.frames) * reached
-        if newest:  # its milliseconds are Redis's clock
-            counts["delivery_delay_seconds_sum"] += max(0.0, time.time() - (newest >> 54) / 1000) * reached
+        delay_s = time.time() - (newest >> 54) / 1000  # its milliseconds are Redis's clock
+        if newest and delay_s < 86400:  # more than that is an id that somebody made up
+            counts["delivery_delay_seconds_sum"] += max(0.0, delay_s) * reached
             counts["delivery_delay_seconds_count"] += reached
 
     def _feed(self, stream: Stream, run: Run) -> None:
@@ -1154,9 +1157,9 @@ class Handler(socketserver.BaseRequestHandler):
     def _check_host(self) -> None:
         """Against DNS rebinding, where a foreign page's own name leads to this server. HTTPError 403."""
         settings, host = self.server.settings, re.sub(":[0-9]+$", "", self.asked.headers["host"]).lower()
-        local = ["localhost", "127.0.0.1", "[::1]", settings.host] if settings.loopback() else []
-        allowed = [name.lower() for name in settings.allow_host] + local
-        if allowed and host not in allowed:
+        self.local = settings.loopback() and host in ("localhost", "127.0.0.1", "[::1]", settings.host)
+        any_name = not settings.loopback() and not settings.allow_host
+        if not self.local and not any_name and host not in map(str.lower, settings.allow_host):
             raise HTTPError(403, f"Host {host} is not allowed (--allow-host)")
 
     def _own_origin(self) -> bool:
@@ -1185,7 +1188,7 @@ class Handler(socketserver.BaseRequestHandler):
             if not hmac.compare_digest(given, b"Bearer " + token):
                 challenge = {"WWW-Authenticate": "Bearer"}
                 raise HTTPError(401, "publishing needs the token, as Authorization: Bearer TOKEN", challenge)
-        elif not settings.loopback():
+        elif not self.local or headers.keys() & {"forwarded", "x-forwarded-for", "x-real-ip", "via"}:  # by a proxy
             raise HTTPError(403, "publishing over HTTP is off: set SSEPUSH_PUBLISH_TOKEN in the server's environment")
 
     # Answering
@@ -1633,7 +1636,8 @@ def check_redis(channels: Channels) -> None:
     try:
         channels.ping()
     except RedisAway as error:
-        if isinstance(error.__cause__, ResponseError | redis.AuthenticationError):
+        causes = (error.__cause__, getattr(error.__cause__, "__context__", None))
+        if any(isinstance(cause, ResponseError | redis.AuthenticationError | ssl.SSLError) for cause in causes):
             raise ValueError(f"Redis at {channels.address} refuses: {error}") from None
         log.warning("%s does not answer, and streams are told to come back until it does: %s", channels.address, error)
 
