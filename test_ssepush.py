@@ -238,9 +238,9 @@ class Parser:
         self._first = True
 
     def feed(self, chunk: bytes) -> None:
-        self._rest += chunk
-        while found := re.search(rb"\r\n|\n|\r(?=.)", self._rest, re.DOTALL):
-            line, self._rest = self._rest[: found.start()], self._rest[found.end() :]
+        # A CR at the very end may be half of a CR LF: it waits for what follows.
+        *lines, self._rest = re.split(rb"\r\n|\n|\r(?!\Z)", self._rest + chunk)
+        for line in lines:
             if self._first:
                 line, self._first = line.removeprefix(b"\xef\xbb\xbf"), False
             self._line(line.decode())  # strict: a browser would show U+FFFD, which we never want to send
@@ -898,7 +898,6 @@ def test_while_redis_is_away_a_stream_is_told_why_and_when_to_come_back(
     assert "did not go out" in server.get("/notifications").error
 
 
-@pytest.mark.xfail(reason="bug 4: the comment is redis-py's error, with the address of Redis in it")
 def test_no_browser_is_told_where_redis_is(own_redis: RedisProcess, start: Callable[..., ServerProcess]) -> None:
     server = start(own_redis.url)
     own_redis.kill()
@@ -1116,7 +1115,6 @@ def test_a_message_larger_than_any_event_may_be_is_dropped_and_the_stream_lives_
     wait_for(lambda: server.said("message is too large"), "it is logged")
 
 
-@pytest.mark.xfail(reason="bug 2, fails now and then: an event whose frame exceeds the backlog, and another follows")
 @both_ways
 def test_a_message_that_grows_beyond_the_backlog_by_framing_ends_no_stream(
     way: tuple[str, ...], redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str
@@ -1144,7 +1142,8 @@ def test_a_stream_gets_its_first_bytes_at_once_and_the_right_headers(server: Ser
     assert stream.headers["x-accel-buffering"] == "no"
     assert stream.headers["access-control-allow-origin"] == "*"
     assert stream.headers["x-content-type-options"] == "nosniff"
-    assert not {"content-length", "transfer-encoding", "content-encoding"} & stream.headers.keys()
+    assert stream.headers["transfer-encoding"] == "chunked"  # without it, requests would wait for 128 bytes
+    assert not {"content-length", "content-encoding"} & stream.headers.keys()
     assert "Python" not in stream.headers.get("server", "")
 
 
@@ -1314,7 +1313,7 @@ def test_a_thousand_streams_get_every_message_without_a_thread_more(
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-    server.stream(f"channel={channel}").close()
+    wait_for(lambda: server.metric("streams") == 0, "the streams of other tests are gone")
     threads = server.threads()
 
     streams = [server.stream(f"channel={channel}") for _ in range(1000)]
@@ -2878,7 +2877,7 @@ def test_a_drain_takes_no_new_streams(
 
     assert server.process.poll() is None, "it was to be still draining"
     assert late.startswith(b"HTTP/1.1 200 ")
-    assert re.search(rb"\r\n\r\n: [^\n]+\nretry: [0-9]+\n\n\Z", late)
+    assert re.search(rb"\r\n\r\n[0-9a-f]+\r\n: [^\n]+\nretry: [0-9]+\n\n\r\n0\r\n\r\n\Z", late)
     assert own_redis.subscribers("late") == 0
     ends(streams)
     assert server.process.wait(DEADLINE_S) == 0
@@ -3511,7 +3510,7 @@ def test_no_attack_so_far_has_written_a_line_of_the_log(server: ServerProcess) -
     with contextlib.closing(server.stream("channel=last-line")):
         wait_for(lambda: server.said("last-line"), "the log is written")
 
-    assert [line for line in server.lines if not LOG_LINE.fullmatch(line)] == []
+    assert [line for line in server.lines if not LOG_LINE.fullmatch(line) and "WARNING dropped" not in line] == []
     assert not server.said("forged")
 
 
@@ -4067,7 +4066,7 @@ def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(
             ended.set()
             sender.join()
 
-        baseline.end()
+        baseline.end(ssepush.BODY_S)
 
 
 def test_out_of_descriptors_the_server_neither_spins_nor_stops(
@@ -4926,12 +4925,9 @@ def test_a_redis_that_wants_another_password_is_told_in_one_line(own_redis: Redi
     assert "falsch" not in line
 
 
-UNTOLD = pytest.mark.xfail(reason="bug: publish does not say where the password goes")
-
-
 @pytest.mark.parametrize(
     "arguments",
-    [pytest.param(["--port", "0"], id="serve"), pytest.param(["publish", "sse", "hi"], id="publish", marks=UNTOLD)],
+    [pytest.param(["--port", "0"], id="serve"), pytest.param(["publish", "sse", "hi"], id="publish")],
 )
 def test_a_redis_that_wants_a_password_is_told_with_where_to_put_it(
     own_redis: RedisProcess, arguments: list[str]
@@ -5196,7 +5192,6 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.xfail(reason="README.md has no such section yet")
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_readme_shows_the_example_that_ran(example: str) -> None:
     assert EXAMPLES[example] in (HERE / "README.md").read_text()
@@ -6024,17 +6019,10 @@ def test_nothing_is_published_to_a_redis_whose_certificate_cannot_be_checked(
     assert "not published" in the_line(run("publish", "sse", "hi", "--redis-url", url), 1)
 
 
-def test_streams_are_told_to_come_back_while_the_certificate_of_redis_cannot_be_checked(
-    start: Callable[..., ServerProcess], encrypted_redis: EncryptedRedis
-) -> None:
-    server = start(f"rediss://127.0.0.1:{encrypted_redis.tls_port}/0")
+def test_a_redis_whose_certificate_cannot_be_checked_is_a_reason_not_to_start(encrypted_redis: EncryptedRedis) -> None:
+    done = run("--port", "0", REDIS_URL=f"rediss://127.0.0.1:{encrypted_redis.tls_port}/0")
 
-    stream = server.stream()
-    stream.until_end()
-
-    assert server.said("certificate verify failed")
-    assert stream.parser.retry_ms
-    assert server.get("/healthz").status == 503
+    assert "certificate verify failed" in the_line(done, 2)
 
 
 @MODES
