@@ -1,0 +1,420 @@
+"""Fuzz ssepush: mutated requests, publish bodies, channel messages and stream queries against a real server and Redis.
+
+    python bench/fuzz.py                       100,000 cases of each kind
+    python bench/fuzz.py --cases 1000 --seed 7 publish
+
+Each answer must be well-formed HTTP with a status that the interface names. Whatever is published, a strict parser must
+get exactly that event, or nothing where it cannot be sent; never a field that was not sent. Nothing may hang, write a
+traceback, or leave a thread or descriptor behind. The seed is printed: the same one makes the same cases again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import re
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from test_ssepush import EventStream, Parser, Received, RedisProcess, ServerProcess, wait_for
+
+BATCH = 64  # cases that are under way at once
+DEADLINE_S = 20.0
+STATUSES = {200, 204, 400, 401, 403, 404, 405, 411, 413, 415, 431}
+CHANNEL = "fuzz"
+
+# ── Mutation ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TOKENS = [
+    *(b"\r\n", b"\r", b"\n", b"\0", b" ", b"\t", b":", b": ", b",", b";", b"\r\n\r\n", b"\n\n", b"\xff", b"\xc3\xa9"),
+    *(
+        b"\xed\xa0\x80",
+        b"\xef\xbb\xbf",
+        b"\xe2\x80\xa8",
+        b"\xc2\x85",
+        b"\x0b",
+        b"\x0c",
+        b"\x1b[2J",
+        b"-1",
+        b"+5",
+        b"5_0",
+    ),
+    *(b"0", b"9" * 30, b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Host: evil.example\r\n"),
+    *(
+        b"Connection: close\r\n",
+        b"Expect: 100-continue\r\n",
+        b"Origin: null\r\n",
+        b"HTTP/1.0",
+        b"HTTP/0.9",
+        b"HTTP/2.0",
+    ),
+    *(b"GET", b"POST", b"OPTIONS", b"/stream", b"/publish", b"/", b"http://evil.example/", b"%0d%0a", b"%00", b"%ff"),
+    *(
+        b"%",
+        b"&",
+        b"?",
+        b"#",
+        b"data:",
+        b"data: x\n\n",
+        b"event: x\n",
+        b"id: x\n",
+        b"retry: 1\n",
+        b"\\u0000",
+        b"\\ud800",
+    ),
+    *(
+        b"\\n",
+        b"\\r\\n",
+        b"\\",
+        b'"',
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b"null",
+        b"true",
+        b"NaN",
+        b"1e999",
+        b"-0",
+        b"1.5",
+        b'"data"',
+    ),
+    *(
+        b'"type"',
+        b'"id"',
+        b'"retry"',
+        b'"channel"',
+        b"[" * 40,
+        b"a" * 300,
+        b"channel=",
+        b"private-",
+        b"lastEventId=",
+        b"token=",
+    ),
+]
+
+
+def mutated(seed: bytes, rng: random.Random) -> bytes:
+    """The seed with up to six changes, or unchanged."""
+    text = bytearray(seed)
+    for _ in range(rng.choice((0, 1, 1, 2, 3, 6))):
+        at, to = sorted((rng.randint(0, len(text)), rng.randint(0, len(text))))
+        to = min(to, at + 20)
+        match rng.randrange(6):
+            case 0:
+                text[at:at] = rng.choice(TOKENS)
+            case 1:
+                text[at:to] = rng.choice(TOKENS)
+            case 2:
+                del text[at:to]
+            case 3:
+                text[at:at] = text[at:to] * rng.randint(1, 3)
+            case 4:
+                text[at:at] = bytes([rng.randrange(256)])
+            case _ if at < len(text):
+                text[at] ^= 1 << rng.randrange(8)
+    return bytes(text)
+
+
+REQUESTS = [
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1:5000\r\nConnection: keep-alive\r\nAccept: */*\r\n\r\n",
+    b"GET /nowhere?a=b HTTP/1.0\r\nHost: [::1]\r\nOrigin: http://localhost\r\n\r\n",
+    b"GET /stream?channel=a&channel=b&lastEventId=1-1234567890123 HTTP/1.1\r\nHost: localhost\r\n"
+    b"Last-Event-ID: x\r\n\r\n",
+    b"GET /notifications HTTP/1.1\r\nHost: localhost\r\nSec-Fetch-Site: none\r\nReferer: http://localhost/\r\n\r\n",
+    b"OPTIONS /publish HTTP/1.1\r\nHost: localhost\r\nOrigin: https://a.example\r\n"
+    b"Access-Control-Request-Method: POST\r\n\r\n",
+    b"POST /publish HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n"
+    b'{"data": 1}',
+    b"POST /publish HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+    b'Content-Length: 30\r\n\r\n{"data": "x", "channel": "aa"}',
+    b"POST /publish HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+]
+BODIES = [
+    b'{"channel": "fuzz", "data": "hello\\nworld", "type": "greet", "retry": 1000}',
+    b'{"data": {"a": [1, 2.5, null, "x"]}, "channel": "fuzz"}',
+    b'{"channel": "fuzz", "data": "\\r\\n\\u2028data: forged\\n\\nevent: forged", "type": ""}',
+    '{"type": "Überraschung", "channel": "fuzz", "data": "çà 🎉"}'.encode(),
+    b'{"channel": "fuzz", "data": ""}',
+    b'{"channel": "fuzz", "data": 12345678901234567890, "type": "n", "retry": 0}',
+]
+MESSAGES = [
+    *BODIES,
+    b"hello",
+    b"data: forged\n\nevent: forged\nid: 7\n\n",
+    b'{"data": {"question": "which?", "answers": {"state": "ok"}}, "type": "new_answers"}',
+    b'{"data": "x", "type": "t", "id": "17", "retry": 2500}',
+    b'{"data": "x", "id": 5}',
+    b"\xff\xfe",
+    b"42",
+    b"",
+    b"[1, 2]",
+]
+QUERIES = [
+    b"channel=fuzz-history&lastEventId=1764000000000-1234567890123",
+    b"channel=fuzz-history&channel=b&channel=%C3%A9",
+    b"channel=private-x&token=1764000000.8YkZ",
+    b"lastEventId=0-0",
+    b"channel=fuzz-history",
+    b"",
+]
+
+# ── What must come back ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def exchanges(port: int, cases: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Send each case on a connection of its own, all at once, and yield what came back until the server closed."""
+    with contextlib.ExitStack() as stack:
+        socks = []
+        for case in cases:
+            socks.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), DEADLINE_S)))
+            with contextlib.suppress(ConnectionError, OSError):
+                socks[-1].sendall(case)
+                socks[-1].shutdown(socket.SHUT_WR)
+        for case, sock in zip(cases, socks, strict=True):
+            received = b""
+            try:
+                while chunk := sock.recv(65536):
+                    received += chunk
+            except ConnectionError:
+                received = b""  # reset with bytes on the way: nothing to judge
+            yield case, received
+
+
+def answers_in(received: bytes) -> Iterator[tuple[int, dict[str, str], bytes]]:
+    """Yield the status, header fields and body of each response that these bytes are; they must be nothing else."""
+    while received:
+        head, blank, received = received.partition(b"\r\n\r\n")
+        status_line, *lines = head.decode("ascii").split("\r\n")
+        status = re.fullmatch("HTTP/1.1 ([1-5][0-9][0-9]) [A-Za-z -]+", status_line)
+        assert blank, head
+        assert status, head
+        if status[1] == "100":
+            continue
+        assert int(status[1]) in STATUSES, head
+        fields = [re.fullmatch("([A-Za-z-]+): ([ -~]+)", line) for line in lines]
+        assert all(fields), head
+        headers = {field[1]: field[2] for field in fields if field}
+        assert len(headers) == len(fields), head
+        assert not headers.keys() & {"Set-Cookie", "Location"}, head
+        if "Transfer-Encoding" in headers:
+            assert "Content-Length" not in headers, head
+            received = unchunked(received)
+        length = int(headers.get("Content-Length", len(received)))
+        assert length <= len(received), head
+        yield int(status[1]), headers, received[:length]
+        received = received[length:]
+
+
+def unchunked(received: bytes) -> bytes:
+    """The body that came in chunks, to the last one or to where the connection was closed."""
+    body = b""
+    while found := re.match(rb"([0-9a-f]+)\r\n", received):
+        size, start = int(found[1], 16), found.end()
+        assert received[start + size : start + size + 2] == b"\r\n", received
+        body, received = body + received[start : start + size], received[start + size + 2 :]
+        assert size or not received, received
+    assert not received, received
+    return body
+
+
+def checked(received: bytes) -> list[tuple[int, bytes]]:
+    """The status and body of each response, checked by what it claims to be."""
+    answers = []
+    for status, headers, body in answers_in(received):
+        kind = headers.get("Content-Type", "")
+        if status >= 400:
+            assert json.loads(body)["state"] == "error", body
+        elif kind.startswith("text/event-stream"):
+            Parser().feed(body)
+        answers.append((status, body))
+    return answers
+
+
+def lines(text: str) -> str:
+    """The data as it comes out of an event stream, where each of the three line ends is one."""
+    return re.sub("\r\n|\r", "\n", text)
+
+
+def event_of(message: bytes) -> Received | None:
+    """The event that a message on the channel stands for, None if it cannot be sent; without ssepush's own code."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        text = message.decode()
+    except UnicodeDecodeError:
+        return None
+    try:
+        members = json.loads(text, parse_constant=refuse)
+        if not (isinstance(members, dict) and "data" in members):
+            return Received(lines(text))
+        data = members["data"]
+        data = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        return Received(lines(text))
+    kind, number, retry = members.get("type"), members.get("id"), members.get("retry")
+    sendable = isinstance(kind, str | None) and not re.search("[\r\n]", kind or "")
+    sendable &= type(number) in (str, int, type(None)) and not re.search("[\r\n\0]", str(number or ""))
+    sendable &= retry is None or (type(retry) is int and retry >= 0)
+    if not sendable or re.search("[\ud800-\udfff]", f"{data}{kind}{number}"):
+        return None
+    return Received(lines(data), kind or "message", "" if number is None else str(number))
+
+
+# ── The four targets ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fuzz_requests(server: ServerProcess, store: RedisProcess, rng: random.Random, cases: int) -> Counter[str]:
+    """Raw bytes at the socket: one to three requests after one another."""
+    seen: Counter[str] = Counter()
+    for _ in range(0, cases, BATCH):
+        sent = [
+            b"".join(mutated(rng.choice(REQUESTS), rng) for _ in range(rng.choice((1, 1, 2, 3)))) for _ in range(BATCH)
+        ]
+        for case, received in exchanges(server.port, sent):
+            with telling(case):
+                seen.update(str(status) for status, _ in checked(received))
+    return seen
+
+
+def fuzz_publish(server: ServerProcess, store: RedisProcess, rng: random.Random, cases: int) -> Counter[str]:
+    """Bodies of POST /publish, and what a stream gets of them."""
+    seen: Counter[str] = Counter()
+    stream = EventStream(server.port, f"/stream?channel={CHANNEL}")
+    head = b"POST /publish HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    for _ in range(0, cases, BATCH):
+        bodies = [mutated(rng.choice(BODIES), rng) for _ in range(BATCH)]
+        expected = {}
+        for case, received in exchanges(server.port, [head % len(body) + body for body in bodies]):
+            with telling(case):
+                [(status, answer)] = checked(received)
+                seen[str(status)] += 1
+                body = case.partition(b"\r\n\r\n")[2]
+                if status == 200 and json.loads(body).get("channel") == CHANNEL:
+                    event, number = event_of(json.dumps(json.loads(body)).encode()), json.loads(answer)["id"]
+                    assert event
+                    expected[number] = event._replace(id=number)
+        events = stream.take(len(expected))
+        assert {event.id: event for event in events} == expected, (events, expected)
+    stream.close()
+    return seen
+
+
+def fuzz_messages(server: ServerProcess, store: RedisProcess, rng: random.Random, cases: int) -> Counter[str]:
+    """Messages on a Redis channel, and what a stream gets of them."""
+    seen: Counter[str] = Counter()
+    stream = EventStream(server.port, f"/stream?channel={CHANNEL}")
+    stream.wait(lambda: stream.parser.last_event_id, "the position of a new stream")
+    last_id = stream.parser.last_event_id
+    for batch in range(0, cases, 4 * BATCH):
+        messages = [mutated(rng.choice(MESSAGES), rng) for _ in range(4 * BATCH)]
+        pipe = store.client.pipeline(transaction=False)
+        for message in [*messages, b"sentinel %d" % batch]:
+            pipe.publish(CHANNEL, message)
+        pipe.execute()
+        for message in [*messages, b"sentinel %d" % batch]:
+            with telling(message):
+                event = event_of(message)
+                seen["event" if event else "dropped"] += 1
+                if event:
+                    last_id = event.id or last_id
+                    assert stream.next() == event._replace(id=last_id)
+    stream.close()
+    return seen
+
+
+def fuzz_queries(server: ServerProcess, store: RedisProcess, rng: random.Random, cases: int) -> Counter[str]:
+    """Query strings and Last-Event-ID of a stream, and the history that it replays."""
+    seen: Counter[str] = Counter()
+    numbers = [server.publish(n, "fuzz-history")["id"] for n in range(30)]
+    ours = {Received(str(n), "message", number) for n, number in enumerate(numbers)}
+    ids = [*map(str.encode, numbers), b"", b"0-0", b"1764000000000-1234567890123", b"9" * 14 + b"-" + b"9" * 16]
+    for _ in range(0, cases, BATCH):
+        sent = []
+        for _ in range(BATCH):
+            query = re.sub(rb"[^!-~]", b"+", mutated(rng.choice(QUERIES), rng))
+            last = re.sub(rb"[^\t -~\x80-\xff]", b"", mutated(rng.choice(ids), rng))
+            sent.append(b"GET /stream?%b HTTP/1.1\r\nHost: localhost\r\nLast-Event-ID: %b\r\n\r\n" % (query, last))
+        for case, received in exchanges(server.port, sent):
+            with telling(case):
+                for status, body in checked(received):
+                    seen[str(status)] += 1
+                    parser = Parser()
+                    if status == 200:
+                        parser.feed(body)
+                        seen["replayed"] += len(parser.events)
+                    for event in parser.events:
+                        assert event.type == "stream-reset" or event in ours, event
+    return seen
+
+
+@contextlib.contextmanager
+def telling(case: bytes) -> Iterator[None]:
+    """Name the case, should something be wrong with it."""
+    try:
+        yield
+    except BaseException:
+        print(f"the case was {case!r}", file=sys.stderr)
+        raise
+
+
+TARGETS: dict[str, Callable[[ServerProcess, RedisProcess, random.Random, int], Counter[str]]] = {
+    "requests": fuzz_requests,
+    "publish": fuzz_publish,
+    "messages": fuzz_messages,
+    "queries": fuzz_queries,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Fuzz a server of our own.")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(TARGETS)} (all of them)")
+    parser.add_argument("--cases", type=int, default=100_000, help="of each target (100000)")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32))
+    parser.add_argument("--shared", action="store_true", help="one Redis subscriber for all streams")
+    options = parser.parse_args(arguments)
+    print(f"seed {options.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        store = RedisProcess(Path(folder))
+        server = ServerProcess(store.url, "--log-level", "error", *["--shared"] * options.shared)
+        try:
+            run(server, store, options)
+        finally:
+            server.terminate()
+            store.kill()
+
+
+def run(server: ServerProcess, store: RedisProcess, options: Any) -> None:
+    """Fuzz each target, and see that nothing is left of it."""
+    server.get("/healthz")
+    wait_for(lambda: server.threads() <= 3, "only its own threads run: main, relay, accept")
+    threads, descriptors = server.threads(), server.descriptors()
+    for name in options.targets or TARGETS:
+        store.client.flushall()  # or the history of one would be replayed in another
+        began = time.monotonic()
+        seen = TARGETS[name](server, store, random.Random(f"{options.seed} {name}"), options.cases)
+        seconds = time.monotonic() - began
+        print(f"{name}: {options.cases} cases in {seconds:.1f} s: {dict(sorted(seen.items()))}", flush=True)
+        wait_for(lambda: server.threads() <= threads, "no thread is left")
+        # The pool keeps up to 32 connections to Redis, and --shared its subscriber.
+        wait_for(lambda: server.descriptors() <= descriptors + 33, "no descriptor is left")
+        assert "Traceback" not in server.output, server.output
+        assert server.process.poll() is None
+    print("no traceback, no hang, no thread or descriptor left")
+
+
+if __name__ == "__main__":
+    main()
