@@ -78,6 +78,7 @@ log = logging.getLogger("ssepush")
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
 MAX_CHANNELS = 20  # on one stream: a browser opens at most 6 connections per host, so pages share one stream
 MAX_CHANNEL_BYTES = 200
+MAX_ID_BYTES = 128  # what browsers send back across origins without asking first
 MAX_EVENT_BYTES = 1024 * 1024  # unless --max-event says more: what publishers may send, and streams must pass on
 MAX_HEAD_BYTES = 16 * 1024  # a request's line and header fields
 MAX_WAITING = 1000  # connections that have not sent their whole request; one more ends the oldest of them
@@ -221,8 +222,8 @@ def event_of(message: bytes) -> Event:
     type_, id_, retry = members.get("type"), members.get("id"), members.get("retry")
     if not isinstance(type_, str | None):
         raise ValueError("type must be a string")
-    if isinstance(id_, bool) or not isinstance(id_, str | int | None):
-        raise ValueError("id must be a string")
+    if isinstance(id_, bool) or not isinstance(id_, str | int | None) or len(str(id_ or "")) > MAX_ID_BYTES:
+        raise ValueError(f"id must be a string of at most {MAX_ID_BYTES} bytes")
     if isinstance(retry, bool) or not isinstance(retry, int | None) or (retry or 0) < 0:
         raise ValueError("retry must be a whole number of milliseconds")
     return Event(data, type_, None if id_ is None else str(id_), retry)
@@ -327,73 +328,94 @@ parse_large = functools.lru_cache(maxsize=4)(parse)
 # ── Redis: publish, history, the connection of a subscriber ──────────────────────────────────────────────────────────
 
 COUNTER_KEY = "ssepush:counter"  # hash: ms and seq of the newest id, born_ms and born_seq of the first, floor
-NEWEST_KEY = "ssepush:newest"  # sorted set: channel → seq of its newest event, for the channels used last
-HISTORY_KEY = "ssepush:history:"  # + channel: a Redis Stream of {previous: seq, message: bytes}
+NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event, for the channels used last
+USED_KEY = "ssepush:used"  # sorted set: the same channels, by the ms of that event
+HISTORY_KEY = "ssepush:history:"  # + channel: a Redis Stream of {previous: id, message: bytes}
 CHANNELS_REMEMBERED = 10_000
 
-# KEYS: counter, newest. ARGV[1]: where seq starts if the counter is born now: a random number, so that ids from before
-# Redis lost its data are told from new ones. Milliseconds never go back, whatever the clock does. A channel that is not
-# in the sorted set has had no event after floor.
+# KEYS: counter, newest, used. ARGV[1]: where seq starts if the counter is born now: a random number, so that ids from
+# before Redis lost its data are told from new ones. Milliseconds never go back, whatever the clock does. A channel of
+# which the newest event is not known has had none after floor.
 COUNTER_LUA = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local function text(number) return string.format('%.0f', number) end
+local function id_of(ms, seq) return string.format('%.0f-%.0f', ms, seq) end
+local function parts(id)
+  local ms, seq = string.match(id, '(%d+)-(%d+)')
+  return tonumber(ms), tonumber(seq)
+end
+local function is_later(id, other)
+  local ms, seq = parts(id)
+  local other_ms, other_seq = parts(other)
+  return ms > other_ms or (ms == other_ms and seq > other_seq)
+end
 if redis.call('EXISTS', KEYS[1]) == 0 then
-  redis.call('DEL', KEYS[2])
-  redis.call('HSET', KEYS[1], 'ms', text(now), 'seq', ARGV[1], 'born_ms', text(now), 'born_seq', ARGV[1])
+  redis.call('DEL', KEYS[2], KEYS[3])
+  local born_ms = string.format('%.0f', now)
+  redis.call('HSET', KEYS[1], 'ms', born_ms, 'seq', ARGV[1], 'born_ms', born_ms, 'born_seq', ARGV[1])
 end
 local counter = redis.call('HMGET', KEYS[1], 'ms', 'seq', 'born_ms', 'born_seq', 'floor')
 local ms, seq = tonumber(counter[1]), tonumber(counter[2])
 local born_ms, born_seq = tonumber(counter[3]), tonumber(counter[4])
-local floor = tonumber(counter[5] or seq)
-if redis.call('EXISTS', KEYS[2]) == 0 then floor = seq end
+local floor = counter[5]
+if not floor or redis.call('EXISTS', KEYS[2], KEYS[3]) < 2 then floor = id_of(ms, seq) end
 """
 
-# One script, because two commands can be seen in another order by subscribers, or be cut apart by a crash.
-# KEYS: counter, newest, history. ARGV: base, channel, message, events kept, seconds kept, channels remembered.
+# One script: two commands can be seen in another order by subscribers, or be cut apart by a crash. Redis refuses for
+# want of memory at the first write, so before PUBLISH.
+# KEYS: counter, newest, used, history. ARGV: base, channel, message, events kept, seconds kept, channels remembered.
 PUBLISH_LUA = f"""{COUNTER_LUA}
 ms, seq = math.max(now, ms), seq + 1
-local id = text(ms) .. '-' .. text(seq)
-local previous = redis.call('ZSCORE', KEYS[2], ARGV[2]) or text(floor)
-redis.call('ZADD', KEYS[2], text(seq), ARGV[2])
-if redis.call('ZCARD', KEYS[2]) > tonumber(ARGV[6]) then floor = tonumber(redis.call('ZPOPMIN', KEYS[2])[2]) end
-redis.call('HSET', KEYS[1], 'ms', text(ms), 'seq', text(seq), 'floor', text(floor))
+local id = id_of(ms, seq)
+redis.call('HSET', KEYS[1], 'ms', string.match(id, '%d+'), 'seq', string.match(id, '%d+$'))
 local message = string.sub(ARGV[3], 1, -2) .. ', "id": "' .. id .. '"}}'
+local receivers = redis.call('PUBLISH', ARGV[2], message)
+local previous = redis.call('HGET', KEYS[2], ARGV[2]) or floor
+redis.call('HSET', KEYS[2], ARGV[2], id)
+redis.call('ZADD', KEYS[3], string.match(id, '%d+'), ARGV[2])
+if redis.call('ZCARD', KEYS[3]) > tonumber(ARGV[6]) then
+  local oldest = redis.call('ZPOPMIN', KEYS[3])[1]
+  local forgotten = redis.call('HGET', KEYS[2], oldest) or id
+  redis.call('HDEL', KEYS[2], oldest)
+  if is_later(forgotten, floor) then floor = forgotten end
+end
+redis.call('HSET', KEYS[1], 'floor', floor)
 local function add()
-  return redis.pcall('XADD', KEYS[3], 'MAXLEN', '=', ARGV[4], id, 'previous', previous, 'message', message)
+  return redis.pcall('XADD', KEYS[4], 'MAXLEN', '=', ARGV[4], id, 'previous', previous, 'message', message)
 end
 if type(add()) == 'table' then  -- a history from before the counter was born anew, with ids from the future
-  redis.call('DEL', KEYS[3])
+  redis.call('DEL', KEYS[4])
   add()
 end
-redis.call('EXPIRE', KEYS[3], ARGV[5])
-return {{redis.call('PUBLISH', ARGV[2], message), id}}
+redis.call('EXPIRE', KEYS[4], ARGV[5])
+return {{receivers, id}}
 """
 
-# KEYS: counter, newest, a history per channel. ARGV: base, bytes per channel, ms, seq (or '', ''), the channels.
+# KEYS: counter, newest, used, a history per channel. ARGV: base, bytes per channel, an id or '', the channels.
 # Answers {position now, reason for a reset or '', id up to which the entries are whole or '', message, message, …}.
-# The proof that nothing is missing: each entry holds the seq before it on its channel, which must be one that the
-# stream has seen; and after the last entry, the newest seq of the channel must be that entry's.
+# The proof that nothing is missing: each entry holds the id before it on its channel, which must be one that the
+# stream has seen; and after the last entry, the newest id of the channel must be that entry's.
 RESUME_LUA = f"""{COUNTER_LUA}
-local position = text(ms) .. '-' .. text(seq)
-if ARGV[3] == '' then return {{position, '', ''}} end
-local from_ms, from_seq = tonumber(ARGV[3]), tonumber(ARGV[4])
+local position, from = id_of(ms, seq), ARGV[3]
+if from == '' then return {{position, '', ''}} end
+local from_ms, from_seq = parts(from)
 if from_ms < born_ms then return {{position, 'data-lost', ''}} end
 if from_ms > ms or from_seq < born_seq or from_seq > seq then return {{position, 'unknown-id', ''}} end
-local answer, whole_to = {{position, '', ''}}, seq
-for index = 3, #KEYS do
-  local channel, after, last, bytes = ARGV[index + 2], ARGV[3] .. '-' .. ARGV[4], from_seq, 0
+local answer = {{position, '', ''}}
+for index = 4, #KEYS do
+  local last, bytes = from, 0
   repeat
-    local page = redis.call('XRANGE', KEYS[index], '(' .. after, '+', 'COUNT', 10)
+    local page = redis.call('XRANGE', KEYS[index], '(' .. last, '+', 'COUNT', 10)
     for _, entry in ipairs(page) do
-      if tonumber(entry[2][2]) > last then return {{position, 'trimmed', ''}} end
-      after, answer[#answer + 1] = entry[1], entry[2][4]
-      last, bytes = tonumber(string.match(after, '-(%d+)')), bytes + #entry[2][4]
+      if is_later(entry[2][2], last) then return {{position, 'trimmed', ''}} end
+      last, answer[#answer + 1] = entry[1], entry[2][4]
+      bytes = bytes + #entry[2][4]
+      if bytes > tonumber(ARGV[2]) then break end
     end
   until #page < 10 or bytes > tonumber(ARGV[2])
-  if tonumber(redis.call('ZSCORE', KEYS[2], channel) or floor) > last then
+  if is_later(redis.call('HGET', KEYS[2], ARGV[index]) or floor, last) then
     if bytes <= tonumber(ARGV[2]) then return {{position, 'expired', ''}} end
-    if last < whole_to then answer[3], whole_to = after, last end
+    if answer[3] == '' or is_later(answer[3], last) then answer[3] = last end
   end
 end
 return answer
@@ -481,7 +503,7 @@ class Channels:
             raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
         if not self.history:
             return Published(self._call("PUBLISH", channel, message))
-        keys = (COUNTER_KEY, NEWEST_KEY, HISTORY_KEY + channel)
+        keys = (COUNTER_KEY, NEWEST_KEY, USED_KEY, HISTORY_KEY + channel)
         kept = (self.history, self.history_ttl, CHANNELS_REMEMBERED)
         receivers, event_id = self._run(PUBLISH_LUA, keys, (channel, message, *kept))
         published = Published(receivers)
@@ -499,11 +521,11 @@ class Channels:
             yield 0, _reset("history-off", None) if last_event_id else b"", bool(last_event_id)
             return
         position = position_of(last_event_id)
-        after = [str(int(part)) for part in last_event_id.split("-")] if position else ["", ""]
-        keys = (COUNTER_KEY, NEWEST_KEY, *(HISTORY_KEY + channel for channel in channels))
+        after = "-".join(str(int(part)) for part in last_event_id.split("-")) if position else ""
+        keys = (COUNTER_KEY, NEWEST_KEY, USED_KEY, *(HISTORY_KEY + channel for channel in channels))
         whole_to = last_event_id.encode()
         while whole_to or not position:
-            arguments: tuple[str | int, ...] = (HISTORY_PAGE_BYTES // len(channels), *after, *channels)
+            arguments: tuple[str | int, ...] = (HISTORY_PAGE_BYTES // len(channels), after, *channels)
             now, lost, whole_to, *messages = self._run(RESUME_LUA, keys, arguments)
             if lost or (last_event_id and not position):
                 yield position_of(now.decode()), _reset(lost.decode() or "unknown-id", now.decode()), 1
@@ -511,8 +533,8 @@ class Channels:
             if not position:
                 yield 0, b"id: %b\n\n" % now, 0
                 return
-            after = (whole_to or now).decode().split("-")
-            position = position_of("-".join(after))
+            after = (whole_to or now).decode()
+            position = position_of(after)
             events = sorted(event for event in map(framed, messages) if event[0] <= position)
             told = b"" if whole_to else b"id: %b\n\n" % now
             yield position, b"".join(frame for _, frame in events) + told, len(events)
@@ -578,6 +600,8 @@ def check_channel(channel: object) -> str:
     """The channel, if it may be used. ValueError."""
     if not isinstance(channel, str) or not channel.isprintable() or not 0 < len(channel.encode()) <= MAX_CHANNEL_BYTES:
         raise ValueError(f"channel must be a name of 1 to {MAX_CHANNEL_BYTES} bytes of printable characters")
+    if channel.startswith("__"):
+        raise ValueError("channels that begin with __ are Redis's own")
     return channel
 
 
@@ -593,7 +617,7 @@ def sign(channel: str, ttl: int = 3600, secret: str | None = None) -> str:
 
 
 def _token(channel: str, expiry: int, secret: str) -> str:
-    digest = hmac.digest(secret.encode(), f"{expiry} {channel}".encode(), "sha256")
+    digest = hmac.digest(os.fsencode(secret), f"{expiry} {channel}".encode(), "sha256")
     return f"{expiry}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"
 
 
@@ -660,7 +684,8 @@ class Subscriber:
         self.sock, self.max_message = sock, max_message
         self.streams: dict[bytes, set[Stream]] = {}
         self.lost = False  # also read by other threads
-        self._commands: list[bytes] = []  # channels of the commands that Redis has not answered, in order
+        self._commands: deque[bytes] = deque()  # channels of the commands that Redis has not answered, in order
+        self._unanswered: Counter[bytes] = Counter()  # the same, to look up
         self._parts: list[bytes] = []  # the beginning of a reply
         self._missing = 0  # bytes of it that are still to come, at least
         self._skipping = False  # it is a message larger than max_message
@@ -672,7 +697,7 @@ class Subscriber:
             if channel not in self.streams:
                 self.streams[channel] = set()
                 self._command(b"SUBSCRIBE", channel)
-            elif channel not in self._commands:
+            elif not self._unanswered[channel]:
                 stream.unconfirmed.discard(channel)
             self.streams[channel].add(stream)
 
@@ -689,13 +714,15 @@ class Subscriber:
         if self.sock.send(command) < len(command):
             raise ConnectionError("Redis does not read")
         self._commands.append(channel)
+        self._unanswered[channel] += 1
 
     def answered(self, kind: bytes | None, error: str) -> Iterator[tuple[Stream, str]]:
         """Yield each stream that this reply settles, and "" or Redis's error: commands are answered in order."""
         if not self._commands:
             raise ConnectionError(error or "Redis answered what was not asked")
-        channel = self._commands.pop(0)
-        if channel in self._commands or kind == b"unsubscribe":
+        channel = self._commands.popleft()
+        self._unanswered[channel] -= 1
+        if self._unanswered[channel] or self._unanswered.pop(channel) or kind == b"unsubscribe":
             return  # the answer to a later command counts
         streams = self.streams.pop(channel, set()) if error else self.streams.get(channel, set())
         for stream in tuple(streams):
@@ -712,10 +739,12 @@ class Subscriber:
         self._missing -= len(chunk)
         self._parts.append(chunk)
         if self._missing > 0:
-            self._parts = [] if self._skipping else self._parts
+            self._parts = self._parts[-2:] if self._skipping else self._parts
             return None
+        if self._skipping and EVENT_ID.search(b"".join(self._parts)[: self._missing or None][-64:].decode("latin-1")):
+            raise ConnectionError("an event is too large to be passed on live: streams come back for it")
         chunk = chunk[len(chunk) + self._missing :] if self._skipping else b"".join(self._parts)
-        read = (parse_large if self._parts else parse_small)(chunk)
+        read = (parse_small if len(chunk) <= READ_BYTES else parse_large)(chunk)
         self._missing, self._skipping = read.missing, read.missing > self.max_message
         self._parts = [chunk[read.consumed :]] if read.missing and not self._skipping else []
         return read._replace(dropped=(*read.dropped, (b"?", "message is too large"))) if self._skipping else read
@@ -1102,8 +1131,8 @@ class Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Answer requests one after the other; bytes that follow one belong to the next."""
         self.received = bytearray()
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with contextlib.suppress(OSError):  # the browser left, or took too long
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self._answer_one() and not self.server.stopping.is_set():
                 pass
 
@@ -1193,10 +1222,10 @@ class Handler(socketserver.BaseRequestHandler):
         settings, headers = self.server.settings, self.asked.headers
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         foreign = site not in ("same-origin", "none") or (origin is not None and not self._own_origin())
-        if foreign and origin not in settings.allow_origin:
+        if foreign and (origin == "null" or origin not in settings.allow_origin):  # any site can have a frame say null
             raise HTTPError(403, f"pages of {origin or 'another site'} may not publish here (--allow-origin)")
         if settings.publish_token:
-            given, token = headers.get("authorization", "").encode("latin-1"), settings.publish_token.encode()
+            given, token = headers.get("authorization", "").encode("latin-1"), os.fsencode(settings.publish_token)
             if not hmac.compare_digest(given, b"Bearer " + token):
                 challenge = {"WWW-Authenticate": "Bearer"}
                 raise HTTPError(401, "publishing needs the token, as Authorization: Bearer TOKEN", challenge)
@@ -1252,7 +1281,7 @@ class Handler(socketserver.BaseRequestHandler):
         if self.asked.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPError(415, "Content-Type must be application/json")
         try:
-            members = json.loads(self._body())
+            members = json.loads(self._body().decode())
         except (ValueError, RecursionError):
             raise HTTPError(400, "the body is not JSON") from None
         if not isinstance(members, dict) or "data" not in members:
@@ -1263,6 +1292,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _answer_notifications(self) -> bool:
         self._check_publisher()
+        if self.asked.method == "HEAD":
+            return self._respond(200, b"")
         question = {"question": "which programming is the best?", "value": "Absolutely, PHP", "who": "allen"}
         return self._publish({**question, "answers": {"state": "ok"}}, type="new_answers")
 
@@ -1303,8 +1334,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.server.relay.call(alive.set)
         try:
             self.server.channels.ping()
-        except RedisAway as error:
-            raise HTTPError(503, f"Redis does not answer: {error}") from None
+        except RedisAway:
+            raise HTTPError(503, "Redis does not answer") from None
         if not alive.wait(1.0):
             raise HTTPError(503, "the relay does not answer")
         return self._respond(200, b'{"state": "ok"}')
@@ -1523,17 +1554,17 @@ class Server(http.server.ThreadingHTTPServer):
             lines[f"# TYPE ssepush_{family} {kind}"] = lines[f"ssepush_{name} {samples[name]}"] = None
         return "\n".join([*lines, ""]).encode()
 
-    def run(self, until: SimpleQueue[None]) -> None:
-        """Serve until there is something in the queue, then drain. The thread that calls this only waits."""
+    def run(self, until: Callable[[], object]) -> None:
+        """Serve until `until` returns, then drain. The thread that calls this only waits."""
         relay = threading.Thread(target=self.relay.run, name="relay", daemon=True)
         relay.start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-        until.get()
+        until()
         self.stopping.set()
         self.shutdown()
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):  # answer those who were in the queue: closing would reset them
-            while True:
+            for _ in range(100):
                 self.process_request(*self.get_request())
         self.server_close()
         deadline = time.monotonic() + min(1.0, self.settings.drain / 5)
@@ -1631,9 +1662,7 @@ def serve(settings: Settings) -> None:
     url = settings.redis_url or os.environ.get("REDIS_URL", "")
     channels = Channels(url or DEFAULT_REDIS_URL, settings.history, settings.history_ttl, settings.max_event)
     settings.max_streams = streams_allowed(settings)
-    stop: SimpleQueue[None] = SimpleQueue()  # whose put, unlike Event.set, may interrupt anything
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.put(None))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while starting, and a second time
     with contextlib.ExitStack() as at_end:
         embedded = "" if url else start_embedded(channels, at_end)
         if not embedded:
@@ -1650,7 +1679,10 @@ def serve(settings: Settings) -> None:
         redis_cli = "redis-cli" if channels.address == DEFAULT_REDIS_URL else f"redis-cli {at}"
         print(f'publish with: {redis_cli} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
         sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
-        server.run(until=stop)
+        # Blocked before any thread starts, or the kernel might hand the signal to one that cannot act on it.
+        signals = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        server.run(until=lambda: signal.sigwait(signals) and signal.pthread_sigmask(signal.SIG_UNBLOCK, signals))
 
 
 def check_redis(channels: Channels) -> None:

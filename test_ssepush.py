@@ -6,8 +6,10 @@ does not come is shown by what is sent after it.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
+import hmac
 import http.client
 import importlib.util
 import itertools
@@ -2662,11 +2664,10 @@ def post_event(server: ServerProcess, data: str, channel: str) -> tuple[int, str
     return answer.status, "" if answer.status == 200 else answer.error
 
 
-@MODES
 def test_a_publish_that_redis_did_not_answer_is_an_error_and_goes_out_at_most_once(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
 ) -> None:
-    server = start(own_redis.url, *mode)
+    server = start(own_redis.url)
     stream = opened(server, channel)
     server.publish("before", channel)
     refusals: list[ssepush.RedisAway] = []
@@ -3182,15 +3183,92 @@ def test_a_short_chaos_run_loses_doubles_and_reorders_nothing(mode: tuple[str, .
     assert figures == dict.fromkeys(("lost", "doubled", "reordered", "unannounced gaps"), "0")
 
 
+# ── What once went wrong ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stream_is_reset_when_redis_came_back_with_older_data_and_went_on_from_there(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(own_redis.url, "--history", "5")
+    server.publish("kept", channel)
+    keys = (ssepush.COUNTER_KEY, ssepush.NEWEST_KEY, ssepush.HISTORY_KEY + channel)
+    snapshot = {key: own_redis.client.dump(key) or b"" for key in keys}
+    seen = [server.publish(f"seen, then forgotten by Redis {number}", channel)["id"] for number in range(10)]
+    for key, value in snapshot.items():
+        own_redis.client.restore(key, 0, value, replace=True)
+    for number in range(12):
+        server.publish(f"new {number}", channel)
+
+    with contextlib.closing(server.stream(f"channel={channel}", Last_Event_ID=seen[-1])) as stream:
+        first = stream.next()
+
+    assert first.type == "stream-reset" or first.data == "new 0", first
+
+
+def test_a_publish_that_redis_refused_is_not_in_the_history(own_redis: RedisProcess, channel: str) -> None:
+    own_redis.client.execute_command("ACL", "SETUSER", "u", "on", ">p", "~*", "+@all", "resetchannels")  # type: ignore[no-untyped-call]
+
+    with pytest.raises(ssepush.RedisAway):
+        ssepush.publish("refused", channel=channel, redis_url=own_redis.url.replace("//", "//u:p@"))
+
+    assert own_redis.client.xlen(ssepush.HISTORY_KEY + channel) == 0
+
+
+def test_an_event_larger_than_the_server_passes_on_is_not_lost_in_silence(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(redis_process.url)
+    stream = opened(server, channel)
+
+    ssepush.publish("x" * 3_000_000, channel=channel, redis_url=redis_process.url, max_event=4_000_000)
+    server.publish("last", channel)
+    with contextlib.suppress(AssertionError):  # ended
+        stream.wait(lambda: stream.parser.events, "an event")
+
+    assert not stream.parser.events or len(stream.parser.events[0].data) == 3_000_000
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_sigterm_is_heeded_while_connections_come_and_go(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], attempt: int
+) -> None:
+    server, done = start(redis_process.url, "--drain", "1"), threading.Event()
+
+    def come_and_go() -> None:
+        while not done.wait(0.001):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", server.port)).close()
+
+    visitors = [threading.Thread(target=come_and_go) for _ in range(3)]
+    for visitor in visitors:
+        visitor.start()
+    for _ in range(5):
+        assert server.get("/healthz").status == 200
+
+    server.process.send_signal(signal.SIGTERM)
+    try:
+        assert server.process.wait(5.0) == 0
+    finally:
+        done.set()
+        for visitor in visitors:
+            visitor.join()
+
+
 # ── Attacks: what a stranger sends ───────────────────────────────────────────────────────────────────────────────────
 
 RESPONSE_FIELDS = {
     *("Date", "Server", "X-Content-Type-Options", "Access-Control-Allow-Origin", "Vary", "Content-Type"),
     *("Content-Length", "Connection", "Cache-Control", "X-Accel-Buffering", "Content-Security-Policy", "Allow"),
-    *("WWW-Authenticate", "Access-Control-Max-Age", "Access-Control-Allow-Methods", "Access-Control-Allow-Headers"),
+    *(
+        "Transfer-Encoding",
+        "WWW-Authenticate",
+        "Access-Control-Max-Age",
+        "Access-Control-Allow-Methods",
+        "Access-Control-Allow-Headers",
+    ),
 }
 LOG_LINE = re.compile(
-    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) [ -~]*\n"
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) [^\x00-\x1f\x7f-\x9f]*\n"
     r"|ssepush [0-9.]+ serves .*\n|publish with: .*\n"
 )
 
@@ -3221,11 +3299,28 @@ def answers_in(received: bytes) -> list[Answer]:
         headers = {field[1]: field[2] for field in fields if field}
         assert len(headers) == len(lines), lines
         assert headers.keys() <= RESPONSE_FIELDS, lines
+        assert not ("Content-Length" in headers and "Transfer-Encoding" in headers)
+        if "Transfer-Encoding" in headers:
+            assert headers["Connection"] == "close"
+            received = unchunked(received)
         length = int(headers.get("Content-Length", len(received)))
         assert len(received) >= length
         answers.append(Answer(int(status[1]), headers, received[:length]))
         received = received[length:]
     return answers
+
+
+def unchunked(received: bytes) -> bytes:
+    """The body that came in chunks, to the last one or to where the connection was closed."""
+    body = b""
+    while found := re.match(rb"([0-9a-f]+)\r\n", received):
+        size, start = int(found[1], 16), found.end()
+        assert len(received) >= start + size + 2
+        assert received[start + size : start + size + 2] == b"\r\n"
+        body, received = body + received[start : start + size], received[start + size + 2 :]
+        assert size or not received
+    assert not received
+    return body
 
 
 HOST_LINE = b"Host: localhost\r\n"
@@ -3508,7 +3603,7 @@ def test_no_attack_so_far_has_written_a_line_of_the_log(server: ServerProcess) -
     with contextlib.closing(server.stream("channel=last-line")):
         wait_for(lambda: server.said("last-line"), "the log is written")
 
-    assert [line for line in server.lines if not LOG_LINE.fullmatch(line) and "WARNING dropped" not in line] == []
+    assert [line for line in server.lines if not LOG_LINE.fullmatch(line)] == []
     assert not server.said("forged")
 
 
@@ -3905,8 +4000,10 @@ def test_a_stream_ends_when_the_first_of_its_tokens_expires(keeper: ServerProces
 
 
 def test_without_a_secret_no_private_channel_can_be_read(server: ServerProcess, channel: str) -> None:
-    name = f"private-{channel}"
-    answer = ask(server, Ask("", f"GET /stream?channel={name}&token={token(name, secret='x')}", {}, 403))
+    name, expiry = f"private-{channel}", int(time.time()) + 60
+    signature = base64.urlsafe_b64encode(hmac.digest(b"", f"{expiry} {name}".encode(), "sha256")).decode().rstrip("=")
+
+    answer = ask(server, Ask("", f"GET /stream?channel={name}&token={expiry}.{signature}", {}, 403))
 
     assert answer.status == 403
     assert "token" in answer.error
@@ -3988,7 +4085,7 @@ class Baseline:
         self.server, self.channel = server, channel
         self.stream = server.stream(f"channel={channel}")
         self.publish("before")
-        wait_for(lambda: server.threads() <= 4, "only its own threads run")
+        wait_for(lambda: server.threads() <= 3, "only its own threads run: main, relay, accept")
         self.threads, self.descriptors = server.threads(), server.descriptors()
 
     def publish(self, data: str, seconds: float = 5.0) -> None:
@@ -4031,7 +4128,7 @@ def test_five_thousand_silent_connections_disturb_nobody(
     with connections(server.port, 5000) as silent:
         baseline.publish("meanwhile")
         baseline.newcomer()
-        wait_for(lambda: server.descriptors() < baseline.descriptors + 1100, "the oldest have been ended")
+        wait_for(lambda: server.descriptors() < baseline.descriptors + 1100, "the oldest are ended", 5.0)
         assert is_closed(silent[0])
 
     baseline.end()
@@ -4064,7 +4161,7 @@ def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(
             ended.set()
             sender.join()
 
-        baseline.end(ssepush.BODY_S)
+    baseline.end()
 
 
 def test_out_of_descriptors_the_server_neither_spins_nor_stops(
@@ -4092,6 +4189,25 @@ def test_out_of_descriptors_the_server_neither_spins_nor_stops(
     baseline.end()
 
 
+def test_without_a_free_descriptor_the_accept_loop_does_not_spin(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(redis_process.url, "--heartbeat", "0.5")
+    baseline = Baseline(server, channel)
+    limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (baseline.descriptors, limits[1]))
+    comments, used = len(baseline.stream.parser.comments), cpu_s(server)
+
+    with connections(server.port, 20):
+        baseline.stream.wait(lambda: len(baseline.stream.parser.comments) >= comments + 4, "the stream goes on for 2 s")
+
+        assert cpu_s(server) - used < 0.5
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
+        baseline.publish("meanwhile")
+
+    baseline.end()
+
+
 def test_connections_that_take_no_answer_are_ended(
     redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str, many_files: None
 ) -> None:
@@ -4110,6 +4226,7 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(
     own_redis: RedisProcess, start: Callable[..., ServerProcess]
 ) -> None:
     server = start(own_redis.url)
+    wait_for(lambda: server.get("/healthz").status == 200 and server.threads() <= 3, "only its own threads run")
     threads, descriptors = server.threads(), server.descriptors()
     own_redis.signal(signal.SIGSTOP)
 
@@ -4120,7 +4237,7 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(
     own_redis.signal(signal.SIGCONT)
 
     wait_for(lambda: server.get("/healthz").status == 200, "Redis is back")
-    wait_for(lambda: server.threads() <= threads and server.descriptors() <= descriptors + 2, "nothing is left")
+    wait_for(lambda: server.threads() <= threads and server.descriptors() <= descriptors + 32, "nothing is left")
 
 
 def test_a_full_server_tells_newcomers_when_to_come_back_and_those_inside_notice_nothing(
@@ -4226,7 +4343,7 @@ def resident_bytes(status: Path) -> int:
 
 GROWING = {  # bodies below 1 MiB whose message or frame is larger
     "a list without spaces": [1] * 480_000,
-    "lines": "\n" * 500_000,
+    "lines": "\n" * 180_000,
 }
 
 
@@ -4263,7 +4380,7 @@ def test_two_thousand_mutants_of_each_kind_do_no_harm(options: list[str]) -> Non
 
 
 if importlib.util.find_spec("hypothesis"):
-    from hypothesis import given, settings
+    from hypothesis import example, given, settings
     from hypothesis import strategies as st
 
     TEXT = st.text(st.characters() | st.sampled_from("\r\n\0\u2028\u0085\ud800:\ufeff"), max_size=40)
@@ -4283,6 +4400,12 @@ if importlib.util.find_spec("hypothesis"):
         return re.sub("\r\n|\r", "\n", text)
 
     @given(TEXT, st.none() | TEXT, st.none() | TEXT, st.none() | st.integers(0))
+    @example("x", "a\ndata: forged", None, None)
+    @example("x", "a\rdata: forged", None, None)
+    @example("x", None, "1\n\ndata: forged", None)
+    @example("x", None, "1\rdata: forged", None)
+    @example("x", None, "1\0", None)
+    @example("a\r\n\r\nevent: forged\rid: 7\ndata", None, None, None)
     def test_a_frame_is_exactly_its_event_or_refused(
         data: str, kind: str | None, id: str | None, retry: int | None
     ) -> None:
@@ -4338,8 +4461,8 @@ if importlib.util.find_spec("hypothesis"):
 
         rest = ssepush.parse(chunk[first.consumed :])
 
-        frames = b"".join(run.wires[0] for read in (first, rest) for run in read.runs)
-        assert frames == b"".join(run.wires[0] for run in whole.runs)
+        cut_events = [(run.channel, event) for read in (first, rest) for run in read.runs for event in run.events]
+        assert cut_events == [(run.channel, event) for run in whole.runs for event in run.events]
         assert first.dropped + rest.dropped == whole.dropped
         assert whole.consumed == len(chunk)
 
