@@ -222,8 +222,10 @@ def event_of(message: bytes) -> Event:
     type_, id_, retry = members.get("type"), members.get("id"), members.get("retry")
     if not isinstance(type_, str | None):
         raise ValueError("type must be a string")
-    if isinstance(id_, bool) or not isinstance(id_, str | int | None) or len(str(id_ or "")) > MAX_ID_BYTES:
-        raise ValueError(f"id must be a string of at most {MAX_ID_BYTES} bytes")
+    if isinstance(id_, bool) or not isinstance(id_, str | int | None):
+        raise ValueError("id must be a string")
+    if len(str(id_ or "")) > MAX_ID_BYTES:
+        raise ValueError(f"id must not be longer than {MAX_ID_BYTES} bytes")
     if isinstance(retry, bool) or not isinstance(retry, int | None) or (retry or 0) < 0:
         raise ValueError("retry must be a whole number of milliseconds")
     return Event(data, type_, None if id_ is None else str(id_), retry)
