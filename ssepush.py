@@ -1666,7 +1666,7 @@ def serve(settings: Settings) -> None:
     settings.max_streams = streams_allowed(settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while starting, and a second time
     with contextlib.ExitStack() as at_end:
-        embedded = "" if url else start_embedded(channels, at_end)
+        embedded = "" if url else start_embedded(at_end)
         if not embedded:
             check_redis(channels)
         try:
@@ -1698,7 +1698,7 @@ def check_redis(channels: Channels) -> None:
         log.warning("%s does not answer, and streams are told to come back until it does: %s", channels.address, error)
 
 
-def start_embedded(channels: Channels, at_end: contextlib.ExitStack) -> str:
+def start_embedded(at_end: contextlib.ExitStack) -> str:
     """If nothing listens on Redis's port, a Valkey of our own there; answers what to say of it, or "". ValueError."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 6379), 2.0):
         return ""

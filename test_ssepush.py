@@ -1,7 +1,7 @@
 """Tests of ssepush against real things: a Redis or Valkey of their own, the server as a process, real sockets.
 
-Sections as in ssepush.py. No mocks and no sleeps: each test waits for the thing itself, with a deadline; that something
-does not come is shown by what is sent after it.
+Sections as in ssepush.py, then clients, browser, faults, attacks and production. No mocks, and no sleep that hopes: each
+test waits for the thing itself, with a deadline; that something does not come is shown by what is sent after it.
 """
 
 from __future__ import annotations
@@ -1362,6 +1362,7 @@ def test_told_to_stop_it_sends_all_streams_away_with_a_time_to_come_back_and_end
         assert comes_back_after(stream)
     assert len({stream.parser.retry_ms for stream in streams}) > 5
     numbers.until_end()
+    assert all(stream.whole for stream in [*streams, numbers]), "HTTP clients are told that the body is whole"
     stalled.close()
     idle.close()
     assert "Traceback" not in server.output
