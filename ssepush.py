@@ -285,7 +285,8 @@ def run_of(channel: bytes, events: Iterable[tuple[int, bytes]], after: int = 0) 
     return Run(channel, kept, (frames, chunk(frames)))
 
 
-class Read(NamedTuple):
+@dataclasses.dataclass(slots=True, eq=False)  # equal bytes give the same Read: telling them apart has to cost nothing
+class Read:
     """What one read from a subscriber's socket holds, ready to send."""
 
     runs: tuple[Run, ...]
@@ -675,22 +676,19 @@ class Stream:
     events: int = 0
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Subscriber:
-    """One Redis connection in subscribed state, and the streams that it feeds: one of them, or all. Relay's thread.
+    """One Redis connection in subscribed state, and the streams that it feeds: one of them, or all. Relay's thread."""
 
-    It is subscribed to exactly the channels in `streams`.
-    """
-
-    def __init__(self, sock: socket.socket, max_message: int) -> None:
-        """max_message: bytes of a message above which it is dropped."""
-        self.sock, self.max_message = sock, max_message
-        self.streams: dict[bytes, set[Stream]] = {}
-        self.lost = False  # also read by other threads
-        self._commands: deque[bytes] = deque()  # channels of the commands that Redis has not answered, in order
-        self._unanswered: Counter[bytes] = Counter()  # the same, to look up
-        self._parts: list[bytes] = []  # the beginning of a reply
-        self._missing = 0  # bytes of it that are still to come, at least
-        self._skipping = False  # it is a message larger than max_message
+    sock: socket.socket
+    max_message: int  # bytes of a message above which it is dropped
+    streams: dict[bytes, set[Stream]] = dataclasses.field(default_factory=dict)  # of exactly the channels it follows
+    lost: bool = False  # also read by other threads
+    _commands: deque[bytes] = dataclasses.field(default_factory=deque)  # channels of unanswered commands, in order
+    _unanswered: Counter[bytes] = dataclasses.field(default_factory=Counter)  # the same, to look up
+    _parts: list[bytes] = dataclasses.field(default_factory=list)  # the beginning of a reply
+    _missing: int = 0  # bytes of it that are still to come, at least
+    _skipping: bool = False  # it is a message larger than max_message
 
     def add(self, stream: Stream) -> None:
         """Feed the stream; its channels become confirmed as Redis answers. OSError: Redis does not read."""
@@ -738,18 +736,32 @@ class Subscriber:
         chunk = self.sock.recv(READ_BYTES)
         if not chunk:
             raise ConnectionError("Redis closed the connection")
-        self._missing -= len(chunk)
+        if self._missing:
+            chunk = self._completed(chunk)
+            if not chunk:
+                return None
+        read = (parse_small if len(chunk) <= READ_BYTES else parse_large)(chunk)
+        if read.missing:
+            self._parts, self._missing = [chunk[read.consumed :]], read.missing
+            if read.missing > self.max_message:
+                self._skipping = True
+                return dataclasses.replace(read, dropped=(*read.dropped, (b"?", "message is too large")))
+        return read
+
+    def _completed(self, chunk: bytes) -> bytes:
+        """The reply that began earlier and all that follows it; b"" while it is incomplete; without it if too large."""
         self._parts.append(chunk)
+        self._missing -= len(chunk)
         if self._missing > 0:
             self._parts = self._parts[-2:] if self._skipping else self._parts
-            return None
-        if self._skipping and EVENT_ID.search(b"".join(self._parts)[: self._missing or None][-64:].decode("latin-1")):
+            return b""
+        whole, end = b"".join(self._parts), self._missing
+        skipped, self._skipping, self._missing, self._parts = self._skipping, False, 0, []
+        if not skipped:
+            return whole
+        if EVENT_ID.search(whole[: end or None][-64:].decode("latin-1")):
             raise ConnectionError("an event is too large to be passed on live: streams come back for it")
-        chunk = chunk[len(chunk) + self._missing :] if self._skipping else b"".join(self._parts)
-        read = (parse_small if len(chunk) <= READ_BYTES else parse_large)(chunk)
-        self._missing, self._skipping = read.missing, read.missing > self.max_message
-        self._parts = [chunk[read.consumed :]] if read.missing and not self._skipping else []
-        return read._replace(dropped=(*read.dropped, (b"?", "message is too large"))) if self._skipping else read
+        return whole[len(whole) + end :]
 
     def all_streams(self) -> set[Stream]:
         """Every stream that it feeds."""
@@ -776,7 +788,8 @@ class Relay:
         self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ, lambda mask: self._woken.recv(4096))
+        self._selector.register(self._woken, selectors.EVENT_READ, (lambda woken, mask: woken.recv(4096), self._woken))
+        self._reads: defaultdict[Read, list[Subscriber]] = defaultdict(list)  # of this wake-up
         self._dropped: Counter[tuple[bytes, str]] = Counter()
         self._now = time.monotonic()
         self._draining = False
@@ -794,10 +807,12 @@ class Relay:
             ready = self._selector.select(0.02 if self._draining else tick_s)
             self._now = time.monotonic()
             for key, mask in ready:
+                handler, whose = key.data
                 try:
-                    key.data(mask)
+                    handler(whose, mask)
                 except Exception:
                     log.exception("the relay goes on after an error of its own")
+            self._calls.appendleft((self._take_reads, ()))
             if self._now >= next_tick or self._draining:
                 next_tick = self._now + tick_s
                 self._calls.append((self._tick, ()))
@@ -819,8 +834,8 @@ class Relay:
         """Have the subscriber feed the stream. Redis's answer comes on `stream.answer`."""
         if subscriber not in self.subscribers and not subscriber.lost:
             self.subscribers.add(subscriber)
-            on_redis = functools.partial(self._on_redis, subscriber)
-            self._selector.register(subscriber.sock, selectors.EVENT_READ, on_redis)
+            on_redis = self._on_redis_tls if isinstance(subscriber.sock, ssl.SSLSocket) else self._on_redis
+            self._selector.register(subscriber.sock, selectors.EVENT_READ, (on_redis, subscriber))
         try:
             if subscriber.lost:
                 raise ConnectionError
@@ -865,7 +880,7 @@ class Relay:
         """Take over the stream's socket; send what arrived meanwhile and was not in the replay."""
         sock.setblocking(False)
         stream.sock, stream.send, stream.sent_at, stream.replayed_to = sock, sock.send, self._now, replayed_to
-        self._selector.register(sock, selectors.EVENT_READ, functools.partial(self._on_browser, stream))
+        self._selector.register(sock, selectors.EVENT_READ, (self._on_browser, stream))
         self.streams.add(stream)
         held, stream.held, stream.backlog_bytes = stream.held, None, 0
         stream.flowing = not replayed_to
@@ -878,47 +893,56 @@ class Relay:
 
     def _on_redis(self, subscriber: Subscriber, mask: int) -> None:
         try:
-            while not subscriber.lost:
-                if read := subscriber.read():
-                    self._take(subscriber, read)
-                # TLS may hold bytes that the selector cannot see.
-                if not isinstance(subscriber.sock, ssl.SSLSocket) or not subscriber.sock.pending():
-                    break
+            if read := subscriber.read():
+                self._reads[read].append(subscriber)
         except (BlockingIOError, ssl.SSLWantReadError):
             pass
         except OSError as error:
             log.warning("lost a Redis subscriber with %d streams: %s", len(subscriber.all_streams()), error)
             self._lose(subscriber)
 
-    def _take(self, subscriber: Subscriber, read: Read) -> None:
-        for kind, refusal in read.replies:
-            for stream, error in subscriber.answered(kind, refusal and f"Redis refused: {refusal}"):
-                self._settle(stream, error)
-        for run in read.runs:
-            self.counts["messages_received_total"] += len(run.events)
-            self._deliver(run, tuple(subscriber.streams.get(run.channel, ())))
-        for channel, why in read.dropped:
-            self._dropped[channel, why] += 1
-            self.counts[f'messages_dropped_total{{reason="{why}"}}'] += 1
+    def _on_redis_tls(self, subscriber: Subscriber, mask: int) -> None:
+        self._on_redis(subscriber, mask)
+        sock: Any = subscriber.sock
+        while not subscriber.lost and sock.pending():  # what the selector cannot see
+            self._take_reads()
+            self._on_redis(subscriber, mask)
 
-    def _deliver(self, run: Run, streams: tuple[Stream, ...]) -> None:
+    def _take_reads(self) -> None:
+        """Pass on what was read in this wake-up: each read once, for all subscribers that read the same."""
+        reads, self._reads = self._reads, defaultdict(list)
+        for read, subscribers in reads.items():
+            for kind, refusal in read.replies:
+                for subscriber in subscribers:
+                    for stream, error in subscriber.answered(kind, refusal and f"Redis refused: {refusal}"):
+                        self._settle(stream, error)
+            for run in read.runs:
+                channel = run.channel
+                self._deliver(run, [stream for each in subscribers for stream in each.streams.get(channel, ())])
+                self.counts["messages_received_total"] += len(run.events) * len(subscribers)
+            for channel, why in read.dropped:
+                self._dropped[channel, why] += len(subscribers)
+                self.counts[f'messages_dropped_total{{reason="{why}"}}'] += len(subscribers)
+
+    def _deliver(self, run: Run, streams: Sequence[Stream]) -> None:
         """Send one channel's new events to each stream that follows it. Most time is spent in this loop."""
-        wires, count, now, reached = run.wires, len(run.events), self._now, 0
+        plain, chunked, count, now, reached = *run.wires, len(run.events), self._now, len(streams)
         for stream in streams:
             if not stream.flowing:
+                reached -= 1
                 self._feed(stream, run)
                 continue
-            wire = wires[stream.chunked]
+            wire = chunked if stream.chunked else plain
             try:
                 sent = stream.send(wire)
             except BlockingIOError:
                 sent = 0
             except OSError:
+                reached -= 1
                 self.end(stream, "gone")
                 continue
             stream.sent_at = now
             stream.events += count
-            reached += 1
             if sent < len(wire):
                 self._queue(stream, memoryview(wire)[sent:])
         if reached:
