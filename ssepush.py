@@ -64,6 +64,10 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, urlsplit
 
+if sys.version_info < (3, 11):  # noqa: UP036  # whoever starts the file itself has met no installer
+    print("ssepush: Python 3.11 or newer is needed, and this is", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
+
 import redis
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
@@ -261,7 +265,7 @@ framed_small = functools.lru_cache(maxsize=512)(framed)  # each subscriber of a 
 
 
 REPLY = re.compile(  # all that Redis sends to a subscriber: the head of a message, a confirmation, an error
-    rb"\*3\r\n\$\d+\r\n(message|(?:un)?subscribe)\r\n\$\d+\r\n([^\r]*)\r\n(?:\$(\d+)|:\d+)\r\n|-([^\r]*)\r\n"
+    rb"\*3\r\n\$\d+\r\n(?:message|(?:un)?subscribe)\r\n\$\d+\r\n([^\r]*)\r\n(?:\$(\d+)|:\d+)\r\n|-([^\r]*)\r\n"
 )
 
 
@@ -290,7 +294,7 @@ class Read:
     """What one read from a subscriber's socket holds, ready to send."""
 
     runs: tuple[Run, ...]
-    replies: tuple[tuple[bytes | None, str], ...]  # (b"subscribe" or b"unsubscribe", ""), or (None, an error)
+    replies: tuple[str, ...]  # to commands: "", or Redis's error
     dropped: tuple[tuple[bytes, str], ...]  # (channel, why)
     consumed: int  # bytes; what follows is the beginning of the next reply
     missing: int  # bytes of that reply that are still to come, at least
@@ -301,14 +305,14 @@ def parse(chunk: bytes) -> Read:
     grouped: list[tuple[bytes, list[tuple[int, bytes]]]] = []
     replies, dropped, at, missing = [], [], 0, 0
     while head := REPLY.match(chunk, at):
-        kind, channel, length, refusal = head.groups()
+        channel, length, refusal = head.groups()
         end = head.end() + (int(length) + 2 if length else 0)
         if end > len(chunk):
             missing = end - len(chunk)
             break
         at = end
         if not length:
-            replies.append((kind, (refusal or b"").decode(errors="replace")))
+            replies.append((refusal or b"").decode(errors="replace"))
             continue
         if not grouped or grouped[-1][0] != channel:
             grouped.append((channel, []))
@@ -637,10 +641,10 @@ def token_expiry(channel: str, tokens: Iterable[str], secret: str) -> int:
 
 # ── Streams, subscribers, and the relay between them ─────────────────────────────────────────────────────────────────
 
-CLOSED = {  # why a stream ended, as logs and metrics name it; and what its browser is told, where it can be told
-    "gone": "",
-    "slow": "",
-    "redis-lost": "Redis is away",
+ENDED = {  # why a stream ended, as logs and metrics name it: what its browser is told, where it can be told
+    "gone": "",  # the browser closed the connection, or reset it, or vanished
+    "slow": "",  # it took less than was published, for too long
+    "redis-lost": "Redis is away",  # or has closed the connection of its subscriber
     "drain": "this server is going down",
     "expired": "the token has expired",
 }
@@ -660,20 +664,17 @@ class Stream:
     chunked: bool  # HTTP/1.1; over HTTP/1.0 the body has no structure of its own
     ends_at: float = math.inf  # on the monotonic clock, as all times here
     opened_at: float = dataclasses.field(default_factory=time.monotonic)
-    sock: socket.socket = dataclasses.field(init=False)  # this and the next: since it is live
-    send: Callable[[bytes | memoryview], int] = dataclasses.field(init=False)
+    sock: socket.socket = dataclasses.field(init=False)  # since it is live
     subscriber: Subscriber | None = None
-    unconfirmed: set[bytes] | None = None  # channels; None: Redis has answered
-    answer: SimpleQueue[str] | None = dataclasses.field(default_factory=SimpleQueue)  # "": subscribed, else why not
-    doom: str = ""  # a key of CLOSED: it must end as soon as it is live
-    flowing: bool = False  # live, and none of the next three stands between it and what arrives
-    held: list[Run] | None = dataclasses.field(default_factory=list)  # arrived before it was live
+    flowing: bool = False  # live, not ended, nothing in backlog, and past replayed_to: what arrives is sent at once
+    held: list[Run] | None = dataclasses.field(default_factory=list)  # what arrived before it was live; then None
     replayed_to: int = 0  # a position: live events up to here were in the replay
     backlog: deque[memoryview] | None = None  # what the kernel did not take
     backlog_bytes: int = 0  # of held, or of backlog
-    stray_bytes: int = 0
+    stray_bytes: int = 0  # sent by the browser on the open stream
     sent_at: float = 0.0
     events: int = 0
+    ended: str = ""  # a key of ENDED
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -684,79 +685,83 @@ class Subscriber:
     max_message: int  # bytes of a message above which it is dropped
     streams: dict[bytes, set[Stream]] = dataclasses.field(default_factory=dict)  # of exactly the channels it follows
     lost: bool = False  # also read by other threads
-    _commands: deque[bytes] = dataclasses.field(default_factory=deque)  # channels of unanswered commands, in order
-    _unanswered: Counter[bytes] = dataclasses.field(default_factory=Counter)  # the same, to look up
-    _parts: list[bytes] = dataclasses.field(default_factory=list)  # the beginning of a reply
-    _missing: int = 0  # bytes of it that are still to come, at least
-    _skipping: bool = False  # it is a message larger than max_message
+    commands: deque[bytes] = dataclasses.field(default_factory=deque)  # channel of each that Redis has not answered
+    commands_sent: int = 0
+    # Who waits for the answer to a command, by its number: the stream, and where its request listens.
+    waiting: deque[tuple[int, Stream, SimpleQueue[str]]] = dataclasses.field(default_factory=deque)
+    parts: list[bytes] = dataclasses.field(default_factory=list)  # the beginning of a reply
+    missing: int = 0  # bytes of it that are still to come, at least
+    skipping: bool = False  # it is a message larger than max_message
 
-    def add(self, stream: Stream) -> None:
-        """Feed the stream; its channels become confirmed as Redis answers. OSError: Redis does not read."""
-        stream.subscriber, stream.unconfirmed = self, set(stream.channels)
+    def add(self, stream: Stream, answer: SimpleQueue[str]) -> None:
+        """Feed the stream; `answer` gets "" when its channels are subscribed, or why not. OSError: Redis is away."""
+        new = [channel for channel in stream.channels if channel not in self.streams]
         for channel in stream.channels:
-            if channel not in self.streams:
-                self.streams[channel] = set()
-                self._command(b"SUBSCRIBE", channel)
-            elif not self._unanswered[channel]:
-                stream.unconfirmed.discard(channel)
-            self.streams[channel].add(stream)
+            self.streams.setdefault(channel, set()).add(stream)
+        stream.subscriber = self
+        self._send(b"SUBSCRIBE", new)
+        self.waiting.append((self.commands_sent, stream, answer))
+        self._confirm()
 
     def remove(self, stream: Stream) -> None:
-        """Feed it no longer, and give up the channels that nobody else wants. OSError: Redis does not read."""
+        """Feed it no longer, and give up the channels that nobody else wants. OSError: Redis is away."""
+        unwanted = []
         for channel in stream.channels:
             self.streams.get(channel, set()).discard(stream)
             if self.streams.get(channel) == set():
                 del self.streams[channel]
-                self._command(b"UNSUBSCRIBE", channel)
+                unwanted.append(channel)
+        self._send(b"UNSUBSCRIBE", unwanted)
 
-    def _command(self, name: bytes, channel: bytes) -> None:
-        command = b"*2\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(channel), channel)
-        if self.sock.send(command) < len(command):
+    def _send(self, name: bytes, channels: Sequence[bytes]) -> None:
+        commands = [b"*2\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(each), each) for each in channels]
+        self.commands += channels
+        self.commands_sent += len(channels)
+        if commands and self.sock.send(b"".join(commands)) < sum(map(len, commands)):
             raise ConnectionError("Redis does not read")
-        self._commands.append(channel)
-        self._unanswered[channel] += 1
 
-    def answered(self, kind: bytes | None, error: str) -> Iterator[tuple[Stream, str]]:
-        """Yield each stream that this reply settles, and "" or Redis's error: commands are answered in order."""
-        if not self._commands:
+    def take_reply(self, error: str) -> None:
+        """Redis has answered the oldest command. ConnectionError: there is none."""
+        if not self.commands:
             raise ConnectionError(error or "Redis answered what was not asked")
-        channel = self._commands.popleft()
-        self._unanswered[channel] -= 1
-        if self._unanswered[channel] or self._unanswered.pop(channel) or kind == b"unsubscribe":
-            return  # the answer to a later command counts
-        streams = self.streams.pop(channel, set()) if error else self.streams.get(channel, set())
-        for stream in tuple(streams):
-            if stream.unconfirmed is not None:
-                stream.unconfirmed.discard(channel)
-                if error or not stream.unconfirmed:
-                    yield stream, error
+        channel = self.commands.popleft()
+        if error:
+            self.streams.pop(channel, None)
+            for _, stream, answer in self.waiting:
+                if channel in stream.channels:
+                    answer.put(f"Redis refused: {error}")
+        self._confirm()
+
+    def _confirm(self) -> None:
+        while self.waiting and self.waiting[0][0] <= self.commands_sent - len(self.commands):
+            self.waiting.popleft()[2].put("")
 
     def read(self) -> Read | None:
         """Whatever Redis has sent, or None while a message is incomplete. OSError: the connection is lost."""
         chunk = self.sock.recv(READ_BYTES)
         if not chunk:
             raise ConnectionError("Redis closed the connection")
-        if self._missing:
+        if self.missing:
             chunk = self._completed(chunk)
             if not chunk:
                 return None
         read = (parse_small if len(chunk) <= READ_BYTES else parse_large)(chunk)
         if read.missing:
-            self._parts, self._missing = [chunk[read.consumed :]], read.missing
+            self.parts, self.missing = [chunk[read.consumed :]], read.missing
             if read.missing > self.max_message:
-                self._skipping = True
+                self.skipping = True
                 return dataclasses.replace(read, dropped=(*read.dropped, (b"?", "message is too large")))
         return read
 
     def _completed(self, chunk: bytes) -> bytes:
         """The reply that began earlier and all that follows it; b"" while it is incomplete; without it if too large."""
-        self._parts.append(chunk)
-        self._missing -= len(chunk)
-        if self._missing > 0:
-            self._parts = self._parts[-2:] if self._skipping else self._parts
+        self.parts.append(chunk)
+        self.missing -= len(chunk)
+        if self.missing > 0:
+            self.parts = self.parts[-2:] if self.skipping else self.parts
             return b""
-        whole, end = b"".join(self._parts), self._missing
-        skipped, self._skipping, self._missing, self._parts = self._skipping, False, 0, []
+        whole, end = b"".join(self.parts), self.missing
+        skipped, self.skipping, self.missing, self.parts = self.skipping, False, 0, []
         if not skipped:
             return whole
         if EVENT_ID.search(whole[: end or None][-64:].decode("latin-1")):
@@ -830,26 +835,19 @@ class Relay:
 
     # Before a stream is live
 
-    def subscribe(self, stream: Stream, subscriber: Subscriber) -> None:
-        """Have the subscriber feed the stream. Redis's answer comes on `stream.answer`."""
-        if subscriber not in self.subscribers and not subscriber.lost:
-            self.subscribers.add(subscriber)
-            on_redis = self._on_redis_tls if isinstance(subscriber.sock, ssl.SSLSocket) else self._on_redis
-            self._selector.register(subscriber.sock, selectors.EVENT_READ, (on_redis, subscriber))
+    def subscribe(self, stream: Stream, subscriber: Subscriber, answer: SimpleQueue[str]) -> None:
+        """Have the subscriber feed the stream; `answer` gets "", or why not."""
         try:
             if subscriber.lost:
                 raise ConnectionError
-            subscriber.add(stream)
+            if subscriber not in self.subscribers:
+                self.subscribers.add(subscriber)
+                on_redis = self._on_redis_tls if isinstance(subscriber.sock, ssl.SSLSocket) else self._on_redis
+                self._selector.register(subscriber.sock, selectors.EVENT_READ, (on_redis, subscriber))
+            subscriber.add(stream, answer)
         except OSError:
-            self._settle(stream, CLOSED["redis-lost"])
+            answer.put(ENDED["redis-lost"])
             self._lose(subscriber)
-        if not stream.unconfirmed:
-            self._settle(stream, "")
-
-    def _settle(self, stream: Stream, error: str) -> None:
-        if stream.answer:
-            stream.answer.put(error)
-        stream.answer = stream.unconfirmed = None
 
     def unsubscribe(self, stream: Stream) -> None:
         """Feed the stream no longer: it ends, or its request failed before it went live."""
@@ -871,23 +869,27 @@ class Relay:
         self.subscribers.discard(subscriber)
         self._selector.unregister(subscriber.sock)
         subscriber.sock.close()
+        for _, _, answer in subscriber.waiting:
+            answer.put(ENDED["redis-lost"])
         for stream in subscriber.all_streams():
-            stream.subscriber, stream.doom = None, "redis-lost"
-            self._settle(stream, CLOSED["redis-lost"])
+            stream.subscriber = None
             self.end(stream, "redis-lost")
 
     def go_live(self, stream: Stream, sock: socket.socket, replayed_to: int) -> None:
         """Take over the stream's socket; send what arrived meanwhile and was not in the replay."""
         sock.setblocking(False)
-        stream.sock, stream.send, stream.sent_at, stream.replayed_to = sock, sock.send, self._now, replayed_to
+        stream.sock, stream.sent_at, stream.replayed_to = sock, self._now, replayed_to
         self._selector.register(sock, selectors.EVENT_READ, (self._on_browser, stream))
         self.streams.add(stream)
+        if stream.ended:
+            self._close(stream)
+            return
         held, stream.held, stream.backlog_bytes = stream.held, None, 0
         stream.flowing = not replayed_to
         for run in held or ():
             self._deliver(run, (stream,))
-        if stream.doom or self._draining:
-            self.end(stream, stream.doom or "drain")
+        if self._draining:
+            self.end(stream, "drain")
 
     # Live
 
@@ -895,6 +897,8 @@ class Relay:
         try:
             if read := subscriber.read():
                 self._reads[read].append(subscriber)
+                for error in read.replies:
+                    subscriber.take_reply(error)
         except (BlockingIOError, ssl.SSLWantReadError):
             pass
         except OSError as error:
@@ -912,10 +916,6 @@ class Relay:
         """Pass on what was read in this wake-up: each read once, for all subscribers that read the same."""
         reads, self._reads = self._reads, defaultdict(list)
         for read, subscribers in reads.items():
-            for kind, refusal in read.replies:
-                for subscriber in subscribers:
-                    for stream, error in subscriber.answered(kind, refusal and f"Redis refused: {refusal}"):
-                        self._settle(stream, error)
             for run in read.runs:
                 channel = run.channel
                 self._deliver(run, [stream for each in subscribers for stream in each.streams.get(channel, ())])
@@ -934,7 +934,7 @@ class Relay:
                 continue
             wire = chunked if stream.chunked else plain
             try:
-                sent = stream.send(wire)
+                sent = stream.sock.send(wire)
             except BlockingIOError:
                 sent = 0
             except OSError:
@@ -963,8 +963,7 @@ class Relay:
             stream.held.append(run)
             stream.backlog_bytes += len(run.wires[0])
             if stream.backlog_bytes > self.settings.max_backlog and len(stream.held) > 1:
-                stream.doom = "slow"
-                self.unsubscribe(stream)
+                self.end(stream, "slow")
             return
         if stream.replayed_to:
             caught_up = run.events[-1][0] > stream.replayed_to
@@ -977,7 +976,7 @@ class Relay:
 
     def _queue(self, stream: Stream, wire: bytes | memoryview) -> None:
         """Send this after what waits already, and end the stream if too much waits."""
-        if stream not in self.streams:
+        if stream.ended:
             return
         stream.backlog = stream.backlog or deque()
         stream.backlog.append(memoryview(wire))
@@ -991,7 +990,7 @@ class Relay:
         """Send as much of the backlog as the kernel takes."""
         try:
             while stream.backlog:
-                sent = stream.send(stream.backlog[0])
+                sent = stream.sock.send(stream.backlog[0])
                 stream.backlog_bytes -= sent
                 stream.sent_at = self._now
                 stream.backlog[0] = stream.backlog[0][sent:]
@@ -1010,7 +1009,7 @@ class Relay:
             self._selector.modify(stream.sock, wanted, key.data)
 
     def _on_browser(self, stream: Stream, mask: int) -> None:
-        if stream not in self.streams:  # ended in this wake-up
+        if stream.ended:  # in this wake-up
             return
         if mask & selectors.EVENT_READ:
             try:
@@ -1041,23 +1040,29 @@ class Relay:
         self._dropped.clear()
 
     def end(self, stream: Stream, reason: str) -> None:
-        """Close a live stream: the one place where it is released. reason: a key of CLOSED."""
-        if stream not in self.streams:
+        """End a stream, for a key of ENDED; one that is not live yet is closed as soon as it is."""
+        if stream.ended:
             return
+        stream.ended, stream.flowing = reason, False
+        self.unsubscribe(stream)
+        if stream in self.streams:
+            self._close(stream)
+
+    def _close(self, stream: Stream) -> None:
+        """The one place where a live stream is released."""
         self.streams.discard(stream)
         self._selector.unregister(stream.sock)
-        stream.flowing = False
         with contextlib.suppress(OSError):
-            if CLOSED[reason] and not stream.backlog:
-                farewell = self.settings.farewell(CLOSED[reason])
+            if ENDED[stream.ended] and not stream.backlog:
+                farewell = self.settings.farewell(ENDED[stream.ended])
                 stream.sock.send(chunk(farewell) + LAST_CHUNK if stream.chunked else farewell)
-            if reason == "slow":  # what the kernel holds is not worth keeping: reset the connection
+            if stream.ended == "slow":  # what the kernel holds is not worth keeping: reset the connection
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.sock.close()
-        self.unsubscribe(stream)
-        self.counts[f'streams_closed_total{{reason="{reason}"}}'] += 1
-        seconds = time.monotonic() - stream.opened_at
-        log.info("stream %d closed: %s after %.1f s, %d events", stream.number, reason, seconds, stream.events)
+        self.counts[f'streams_closed_total{{reason="{stream.ended}"}}'] += 1
+        seconds, whose = time.monotonic() - stream.opened_at, (stream.peer, b", ".join(stream.channels).decode())
+        what = (stream.number, stream.ended, seconds, stream.events, *whose)
+        log.info("stream %d closed: %s after %.1f s, %d events: %s on %s", *what)
         self.on_end(stream)
 
     def drain(self) -> None:
@@ -1232,15 +1237,14 @@ class Handler(socketserver.BaseRequestHandler):
     def _own_origin(self) -> bool:
         return self.asked.headers.get("origin", "").partition("://")[2] == self.asked.headers.get("host")
 
-    def _cors(self) -> dict[str, str]:
-        """What lets a page of another origin read the answer."""
-        origin, allowed = self.asked.headers.get("origin"), self.server.settings.allow_origin
+    def _allowed_origin(self) -> str:
+        """Whose pages may read the answer beside our own: "*" for those of any origin, the origin that asks, or ""."""
+        origin, allowed = self.asked.headers.get("origin", ""), self.server.settings.allow_origin
         public = ROUTES.get(self.asked.path, ("", "", True))[2] and (not allowed or "*" in allowed)
-        named = {"Access-Control-Allow-Origin": origin} if origin and origin in allowed else {}
-        return {"Vary": "Origin", **({"Access-Control-Allow-Origin": "*"} if public else named)}
+        return "*" if public else origin * (origin in allowed)
 
     def _check_reader(self) -> None:
-        if "origin" in self.asked.headers and len(self._cors()) == 1 and not self._own_origin():
+        if "origin" in self.asked.headers and not self._allowed_origin() and not self._own_origin():
             raise HTTPError(403, f"Origin {self.asked.headers['origin']} may not read here (--allow-origin)")
 
     def _check_publisher(self) -> None:
@@ -1266,7 +1270,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         common = {"Date": email.utils.formatdate(usegmt=True), "Server": "ssepush", "X-Content-Type-Options": "nosniff"}
-        fields = "".join(f"{name}: {value}\r\n" for name, value in {**common, **self._cors(), **headers}.items())
+        origin = self._allowed_origin()
+        cors = {"Vary": "Origin"} | ({"Access-Control-Allow-Origin": origin} if origin else {})
+        fields = "".join(f"{name}: {value}\r\n" for name, value in (common | cors | dict(headers)).items())
         return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{fields}\r\n".encode("latin-1")
 
     def _respond(self, status: int, body: bytes, headers: Mapping[str, str] = JSON) -> bool:
@@ -1403,14 +1409,15 @@ class Handler(socketserver.BaseRequestHandler):
         if why := self.server.admit(peer):
             return self._not_now(why)
         stream = Stream(number, peer, tuple(map(str.encode, channels)), self.asked.chunks, ends_at)
+        is_live = False
         try:
-            self._open(stream, channels)
+            is_live = self._open(stream, channels)
         except RedisAway as error:
-            log.warning("stream %d refused: %s", number, error)
+            log.warning("stream %d refused: %s", stream.number, error)
             self.server.count('streams_refused_total{reason="redis-away"}')
-            self._not_now(CLOSED["redis-lost"] if error.__cause__ else str(error))  # addresses are not for browsers
+            self._not_now(ENDED["redis-lost"] if error.__cause__ else str(error))  # addresses are not for browsers
         finally:
-            if self.request.fileno() >= 0:  # it was not handed over
+            if not is_live:
                 self.server.relay.call(self.server.relay.unsubscribe, stream)
                 self.server.release(stream)
         return False
@@ -1424,16 +1431,15 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(403, f"channel {channel} needs a token= that is signed for it and has not expired")
         return time.monotonic() + expiry - time.time()
 
-    def _open(self, stream: Stream, channels: tuple[str, ...]) -> None:
-        """Subscribe, wait for Redis's confirmation, send what was missed, and hand the socket over. RedisAway."""
-        server, answer = self.server, stream.answer
-        server.relay.call(server.relay.subscribe, stream, server.subscriber())
+    def _open(self, stream: Stream, channels: tuple[str, ...]) -> bool:
+        """Subscribe, wait for Redis's confirmation, send what was missed; True: the relay has the socket. RedisAway."""
+        server, answer = self.server, SimpleQueue[str]()
+        server.relay.call(server.relay.subscribe, stream, server.subscriber(), answer)
         try:
-            error = answer.get(timeout=REDIS_S) if answer else ""
+            if error := answer.get(timeout=REDIS_S):
+                raise RedisAway(error)
         except Empty:
-            error = "Redis did not confirm the subscription"
-        if error:
-            raise RedisAway(error)
+            raise RedisAway("Redis did not confirm the subscription") from None
         asked = [self.asked.headers.get("last-event-id", ""), *self.asked.values("lastEventId"), ""]
         pages = server.channels.resume(channels, next(filter(None, asked), ""))
         position, frames, stream.events = next(pages)
@@ -1447,14 +1453,16 @@ class Handler(socketserver.BaseRequestHandler):
                 self._send(self._wire(frames))
                 stream.events += events
         except RedisAway:  # the browser comes back for the rest
-            self._send(self._wire(server.settings.farewell(CLOSED["redis-lost"]), last=True))
-            return
+            self._send(self._wire(server.settings.farewell(ENDED["redis-lost"]), last=True))
+            return False
         log.info("stream %d open: %s on %s", stream.number, stream.peer, ", ".join(channels))
         server.count("streams_opened_total")
         server.count("events_replayed_total", stream.events)
         family, kind, protocol = self.request.family, self.request.type, self.request.proto
+        # Detached, the request's own socket object is an empty shell, which socketserver closes without effect.
         sock = socket.socket(family, kind, protocol, self.request.detach())
         server.relay.call(server.relay.go_live, stream, sock, position)
+        return True
 
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1526,7 +1534,7 @@ class Server(http.server.ThreadingHTTPServer):
     def admit(self, peer: str) -> str:
         """Count one more stream of this address, until `release`; answers "", or why not."""
         if self.stopping.is_set():
-            return CLOSED["drain"]
+            return ENDED["drain"]
         with self._lock:
             if self._admitted[""] >= self.settings.max_streams:
                 why = "this server is full"
@@ -1552,7 +1560,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self._connecting:
             if self._subscriber is None or self._subscriber.lost:
                 if time.monotonic() < self._failed_at + 1.0:  # others waited for it just now
-                    raise RedisAway(CLOSED["redis-lost"])
+                    raise RedisAway(ENDED["redis-lost"])
                 self._failed_at = time.monotonic()
                 self._subscriber = Subscriber(self.channels.connect_subscriber(), self.settings.max_message())
                 self._failed_at = -math.inf
@@ -1565,6 +1573,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def metrics(self) -> bytes:
         """All samples in Prometheus's text format, version 0.0.4."""
+        # What the relay goes on changing is copied in one step each, which the GIL makes whole.
         streams = tuple(self.relay.streams)
         samples: dict[str, float] = {
             **self._counts,
@@ -1639,7 +1648,7 @@ def command_line() -> Parser:
     publisher.add_argument("channel", metavar="CHANNEL")
     publisher.add_argument("data", metavar="DATA", help="text; -: an event for each line of standard input")
     publisher.add_argument("--type", help="the event's type")
-    publisher.add_argument("--retry", type=between(0, 3_600_000), help="ms until browsers reconnect, from now on")
+    publisher.add_argument("--retry", type=between(0, 2**53 - 1), help="ms until browsers reconnect, from now on")
     signer = commands.add_parser("sign", help="sign CHANNEL: print a token for a private channel")
     signer.add_argument("channel", metavar="CHANNEL")
     signer.add_argument("--ttl", type=between(1, YEAR_S), default=3600, help="s for which it opens the channel (3600)")
