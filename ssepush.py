@@ -92,7 +92,7 @@ HEAD_S = 10.0  # to send a request's head; absolute: a byte a second does not pr
 BODY_S = 30.0
 WRITE_S = 30.0  # for a browser to take an answer, or a page of the history
 REDIS_S = 5.0  # for Redis to answer
-READ_BYTES = 16 * 1024  # one read from Redis; Redis writes as much at a time
+READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TLS would hold what no selector can see
 SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
 STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it is cut
 HISTORY_PAGE_BYTES = 1024 * 1024  # replayed at once; longer histories go page by page
@@ -433,10 +433,10 @@ class RedisAway(Exception):
     """Redis could not be asked, or refused: nothing was done."""
 
     def __init__(self, error: object) -> None:
-        refused = "Redis refused: " if isinstance(error, ResponseError | redis.AuthenticationError) else ""
+        self.refused = isinstance(error, ResponseError | redis.AuthenticationError)
         login = isinstance(error, redis.AuthenticationError) or "unauthenticated" in str(error)
         hint = ": give user and password in the Redis URL, as redis://USER:PASSWORD@HOST:PORT/0" if login else ""
-        super().__init__(f"{refused}{error}{hint}")
+        super().__init__(f"{'Redis refused: ' * self.refused}{error}{hint}")
 
 
 class Unanswered(RedisAway):
@@ -484,9 +484,9 @@ class Channels:
         try:
             connection.send_command(*command)
             return connection.read_response()
-        except NoScriptError:
+        except NoScriptError:  # a ResponseError, which `_run` handles
             raise
-        except (ResponseError, BusyLoadingError) as error:
+        except (ResponseError, BusyLoadingError, redis.AuthenticationError) as error:
             raise RedisAway(error) from error
         except RedisError as error:
             connection.disconnect()
@@ -677,6 +677,9 @@ class Stream:
     ended: str = ""  # a key of ENDED
 
 
+Waiting = tuple[Stream, SimpleQueue[str]]  # a stream that is being opened, and where its request's thread listens
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Subscriber:
     """One Redis connection in subscribed state, and the streams that it feeds: one of them, or all. Relay's thread."""
@@ -685,10 +688,8 @@ class Subscriber:
     max_message: int  # bytes of a message above which it is dropped
     streams: dict[bytes, set[Stream]] = dataclasses.field(default_factory=dict)  # of exactly the channels it follows
     lost: bool = False  # also read by other threads
-    commands: deque[bytes] = dataclasses.field(default_factory=deque)  # channel of each that Redis has not answered
-    commands_sent: int = 0
-    # Who waits for the answer to a command, by its number: the stream, and where its request listens.
-    waiting: deque[tuple[int, Stream, SimpleQueue[str]]] = dataclasses.field(default_factory=deque)
+    # The commands that Redis has not answered, in order: the channel, and who waits for the answer, and where.
+    commands: deque[tuple[bytes, list[Waiting]]] = dataclasses.field(default_factory=deque)
     parts: list[bytes] = dataclasses.field(default_factory=list)  # the beginning of a reply
     missing: int = 0  # bytes of it that are still to come, at least
     skipping: bool = False  # it is a message larger than max_message
@@ -700,8 +701,10 @@ class Subscriber:
             self.streams.setdefault(channel, set()).add(stream)
         stream.subscriber = self
         self._send(b"SUBSCRIBE", new)
-        self.waiting.append((self.commands_sent, stream, answer))
-        self._confirm()
+        if self.commands:  # at worst it waits for the answer to somebody else's
+            self.commands[-1][1].append((stream, answer))
+        else:
+            answer.put("")
 
     def remove(self, stream: Stream) -> None:
         """Feed it no longer, and give up the channels that nobody else wants. OSError: Redis is away."""
@@ -715,8 +718,7 @@ class Subscriber:
 
     def _send(self, name: bytes, channels: Sequence[bytes]) -> None:
         commands = [b"*2\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(each), each) for each in channels]
-        self.commands += channels
-        self.commands_sent += len(channels)
+        self.commands += [(channel, []) for channel in channels]
         if commands and self.sock.send(b"".join(commands)) < sum(map(len, commands)):
             raise ConnectionError("Redis does not read")
 
@@ -724,49 +726,45 @@ class Subscriber:
         """Redis has answered the oldest command. ConnectionError: there is none."""
         if not self.commands:
             raise ConnectionError(error or "Redis answered what was not asked")
-        channel = self.commands.popleft()
+        channel, answered = self.commands.popleft()
         if error:
             self.streams.pop(channel, None)
-            for _, stream, answer in self.waiting:
+            for stream, answer in [*answered, *self.waiting()]:
                 if channel in stream.channels:
                     answer.put(f"Redis refused: {error}")
-        self._confirm()
+        for _, answer in answered:  # who has been refused takes no second answer
+            answer.put("")
 
-    def _confirm(self) -> None:
-        while self.waiting and self.waiting[0][0] <= self.commands_sent - len(self.commands):
-            self.waiting.popleft()[2].put("")
+    def waiting(self) -> list[Waiting]:
+        """Everyone whose commands Redis has not answered."""
+        return [waiting for _, all_waiting in self.commands for waiting in all_waiting]
 
     def read(self) -> Read | None:
         """Whatever Redis has sent, or None while a message is incomplete. OSError: the connection is lost."""
-        chunk = self.sock.recv(READ_BYTES)
-        if not chunk:
+        received = self.sock.recv(READ_BYTES)
+        if not received:
             raise ConnectionError("Redis closed the connection")
         if self.missing:
-            chunk = self._completed(chunk)
-            if not chunk:
+            self.parts.append(received)
+            self.missing -= len(received)  # below 0: so many bytes follow the reply that began earlier
+            if self.missing > 0:
+                self.parts = [b"".join(self.parts)[-64:]] if self.skipping else self.parts
                 return None
-        read = (parse_small if len(chunk) <= READ_BYTES else parse_large)(chunk)
+            received, self.parts = b"".join(self.parts), []
+            if self.skipping:
+                end = len(received) + self.missing
+                if EVENT_ID.search(received[max(0, end - 64) : end].decode("latin-1")):
+                    raise ConnectionError("an event is too large to be passed on live: streams come back for it")
+                received = received[end:]
+        read = (parse_small if len(received) <= READ_BYTES else parse_large)(received)
+        self.missing, self.skipping = read.missing, read.missing > self.max_message
         if read.missing:
-            self.parts, self.missing = [chunk[read.consumed :]], read.missing
-            if read.missing > self.max_message:
-                self.skipping = True
-                return dataclasses.replace(read, dropped=(*read.dropped, (b"?", "message is too large")))
-        return read
-
-    def _completed(self, chunk: bytes) -> bytes:
-        """The reply that began earlier and all that follows it; b"" while it is incomplete; without it if too large."""
-        self.parts.append(chunk)
-        self.missing -= len(chunk)
-        if self.missing > 0:
-            self.parts = self.parts[-2:] if self.skipping else self.parts
-            return b""
-        whole, end = b"".join(self.parts), self.missing
-        skipped, self.skipping, self.missing, self.parts = self.skipping, False, 0, []
-        if not skipped:
-            return whole
-        if EVENT_ID.search(whole[: end or None][-64:].decode("latin-1")):
-            raise ConnectionError("an event is too large to be passed on live: streams come back for it")
-        return whole[len(whole) + end :]
+            self.parts = [received[read.consumed :]]
+        return (
+            dataclasses.replace(read, dropped=(*read.dropped, (b"?", "message is too large")))
+            if self.skipping
+            else read
+        )
 
     def all_streams(self) -> set[Stream]:
         """Every stream that it feeds."""
@@ -795,7 +793,7 @@ class Relay:
         self._waker.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, (lambda woken, mask: woken.recv(4096), self._woken))
         self._reads: defaultdict[Read, list[Subscriber]] = defaultdict(list)  # of this wake-up
-        self._dropped: Counter[tuple[bytes, str]] = Counter()
+        self._complaints: Counter[tuple[str, str]] = Counter()  # logged once a second, not ten thousand times
         self._now = time.monotonic()
         self._draining = False
 
@@ -813,25 +811,25 @@ class Relay:
             self._now = time.monotonic()
             for key, mask in ready:
                 handler, whose = key.data
-                try:
-                    handler(whose, mask)
-                except Exception:
-                    log.exception("the relay goes on after an error of its own")
-            self._calls.appendleft((self._take_reads, ()))
-            if self._now >= next_tick or self._draining:
-                next_tick = self._now + tick_s
-                self._calls.append((self._tick, ()))
+                self._safely(handler, whose, mask)
+            self._safely(self._take_reads)
             while self._calls:
                 function, arguments = self._calls.popleft()
-                try:
-                    function(*arguments)
-                except Exception:
-                    log.exception("the relay goes on after an error of its own")
+                self._safely(function, *arguments)
+            if self._now >= next_tick:
+                next_tick = self._now + (0.02 if self._draining else tick_s)
+                self._safely(self._tick)
         for subscriber in tuple(self.subscribers):
             self._lose(subscriber)
         self._tick()  # for what is still to be logged
         for closable in (self._selector, self._waker, self._woken):
             closable.close()
+
+    def _safely(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except Exception:
+            log.exception("the relay goes on after an error of its own")
 
     # Before a stream is live
 
@@ -842,23 +840,10 @@ class Relay:
                 raise ConnectionError
             if subscriber not in self.subscribers:
                 self.subscribers.add(subscriber)
-                on_redis = self._on_redis_tls if isinstance(subscriber.sock, ssl.SSLSocket) else self._on_redis
-                self._selector.register(subscriber.sock, selectors.EVENT_READ, (on_redis, subscriber))
+                self._selector.register(subscriber.sock, selectors.EVENT_READ, (self._on_redis, subscriber))
             subscriber.add(stream, answer)
         except OSError:
             answer.put(ENDED["redis-lost"])
-            self._lose(subscriber)
-
-    def unsubscribe(self, stream: Stream) -> None:
-        """Feed the stream no longer: it ends, or its request failed before it went live."""
-        subscriber, stream.subscriber, stream.held = stream.subscriber, None, None
-        if subscriber is None:
-            return
-        try:
-            subscriber.remove(stream)
-        except OSError:
-            self._lose(subscriber)
-        if not subscriber.streams and not self.settings.shared:
             self._lose(subscriber)
 
     def _lose(self, subscriber: Subscriber) -> None:
@@ -869,7 +854,7 @@ class Relay:
         self.subscribers.discard(subscriber)
         self._selector.unregister(subscriber.sock)
         subscriber.sock.close()
-        for _, _, answer in subscriber.waiting:
+        for _, answer in subscriber.waiting():
             answer.put(ENDED["redis-lost"])
         for stream in subscriber.all_streams():
             stream.subscriber = None
@@ -894,6 +879,8 @@ class Relay:
     # Live
 
     def _on_redis(self, subscriber: Subscriber, mask: int) -> None:
+        if subscriber.lost:  # in this wake-up
+            return
         try:
             if read := subscriber.read():
                 self._reads[read].append(subscriber)
@@ -902,15 +889,8 @@ class Relay:
         except (BlockingIOError, ssl.SSLWantReadError):
             pass
         except OSError as error:
-            log.warning("lost a Redis subscriber with %d streams: %s", len(subscriber.all_streams()), error)
+            self._complaints["lost", f"a Redis subscriber: {error}"] += 1
             self._lose(subscriber)
-
-    def _on_redis_tls(self, subscriber: Subscriber, mask: int) -> None:
-        self._on_redis(subscriber, mask)
-        sock: Any = subscriber.sock
-        while not subscriber.lost and sock.pending():  # what the selector cannot see
-            self._take_reads()
-            self._on_redis(subscriber, mask)
 
     def _take_reads(self) -> None:
         """Pass on what was read in this wake-up: each read once, for all subscribers that read the same."""
@@ -921,7 +901,8 @@ class Relay:
                 self._deliver(run, [stream for each in subscribers for stream in each.streams.get(channel, ())])
                 self.counts["messages_received_total"] += len(run.events) * len(subscribers)
             for channel, why in read.dropped:
-                self._dropped[channel, why] += len(subscribers)
+                where = channel.decode(errors="replace")
+                self._complaints["dropped", f"a message on channel {where!r}: {why}"] += len(subscribers)
                 self.counts[f'messages_dropped_total{{reason="{why}"}}'] += len(subscribers)
 
     def _deliver(self, run: Run, streams: Sequence[Stream]) -> None:
@@ -935,12 +916,8 @@ class Relay:
             wire = chunked if stream.chunked else plain
             try:
                 sent = stream.sock.send(wire)
-            except BlockingIOError:
+            except OSError:  # the kernel's buffer is full; or the browser is gone, as the next attempt tells
                 sent = 0
-            except OSError:
-                reached -= 1
-                self.end(stream, "gone")
-                continue
             stream.sent_at = now
             stream.events += count
             if sent < len(wire):
@@ -1035,16 +1012,21 @@ class Relay:
                     self.end(stream, "slow")
             elif now - stream.sent_at >= heartbeat:
                 self._queue(stream, chunk(HEARTBEAT) if stream.chunked else HEARTBEAT)
-        for (channel, why), number in self._dropped.items():
-            log.warning("dropped %d × a message on channel %r: %s", number, channel.decode(errors="replace"), why)
-        self._dropped.clear()
+        for (done, what), number in self._complaints.items():
+            log.warning("%s %d × %s", done, number, what)
+        self._complaints.clear()
 
     def end(self, stream: Stream, reason: str) -> None:
-        """End a stream, for a key of ENDED; one that is not live yet is closed as soon as it is."""
+        """End a stream, for a key of ENDED. Not live yet: it is fed no longer, and closed as soon as it is live."""
         if stream.ended:
             return
-        stream.ended, stream.flowing = reason, False
-        self.unsubscribe(stream)
+        stream.ended, stream.flowing, stream.held = reason, False, None
+        subscriber, stream.subscriber = stream.subscriber, None
+        if subscriber and not subscriber.lost:
+            try:
+                subscriber.remove(stream) if self.settings.shared else self._lose(subscriber)
+            except OSError:
+                self._lose(subscriber)
         if stream in self.streams:
             self._close(stream)
 
@@ -1418,7 +1400,7 @@ class Handler(socketserver.BaseRequestHandler):
             self._not_now(ENDED["redis-lost"] if error.__cause__ else str(error))  # addresses are not for browsers
         finally:
             if not is_live:
-                self.server.relay.call(self.server.relay.unsubscribe, stream)
+                self.server.relay.call(self.server.relay.end, stream, "gone")
                 self.server.release(stream)
         return False
 
@@ -1561,9 +1543,11 @@ class Server(http.server.ThreadingHTTPServer):
             if self._subscriber is None or self._subscriber.lost:
                 if time.monotonic() < self._failed_at + 1.0:  # others waited for it just now
                     raise RedisAway(ENDED["redis-lost"])
-                self._failed_at = time.monotonic()
-                self._subscriber = Subscriber(self.channels.connect_subscriber(), self.settings.max_message())
-                self._failed_at = -math.inf
+                try:
+                    self._subscriber = Subscriber(self.channels.connect_subscriber(), self.settings.max_message())
+                except RedisAway:
+                    self._failed_at = time.monotonic()
+                    raise
             return self._subscriber
 
     def count(self, sample: str, number: int = 1) -> None:
@@ -1725,8 +1709,7 @@ def check_redis(channels: Channels) -> None:
     try:
         channels.ping()
     except RedisAway as error:
-        causes = (error.__cause__, getattr(error.__cause__, "__context__", None))
-        if any(isinstance(cause, ResponseError | redis.AuthenticationError | ssl.SSLError) for cause in causes):
+        if error.refused or isinstance(getattr(error.__cause__, "__context__", None), ssl.SSLError):
             raise ValueError(f"Redis at {channels.address} refuses: {error}") from None
         log.warning("%s does not answer, and streams are told to come back until it does: %s", channels.address, error)
 

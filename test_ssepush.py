@@ -1023,7 +1023,7 @@ def test_a_stream_on_a_channel_that_was_just_given_up_waits_for_the_answer_to_it
         between.asked(b"SUBSCRIBE")
         between.answer(b"subscribe")
         assert answer.get(timeout=DEADLINE_S) == ""
-        between.relay.call(between.relay.unsubscribe, first)
+        between.relay.call(between.relay.end, first, "gone")
         between.asked(b"UNSUBSCRIBE")
 
         _, answer = between.subscribe(b"c")
@@ -3071,7 +3071,8 @@ class Bad:
             sock.close()
 
     def vanishes(self) -> None:
-        namespace, outside, inside = (f"sp{os.getpid() % 100_000}{end}" for end in "nab")
+        unique = f"sp{os.getpid() % 100_000}-{next(_numbers)}"
+        namespace, outside, inside = (unique + end for end in "nab")
 
         def ip(*words: str) -> None:
             subprocess.run(["ip", *words], check=True, capture_output=True)
@@ -3082,6 +3083,7 @@ class Bad:
             pytest.skip(f"needs root and network namespaces: {error}")
         self.stack.callback(ip, "netns", "del", namespace)
         ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", namespace)
+        self.stack.callback(ip, "link", "del", outside)  # a namespace takes its links down later, if left to itself
         ip("addr", "add", "10.231.57.1/30", "dev", outside)
         ip("link", "set", outside, "up")
         ip("-n", namespace, "addr", "add", "10.231.57.2/30", "dev", inside)
