@@ -1490,6 +1490,12 @@ class Server(http.server.ThreadingHTTPServer):
                 self.stopping.wait(0.05)
             raise
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the request's thread, after a pause if others compute: more threads only fight for the interpreter."""
+        if len(self.answering) > 1:
+            time.sleep(0.001)
+        super().process_request(request, client_address)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An error of ours: what a browser does, Handler keeps to itself."""
         log.exception("a request from %s failed", client_address[0])
