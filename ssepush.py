@@ -120,7 +120,7 @@ def option(default: object, help: str, **more: object) -> Any:
 
 
 class Settings(argparse.Namespace):
-    """What the command line chose. Each attribute says its option's default, effect, unit and limits."""
+    """What the command line chose. Here each attribute stands for its option: default, effect, unit and limits."""
 
     host: str = option("127.0.0.1", "address to listen on (127.0.0.1)")
     port: int = option(5000, "port to listen on; 0: any free one (5000)", type=between(0, 65535))
@@ -144,7 +144,7 @@ class Settings(argparse.Namespace):
     secret: str = ""
 
     def max_message(self) -> int:
-        """Bytes of the largest message that streams pass on: the largest that anyone publishes, and room for its id."""
+        """Bytes of the largest message that streams pass on: all that we publish, or a backlog holds, with its id."""
         return max(self.max_event, self.max_backlog, MAX_EVENT_BYTES) + 1024
 
     def loopback(self) -> bool:
@@ -165,7 +165,7 @@ class Settings(argparse.Namespace):
 # ── Framing: a Redis message in, the bytes of an event out. Pure. ────────────────────────────────────────────────────
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
-EVENT_ID = re.compile(r"([0-9]{1,14})-([0-9]{13,16})")  # ours: milliseconds, sequence
+EVENT_ID = re.compile("[0-9]{13}-[0-9]{16}")  # ours: milliseconds and sequence, which as text are in order, too
 HEARTBEAT = b":\n\n"
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -249,13 +249,12 @@ def message_of(data: object, type: str | None = None, retry: int | None = None) 
     return message
 
 
-def position_of(event_id: str | None) -> int:
-    """The place of one of our ids in the order of all events, as one number; 0 for any other id, and for None."""
-    own = EVENT_ID.fullmatch(event_id or "")
-    return (int(own[1]) << 54) | int(own[2]) if own else 0
+def position_of(event_id: str | None) -> str:
+    """One of our ids, which as text is its place in the order of all events; "" for any other id, and for None."""
+    return event_id if event_id and EVENT_ID.fullmatch(event_id) else ""
 
 
-def framed(message: bytes) -> tuple[int, bytes]:
+def framed(message: bytes) -> tuple[str, bytes]:
     """`(position, frame)` of a message. ValueError as above."""
     event = event_of(message)
     return position_of(event.id), frame_of(event)
@@ -269,46 +268,47 @@ REPLY = re.compile(  # all that Redis sends to a subscriber: the head of a messa
 )
 
 
-def chunk(data: bytes) -> bytes:
+def http_chunk(data: bytes) -> bytes:
     r"""A chunk of an HTTP/1.1 body: `b"hi"` gives `b"2\r\nhi\r\n"`; it tells clients what is whole. RFC 9112, 7.1."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-class Run(NamedTuple):
+class Batch(NamedTuple):
     """Successive events of one channel: `(position, frame)` of each, and all frames as one piece to send."""
 
     channel: bytes
-    events: tuple[tuple[int, bytes], ...]
-    wires: tuple[bytes, bytes]  # as it is sent over HTTP/1.0, and as a chunk over HTTP/1.1
+    events: tuple[tuple[str, bytes], ...]
+    plain: bytes  # as it is sent over HTTP/1.0
+    chunked: bytes  # and over HTTP/1.1
 
 
-def run_of(channel: bytes, events: Iterable[tuple[int, bytes]], after: int = 0) -> Run:
-    """A run of events without those at or before a position; events without an id of ours stay."""
-    kept = tuple(event for event in events if not 0 < event[0] <= after)
+def batch_of(channel: bytes, events: Iterable[tuple[str, bytes]], after: str = "") -> Batch:
+    """A batch of events without those at or before a position; events without an id of ours stay."""
+    kept = tuple(event for event in events if not "" < event[0] <= after)
     frames = b"".join(frame for _, frame in kept)
-    return Run(channel, kept, (frames, chunk(frames)))
+    return Batch(channel, kept, frames, http_chunk(frames))
 
 
-@dataclasses.dataclass(slots=True, eq=False)  # equal bytes give the same Read: telling them apart has to cost nothing
+@dataclasses.dataclass(slots=True, eq=False)  # a key of dicts by its identity: equal bytes give the same Read, below
 class Read:
     """What one read from a subscriber's socket holds, ready to send."""
 
-    runs: tuple[Run, ...]
+    batches: tuple[Batch, ...]
     replies: tuple[str, ...]  # to commands: "", or Redis's error
     dropped: tuple[tuple[bytes, str], ...]  # (channel, why)
     consumed: int  # bytes; what follows is the beginning of the next reply
     missing: int  # bytes of that reply that are still to come, at least
 
 
-def parse(chunk: bytes) -> Read:
+def parse(received: bytes) -> Read:
     """Parse and frame what was read from a subscriber's connection. ConnectionError: it is not what Redis sends."""
-    grouped: list[tuple[bytes, list[tuple[int, bytes]]]] = []
+    grouped: list[tuple[bytes, list[tuple[str, bytes]]]] = []
     replies, dropped, at, missing = [], [], 0, 0
-    while head := REPLY.match(chunk, at):
+    while head := REPLY.match(received, at):
         channel, length, refusal = head.groups()
         end = head.end() + (int(length) + 2 if length else 0)
-        if end > len(chunk):
-            missing = end - len(chunk)
+        if end > len(received):
+            missing = end - len(received)
             break
         at = end
         if not length:
@@ -317,14 +317,14 @@ def parse(chunk: bytes) -> Read:
         if not grouped or grouped[-1][0] != channel:
             grouped.append((channel, []))
         try:
-            message = chunk[head.end() : end - 2]
+            message = received[head.end() : end - 2]
             grouped[-1][1].append((framed_small if len(message) < 4096 else framed)(message))
         except ValueError as error:
             dropped.append((channel, str(error)))
-    if not head and len(chunk) - at > 1024:  # no head is as long
+    if not head and len(received) - at > 1024:  # no head is as long
         raise ConnectionError("Redis sent what is not RESP2")
-    runs = (run_of(name, events) for name, events in grouped if events)
-    return Read(tuple(runs), tuple(replies), tuple(dropped), at, missing or int(at < len(chunk)))
+    batches = (batch_of(name, events) for name, events in grouped if events)
+    return Read(tuple(batches), tuple(replies), tuple(dropped), at, missing or int(at < len(received)))
 
 
 # All subscribers of a channel read the same bytes, so parsing is paid once for all. Few large reads are kept: memory.
@@ -334,57 +334,47 @@ parse_large = functools.lru_cache(maxsize=4)(parse)
 
 # ── Redis: publish, history, the connection of a subscriber ──────────────────────────────────────────────────────────
 
-COUNTER_KEY = "ssepush:counter"  # hash: ms and seq of the newest id, born_ms and born_seq of the first, floor
+COUNTER_KEY = "ssepush:counter"  # hash: the ids born (the first), newest, and floor
 NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event, for the channels used last
 USED_KEY = "ssepush:used"  # sorted set: the same channels, by the ms of that event
 HISTORY_KEY = "ssepush:history:"  # + channel: a Redis Stream of {previous: id, message: bytes}
 CHANNELS_REMEMBERED = 10_000
 
-# KEYS: counter, newest, used. ARGV[1]: where seq starts if the counter is born now: a random number, so that ids from
-# before Redis lost its data are told from new ones. Milliseconds never go back, whatever the clock does. A channel of
-# which the newest event is not known has had none after floor.
+# KEYS: counter, newest, used. ARGV[1]: the sequence to start with if the counter is born now: a random number of 16
+# digits below 2^53, so that ids from before Redis lost its data are told from new ones. An id has 13 digits of
+# milliseconds, which never go back, whatever the clock does; a hyphen; and the sequence. All are of one length, so they
+# compare as text. A channel of which the newest event is not known has had none after floor.
 COUNTER_LUA = """
 local clock = redis.call('TIME')
-local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local function id_of(ms, seq) return string.format('%.0f-%.0f', ms, seq) end
-local function parts(id)
-  local ms, seq = string.match(id, '(%d+)-(%d+)')
-  return tonumber(ms), tonumber(seq)
-end
-local function is_later(id, other)
-  local ms, seq = parts(id)
-  local other_ms, other_seq = parts(other)
-  return ms > other_ms or (ms == other_ms and seq > other_seq)
-end
-if redis.call('EXISTS', KEYS[1]) == 0 then
+local now = math.max(clock[1] * 1000 + math.floor(clock[2] / 1000), 1e12)
+local function ms(id) return string.sub(id, 1, 13) end
+local function seq(id) return string.sub(id, 15) end
+local born, newest, floor = unpack(redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor'))
+if not born then
   redis.call('DEL', KEYS[2], KEYS[3])
-  local born_ms = string.format('%.0f', now)
-  redis.call('HSET', KEYS[1], 'ms', born_ms, 'seq', ARGV[1], 'born_ms', born_ms, 'born_seq', ARGV[1])
+  born = string.format('%.0f-%s', now, ARGV[1])
+  newest = born
+  redis.call('HSET', KEYS[1], 'born', born, 'newest', newest)
 end
-local counter = redis.call('HMGET', KEYS[1], 'ms', 'seq', 'born_ms', 'born_seq', 'floor')
-local ms, seq = tonumber(counter[1]), tonumber(counter[2])
-local born_ms, born_seq = tonumber(counter[3]), tonumber(counter[4])
-local floor = counter[5]
-if not floor or redis.call('EXISTS', KEYS[2], KEYS[3]) < 2 then floor = id_of(ms, seq) end
+if not floor or redis.call('EXISTS', KEYS[2], KEYS[3]) < 2 then floor = newest end
 """
 
 # One script: two commands can be seen in another order by subscribers, or be cut apart by a crash. Redis refuses for
 # want of memory at the first write, so before PUBLISH.
-# KEYS: counter, newest, used, history. ARGV: base, channel, message, events kept, seconds kept, channels remembered.
+# KEYS: counter, newest, used, history. ARGV: start, channel, message, events kept, seconds kept, channels remembered.
 PUBLISH_LUA = f"""{COUNTER_LUA}
-ms, seq = math.max(now, ms), seq + 1
-local id = id_of(ms, seq)
-redis.call('HSET', KEYS[1], 'ms', string.match(id, '%d+'), 'seq', string.match(id, '%d+$'))
+local id = string.format('%.0f-%.0f', math.max(now, ms(newest)), seq(newest) + 1)
+redis.call('HSET', KEYS[1], 'newest', id)
 local message = string.sub(ARGV[3], 1, -2) .. ', "id": "' .. id .. '"}}'
 local receivers = redis.call('PUBLISH', ARGV[2], message)
 local previous = redis.call('HGET', KEYS[2], ARGV[2]) or floor
 redis.call('HSET', KEYS[2], ARGV[2], id)
-redis.call('ZADD', KEYS[3], string.match(id, '%d+'), ARGV[2])
+redis.call('ZADD', KEYS[3], ms(id), ARGV[2])
 if redis.call('ZCARD', KEYS[3]) > tonumber(ARGV[6]) then
   local oldest = redis.call('ZPOPMIN', KEYS[3])[1]
   local forgotten = redis.call('HGET', KEYS[2], oldest) or id
   redis.call('HDEL', KEYS[2], oldest)
-  if is_later(forgotten, floor) then floor = forgotten end
+  if forgotten > floor then floor = forgotten end
 end
 redis.call('HSET', KEYS[1], 'floor', floor)
 local function add()
@@ -398,31 +388,30 @@ redis.call('EXPIRE', KEYS[4], ARGV[5])
 return {{receivers, id}}
 """
 
-# KEYS: counter, newest, used, a history per channel. ARGV: base, bytes per channel, an id or '', the channels.
-# Answers {position now, reason for a reset or '', id up to which the entries are whole or '', message, message, …}.
+# KEYS: counter, newest, used, a history per channel. ARGV: start, bytes per channel, an id or '', the channels.
+# Answers {newest id, reason for a reset or '', id up to which the entries are whole or '', message, message, …}.
 # The proof that nothing is missing: each entry holds the id before it on its channel, which must be one that the
 # stream has seen; and after the last entry, the newest id of the channel must be that entry's.
 RESUME_LUA = f"""{COUNTER_LUA}
-local position, from = id_of(ms, seq), ARGV[3]
-if from == '' then return {{position, '', ''}} end
-local from_ms, from_seq = parts(from)
-if from_ms < born_ms then return {{position, 'data-lost', ''}} end
-if from_ms > ms or from_seq < born_seq or from_seq > seq then return {{position, 'unknown-id', ''}} end
-local answer = {{position, '', ''}}
+local from, answer = ARGV[3], {{newest, '', ''}}
+if from == '' then return answer end
+if ms(from) < ms(born) then return {{newest, 'data-lost', ''}} end
+local is_known = ms(from) <= ms(newest) and seq(born) <= seq(from) and seq(from) <= seq(newest)
+if not is_known then return {{newest, 'unknown-id', ''}} end
 for index = 4, #KEYS do
   local last, bytes = from, 0
   repeat
     local page = redis.call('XRANGE', KEYS[index], '(' .. last, '+', 'COUNT', 10)
     for _, entry in ipairs(page) do
-      if is_later(entry[2][2], last) then return {{position, 'trimmed', ''}} end
+      if entry[2][2] > last then return {{newest, 'trimmed', ''}} end
       last, answer[#answer + 1] = entry[1], entry[2][4]
       bytes = bytes + #entry[2][4]
       if bytes > tonumber(ARGV[2]) then break end
     end
   until #page < 10 or bytes > tonumber(ARGV[2])
-  if is_later(redis.call('HGET', KEYS[2], ARGV[index]) or floor, last) then
-    if bytes <= tonumber(ARGV[2]) then return {{position, 'expired', ''}} end
-    if answer[3] == '' or is_later(answer[3], last) then answer[3] = last end
+  if (redis.call('HGET', KEYS[2], ARGV[index]) or floor) > last then
+    if bytes <= tonumber(ARGV[2]) then return {{newest, 'expired', ''}} end
+    if answer[3] == '' or last < answer[3] then answer[3] = last end
   end
 end
 return answer
@@ -495,7 +484,7 @@ class Channels:
             self._pool.release(connection)
 
     def _run(self, script: str, keys: Sequence[str], arguments: Sequence[str | bytes | int]) -> Any:
-        rest = (len(keys), *keys, random.randrange(2**40, 2**50), *arguments)
+        rest = (len(keys), *keys, random.randrange(10**15, 9 * 10**15), *arguments)
         try:
             return self._call("EVALSHA", hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest(), *rest)
         except NoScriptError:  # nothing ran
@@ -517,7 +506,7 @@ class Channels:
         published.id = event_id.decode()
         return published
 
-    def resume(self, channels: Sequence[str], last_event_id: str) -> Iterator[tuple[int, bytes, int]]:
+    def resume(self, channels: Sequence[str], last_event_id: str) -> Iterator[tuple[str, bytes, int]]:
         """Yield `(position, frames, events)`, page by page, for a stream that was at last_event_id, or is new ("").
 
         events is the number of events in frames. After the last page, live events at or before its position are
@@ -525,26 +514,23 @@ class Channels:
         dispatches nothing. RedisAway.
         """
         if not self.history:
-            yield 0, _reset("history-off", None) if last_event_id else b"", bool(last_event_id)
+            yield "", _reset("history-off", None) if last_event_id else b"", bool(last_event_id)
             return
-        position = position_of(last_event_id)
-        after = "-".join(str(int(part)) for part in last_event_id.split("-")) if position else ""
         keys = (COUNTER_KEY, NEWEST_KEY, USED_KEY, *(HISTORY_KEY + channel for channel in channels))
-        whole_to = last_event_id.encode()
-        while whole_to or not position:
-            arguments: tuple[str | int, ...] = (HISTORY_PAGE_BYTES // len(channels), after, *channels)
-            now, lost, whole_to, *messages = self._run(RESUME_LUA, keys, arguments)
+        position, is_whole = position_of(last_event_id), False
+        while not is_whole:
+            arguments: tuple[str | int, ...] = (HISTORY_PAGE_BYTES // len(channels), position, *channels)
+            newest, lost, whole_to, *messages = self._run(RESUME_LUA, keys, arguments)
+            told = b"id: %b\n\n" % newest
             if lost or (last_event_id and not position):
-                yield position_of(now.decode()), _reset(lost.decode() or "unknown-id", now.decode()), 1
+                yield newest.decode(), _reset(lost.decode() or "unknown-id", newest.decode()), 1
                 return
             if not position:
-                yield 0, b"id: %b\n\n" % now, 0
+                yield "", told, 0
                 return
-            after = (whole_to or now).decode()
-            position = position_of(after)
-            events = sorted(event for event in map(framed, messages) if event[0] <= position)
-            told = b"" if whole_to else b"id: %b\n\n" % now
-            yield position, b"".join(frame for _, frame in events) + told, len(events)
+            is_whole, position = not whole_to, (whole_to or newest).decode()
+            events = sorted(event for event in map(framed, messages) if event[0] <= position)  # the others come again
+            yield position, b"".join(frame for _, frame in events) + told * is_whole, len(events)
 
     def connect_subscriber(self) -> socket.socket:
         """A connected, authenticated, non-blocking socket to Redis that belongs to the caller. RedisAway."""
@@ -667,8 +653,8 @@ class Stream:
     sock: socket.socket = dataclasses.field(init=False)  # since it is live
     subscriber: Subscriber | None = None
     flowing: bool = False  # live, not ended, nothing in backlog, and past replayed_to: what arrives is sent at once
-    held: list[Run] | None = dataclasses.field(default_factory=list)  # what arrived before it was live; then None
-    replayed_to: int = 0  # a position: live events up to here were in the replay
+    held: list[Batch] | None = dataclasses.field(default_factory=list)  # what arrived before it was live; then None
+    replayed_to: str = ""  # a position: live events up to here were in the replay
     backlog: deque[memoryview] | None = None  # what the kernel did not take
     backlog_bytes: int = 0  # of held, or of backlog
     stray_bytes: int = 0  # sent by the browser on the open stream
@@ -677,7 +663,7 @@ class Stream:
     ended: str = ""  # a key of ENDED
 
 
-Waiting = tuple[Stream, SimpleQueue[str]]  # a stream that is being opened, and where its request's thread listens
+Opening = tuple[Stream, SimpleQueue[str]]  # a stream that is being opened, and where its request's thread listens
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -689,7 +675,7 @@ class Subscriber:
     streams: dict[bytes, set[Stream]] = dataclasses.field(default_factory=dict)  # of exactly the channels it follows
     lost: bool = False  # also read by other threads
     # The commands that Redis has not answered, in order: the channel, and who waits for the answer, and where.
-    commands: deque[tuple[bytes, list[Waiting]]] = dataclasses.field(default_factory=deque)
+    commands: deque[tuple[bytes, list[Opening]]] = dataclasses.field(default_factory=deque)
     parts: list[bytes] = dataclasses.field(default_factory=list)  # the beginning of a reply
     missing: int = 0  # bytes of it that are still to come, at least
     skipping: bool = False  # it is a message larger than max_message
@@ -729,15 +715,15 @@ class Subscriber:
         channel, answered = self.commands.popleft()
         if error:
             self.streams.pop(channel, None)
-            for stream, answer in [*answered, *self.waiting()]:
+            for stream, answer in [*answered, *self.unanswered()]:
                 if channel in stream.channels:
                     answer.put(f"Redis refused: {error}")
         for _, answer in answered:  # who has been refused takes no second answer
             answer.put("")
 
-    def waiting(self) -> list[Waiting]:
-        """Everyone whose commands Redis has not answered."""
-        return [waiting for _, all_waiting in self.commands for waiting in all_waiting]
+    def unanswered(self) -> list[Opening]:
+        """Everyone whose command Redis has not answered."""
+        return [opening for _, openings in self.commands for opening in openings]
 
     def read(self) -> Read | None:
         """Whatever Redis has sent, or None while a message is incomplete. OSError: the connection is lost."""
@@ -760,11 +746,9 @@ class Subscriber:
         self.missing, self.skipping = read.missing, read.missing > self.max_message
         if read.missing:
             self.parts = [received[read.consumed :]]
-        return (
-            dataclasses.replace(read, dropped=(*read.dropped, (b"?", "message is too large")))
-            if self.skipping
-            else read
-        )
+        if self.skipping:
+            return dataclasses.replace(read, dropped=(*read.dropped, (b"?", "message is too large")))
+        return read
 
     def all_streams(self) -> set[Stream]:
         """Every stream that it feeds."""
@@ -774,7 +758,7 @@ class Subscriber:
 class Relay:
     """Owns all live streams and all subscribers. One thread, `run`, alone reads Redis and writes to browsers: no locks.
 
-    Other threads hand it work with `call`. Per wake-up it
+    Other threads hand it work, the methods without an underscore, with `call`. Per wake-up it
     1. reads what Redis has sent, and sends it to the streams that follow the channel;
     2. notices browsers that left, or can take more of their backlog;
     3. does what other threads asked for;
@@ -805,9 +789,10 @@ class Relay:
 
     def run(self) -> None:
         """The relay's thread, until it has drained."""
-        tick_s, next_tick = min(1.0, self.settings.heartbeat / 4), 0.0
+        ticked_at = -math.inf
         while self.streams or not self._draining:
-            ready = self._selector.select(0.02 if self._draining else tick_s)
+            tick_s = 0.02 if self._draining else min(1.0, self.settings.heartbeat / 4)
+            ready = self._selector.select(tick_s)
             self._now = time.monotonic()
             for key, mask in ready:
                 handler, whose = key.data
@@ -816,8 +801,8 @@ class Relay:
             while self._calls:
                 function, arguments = self._calls.popleft()
                 self._safely(function, *arguments)
-            if self._now >= next_tick:
-                next_tick = self._now + (0.02 if self._draining else tick_s)
+            if self._now >= ticked_at + tick_s:
+                ticked_at = self._now
                 self._safely(self._tick)
         for subscriber in tuple(self.subscribers):
             self._lose(subscriber)
@@ -839,28 +824,29 @@ class Relay:
             if subscriber.lost:
                 raise ConnectionError
             if subscriber not in self.subscribers:
-                self.subscribers.add(subscriber)
                 self._selector.register(subscriber.sock, selectors.EVENT_READ, (self._on_redis, subscriber))
+                self.subscribers.add(subscriber)
             subscriber.add(stream, answer)
         except OSError:
             answer.put(ENDED["redis-lost"])
             self._lose(subscriber)
 
     def _lose(self, subscriber: Subscriber) -> None:
-        """Close its connection; its streams end, and come back by themselves."""
+        """Close its connection; its streams end, and come back by themselves: each new one opens a new connection."""
         if subscriber.lost:
             return
         subscriber.lost = True
-        self.subscribers.discard(subscriber)
-        self._selector.unregister(subscriber.sock)
+        if subscriber in self.subscribers:
+            self.subscribers.discard(subscriber)
+            self._selector.unregister(subscriber.sock)
         subscriber.sock.close()
-        for _, answer in subscriber.waiting():
+        for _, answer in subscriber.unanswered():
             answer.put(ENDED["redis-lost"])
         for stream in subscriber.all_streams():
             stream.subscriber = None
             self.end(stream, "redis-lost")
 
-    def go_live(self, stream: Stream, sock: socket.socket, replayed_to: int) -> None:
+    def go_live(self, stream: Stream, sock: socket.socket, replayed_to: str) -> None:
         """Take over the stream's socket; send what arrived meanwhile and was not in the replay."""
         sock.setblocking(False)
         stream.sock, stream.sent_at, stream.replayed_to = sock, self._now, replayed_to
@@ -871,8 +857,8 @@ class Relay:
             return
         held, stream.held, stream.backlog_bytes = stream.held, None, 0
         stream.flowing = not replayed_to
-        for run in held or ():
-            self._deliver(run, (stream,))
+        for batch in held or ():
+            self._deliver(batch, (stream,))
         if self._draining:
             self.end(stream, "drain")
 
@@ -896,22 +882,22 @@ class Relay:
         """Pass on what was read in this wake-up: each read once, for all subscribers that read the same."""
         reads, self._reads = self._reads, defaultdict(list)
         for read, subscribers in reads.items():
-            for run in read.runs:
-                channel = run.channel
-                self._deliver(run, [stream for each in subscribers for stream in each.streams.get(channel, ())])
-                self.counts["messages_received_total"] += len(run.events) * len(subscribers)
+            for batch in read.batches:
+                channel = batch.channel
+                self._deliver(batch, [stream for each in subscribers for stream in each.streams.get(channel, ())])
+                self.counts["messages_received_total"] += len(batch.events) * len(subscribers)
             for channel, why in read.dropped:
                 where = channel.decode(errors="replace")
                 self._complaints["dropped", f"a message on channel {where!r}: {why}"] += len(subscribers)
                 self.counts[f'messages_dropped_total{{reason="{why}"}}'] += len(subscribers)
 
-    def _deliver(self, run: Run, streams: Sequence[Stream]) -> None:
+    def _deliver(self, batch: Batch, streams: Sequence[Stream]) -> None:
         """Send one channel's new events to each stream that follows it. Most time is spent in this loop."""
-        plain, chunked, count, now, reached = *run.wires, len(run.events), self._now, len(streams)
+        plain, chunked, count, now, reached = batch.plain, batch.chunked, len(batch.events), self._now, len(streams)
         for stream in streams:
             if not stream.flowing:
                 reached -= 1
-                self._feed(stream, run)
+                self._feed(stream, batch)
                 continue
             wire = chunked if stream.chunked else plain
             try:
@@ -923,33 +909,33 @@ class Relay:
             if sent < len(wire):
                 self._queue(stream, memoryview(wire)[sent:])
         if reached:
-            self._count(run, reached)
+            self._count(batch, reached)
 
-    def _count(self, run: Run, reached: int) -> None:
-        counts, newest = self.counts, run.events[-1][0]
-        counts["events_sent_total"] += len(run.events) * reached
-        counts["sent_bytes_total"] += len(run.wires[0]) * reached
-        delay_s = time.time() - (newest >> 54) / 1000  # its milliseconds are Redis's clock
-        if newest and delay_s < 86400:  # more than that is an id that somebody made up
+    def _count(self, batch: Batch, reached: int) -> None:
+        counts, newest = self.counts, batch.events[-1][0]
+        counts["events_sent_total"] += len(batch.events) * reached
+        counts["sent_bytes_total"] += len(batch.plain) * reached
+        delay_s = time.time() - int(newest[:13] or 0) / 1000  # its milliseconds are Redis's clock
+        if delay_s < 86400:  # more than that is an id that somebody made up
             counts["delivery_delay_seconds_sum"] += max(0.0, delay_s) * reached
             counts["delivery_delay_seconds_count"] += reached
 
-    def _feed(self, stream: Stream, run: Run) -> None:
+    def _feed(self, stream: Stream, batch: Batch) -> None:
         """The same for a stream that is not flowing: not live yet, just replayed, or behind."""
         if stream.held is not None:
-            stream.held.append(run)
-            stream.backlog_bytes += len(run.wires[0])
+            stream.held.append(batch)
+            stream.backlog_bytes += len(batch.plain)
             if stream.backlog_bytes > self.settings.max_backlog and len(stream.held) > 1:
                 self.end(stream, "slow")
             return
         if stream.replayed_to:
-            caught_up = run.events[-1][0] > stream.replayed_to
-            run = run_of(run.channel, run.events, after=stream.replayed_to)
-            stream.replayed_to = 0 if caught_up else stream.replayed_to
-        if run.events:
-            stream.events += len(run.events)
-            self._count(run, 1)
-            self._queue(stream, run.wires[stream.chunked])
+            caught_up = batch.events[-1][0] > stream.replayed_to
+            batch = batch_of(batch.channel, batch.events, after=stream.replayed_to)
+            stream.replayed_to = "" if caught_up else stream.replayed_to
+        if batch.events:
+            stream.events += len(batch.events)
+            self._count(batch, 1)
+            self._queue(stream, batch.chunked if stream.chunked else batch.plain)
 
     def _queue(self, stream: Stream, wire: bytes | memoryview) -> None:
         """Send this after what waits already, and end the stream if too much waits."""
@@ -990,12 +976,12 @@ class Relay:
             return
         if mask & selectors.EVENT_READ:
             try:
-                stray = len(stream.sock.recv(4096))
-            except BlockingIOError:
-                stray = 1
+                stray = stream.sock.recv(4096)
+            except BlockingIOError:  # nothing, after all
+                return
             except OSError:
-                stray = 0
-            stream.stray_bytes += stray
+                stray = b""
+            stream.stray_bytes += len(stray)
             if not stray or stream.stray_bytes > STRAY_BYTES:
                 self.end(stream, "gone")
                 return
@@ -1011,7 +997,7 @@ class Relay:
                 if now - stream.sent_at > 2 * heartbeat:
                     self.end(stream, "slow")
             elif now - stream.sent_at >= heartbeat:
-                self._queue(stream, chunk(HEARTBEAT) if stream.chunked else HEARTBEAT)
+                self._queue(stream, http_chunk(HEARTBEAT) if stream.chunked else HEARTBEAT)
         for (done, what), number in self._complaints.items():
             log.warning("%s %d × %s", done, number, what)
         self._complaints.clear()
@@ -1037,7 +1023,7 @@ class Relay:
         with contextlib.suppress(OSError):
             if ENDED[stream.ended] and not stream.backlog:
                 farewell = self.settings.farewell(ENDED[stream.ended])
-                stream.sock.send(chunk(farewell) + LAST_CHUNK if stream.chunked else farewell)
+                stream.sock.send(http_chunk(farewell) + LAST_CHUNK if stream.chunked else farewell)
             if stream.ended == "slow":  # what the kernel holds is not worth keeping: reset the connection
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.sock.close()
@@ -1209,7 +1195,10 @@ class Handler(socketserver.BaseRequestHandler):
     # Checking
 
     def _check_host(self) -> None:
-        """Against DNS rebinding, where a foreign page's own name leads to this server. HTTPError 403."""
+        """Against DNS rebinding, where a foreign page's own name leads to this server. HTTPError 403.
+
+        `local`: it was asked for by a name that only this machine can mean.
+        """
         settings, host = self.server.settings, re.sub(":[0-9]+$", "", self.asked.headers["host"]).lower()
         self.local = settings.loopback() and host in ("localhost", "127.0.0.1", "[::1]", settings.host)
         any_name = not settings.loopback() and not settings.allow_host
@@ -1223,7 +1212,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Whose pages may read the answer beside our own: "*" for those of any origin, the origin that asks, or ""."""
         origin, allowed = self.asked.headers.get("origin", ""), self.server.settings.allow_origin
         public = ROUTES.get(self.asked.path, ("", "", True))[2] and (not allowed or "*" in allowed)
-        return "*" if public else origin * (origin in allowed)
+        return "*" if public else origin if origin in allowed else ""
 
     def _check_reader(self) -> None:
         if "origin" in self.asked.headers and not self._allowed_origin() and not self._own_origin():
@@ -1329,7 +1318,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _answer_numbers(self) -> bool:
         """The digits 1 to 6, one each half second: the obvious stream, with a thread that writes and waits."""
         self._check_reader()
-        if not self.server.numbers.acquire(blocking=False):
+        if not self.server.counting.acquire(blocking=False):
             return self._not_now(f"{MAX_NUMBERS} pages are counting already")
         try:
             self._send(self._stream_head())
@@ -1339,7 +1328,7 @@ class Handler(socketserver.BaseRequestHandler):
                     self._send(self._wire(b"", last=True))
                     break
         finally:
-            self.server.numbers.release()
+            self.server.counting.release()
         return False
 
     def _answer_healthz(self) -> bool:
@@ -1370,7 +1359,7 @@ class Handler(socketserver.BaseRequestHandler):
         """A piece of an event stream as it is sent."""
         if not self.asked.chunks:
             return data
-        return (chunk(data) if data else b"") + (LAST_CHUNK if last else b"")
+        return (http_chunk(data) if data else b"") + (LAST_CHUNK if last else b"")
 
     # The event stream
 
@@ -1387,7 +1376,7 @@ class Handler(socketserver.BaseRequestHandler):
         if self.asked.method == "HEAD":
             self._send(self._stream_head())
             return False
-        peer, number = self.client_address[0], next(self.server.numbering)
+        peer, number = self.client_address[0], next(self.server.stream_numbers)
         if why := self.server.admit(peer):
             return self._not_now(why)
         stream = Stream(number, peer, tuple(map(str.encode, channels)), self.asked.chunks, ends_at)
@@ -1462,8 +1451,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.settings, self.channels, self.page = settings, channels, page_and_policy()
         self.relay = Relay(settings, self.release)
         self.stopping = threading.Event()
-        self.numbers = threading.BoundedSemaphore(MAX_NUMBERS)
-        self.numbering = itertools.count(1)
+        self.counting = threading.BoundedSemaphore(MAX_NUMBERS)
+        self.stream_numbers = itertools.count(1)
         self.answering: set[threading.Thread] = set()  # what `run` waits for, a second at most
         self._lock = threading.Lock()  # for the next three
         self._counts: Counter[str] = Counter()  # samples for GET /metrics
@@ -1589,7 +1578,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):  # answer those who were in the queue: closing would reset them
-            for _ in range(100):
+            for _ in range(100):  # a flood does not keep us
                 self.process_request(*self.get_request())
         self.server_close()
         deadline = time.monotonic() + min(1.0, self.settings.drain / 5)
@@ -1603,7 +1592,8 @@ def page_and_policy() -> tuple[bytes, str]:
     """The page, and a Content-Security-Policy that lets it run its own script and style and nothing else."""
     candidates = (Path(__file__).with_name(name) for name in ("ssepush.html", "index.html"))  # installed; from here
     page = next(path for path in candidates if path.exists()).read_text("utf-8")
-    policy = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+    policy += "; frame-ancestors 'none'"
     for tag in ("script", "style"):
         own = (hashlib.sha256(text.encode()).digest() for text in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL))
         policy += f"; {tag}-src " + " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in own)
@@ -1659,7 +1649,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kept = {name: getattr(options, name) for name in PUBLISHER_OPTIONS}
             lines = (line.rstrip("\r\n") for line in sys.stdin) if options.data == "-" else [options.data]
             for line in lines:
-                print(int(publish(line, options.type, options.channel, options.retry, **kept)), flush=True)
+                print(publish(line, options.type, options.channel, options.retry, **kept), flush=True)
         elif options.command == "sign":
             print(sign(options.channel, options.ttl))
         else:

@@ -718,15 +718,16 @@ def test_a_message_made_here_gives_the_event_it_was_made_of(name: str) -> None:
     )
 
 
-def test_positions_are_in_the_order_of_their_ids_and_zero_for_foreign_ones() -> None:
-    in_order = ["1-1000000000000", "1-1000000000001", "2-1000000000000", "1764000000000-9007199254740991"]
+def test_positions_are_in_the_order_of_their_ids_and_empty_for_foreign_ones() -> None:
+    times, numbers = (1764000000000, 1764000000001, 9999999999999), (1000000000000000, 1000000000000001, 2**53 - 1)
 
-    positions = [ssepush.position_of(event_id) for event_id in in_order]
+    positions = [ssepush.position_of(f"{ms}-{seq}") for ms in times for seq in numbers]
 
     assert positions == sorted(set(positions))
-    assert positions[0] > 0
-    for foreign in (None, "", "7", "1-2-3", "a-1000000000000", "１-1000000000000", "1-1000000000000\n"):
-        assert ssepush.position_of(foreign) == 0
+    assert positions[0]
+    ours = "1764000000000-1000000000000000"
+    for foreign in (None, "", "7", "1-2-3", "a" + ours[1:], "１" + ours[1:], ours + "\n", ours + "0", "0" + ours):
+        assert ssepush.position_of(foreign) == ""
 
 
 def pushed(*words: bytes) -> bytes:
@@ -739,7 +740,7 @@ REPLIES = b"".join(
         b"*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:1\r\n",
         pushed(b"message", b"a", b"one\r\n$3\r\n*2\r\n"),
         pushed(b"message", b"a", b""),
-        pushed(b"message", b"b", '{"data": "二", "id": "1-1000000000000"}'.encode()),
+        pushed(b"message", b"b", '{"data": "二", "id": "1764000000000-1000000000000000"}'.encode()),
         pushed(b"message", b"b", b"\xff"),
         pushed(b"message", b"a", b"three"),
         b"-NOPERM not this channel\r\n",
@@ -760,9 +761,9 @@ def parsed(chunks: Sequence[bytes]) -> tuple[list[Any], list[str], list[Any]]:
         assert not read.missing or read.missing <= sum(map(len, chunks[number:]))
         assert bool(read.missing) == (read.consumed < len(rest))
         rest, missing = rest[read.consumed :], read.missing
-        for run in read.runs:
-            assert run.wires[0] == b"".join(frame for _, frame in run.events)
-            events += [(run.channel, *event) for event in run.events]
+        for batch in read.batches:
+            assert batch.plain == b"".join(frame for _, frame in batch.events)
+            events += [(batch.channel, *event) for event in batch.events]
         replies += map(str, read.replies)
         drops += read.dropped
     assert (rest, missing) == (b"", 0)
@@ -773,10 +774,10 @@ def test_replies_of_redis_are_the_same_however_they_are_cut_into_reads() -> None
     events, replies, drops = whole = parsed([REPLIES])
 
     assert [event[:2] for event in events] == [
-        (b"a", 0),
-        (b"a", 0),
-        (b"b", ssepush.position_of("1-1000000000000")),
-        (b"a", 0),
+        (b"a", ""),
+        (b"a", ""),
+        (b"b", "1764000000000-1000000000000000"),
+        (b"a", ""),
     ]
     assert [dispatched(frame).data for _, _, frame in events] == ["one\n$3\n*2\n", "", "二", "three"]
     assert drops == [(b"b", "message is not UTF-8")]
@@ -1006,7 +1007,7 @@ def test_a_redis_that_answers_what_was_not_asked_is_left_and_the_stream_told_to_
         between.asked(b"SUBSCRIBE")
         between.answer(b"subscribe")
         assert answer.get(timeout=DEADLINE_S) == ""
-        between.relay.call(between.relay.go_live, stream, ours, 0)
+        between.relay.call(between.relay.go_live, stream, ours, "")
 
         between.redis.sendall(b"*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$2\r\nhi\r\n-ERR what was that\r\n")
 
@@ -1640,7 +1641,7 @@ def test_publish_answers_receivers_and_an_id_that_the_event_carries(server: Serv
     assert answer == {"state": "ok", "receivers": 1, "id": answer["id"]}
     assert stream.next() == Received('{"a": 1}', "greet", answer["id"])
     assert stream.parser.retry_ms == 1234
-    assert ssepush.position_of(answer["id"]) > 0
+    assert ssepush.position_of(answer["id"])
 
 
 def test_the_page_is_served_with_a_policy_that_lets_nothing_else_in(server: ServerProcess) -> None:
@@ -2274,7 +2275,7 @@ def test_a_new_stream_is_told_its_position_at_once_without_an_event(server: Serv
 
     with contextlib.closing(opened(server, channel)) as stream:
         assert stream.parser.events == []
-        assert ssepush.position_of(stream.parser.last_event_id) > 0
+        assert ssepush.position_of(stream.parser.last_event_id)
 
 
 def test_a_stream_that_has_seen_no_event_resumes_exactly(server: ServerProcess, channel: str) -> None:
@@ -2386,10 +2387,12 @@ class Past:
 
     def set_clock_ahead(self) -> None:
         """As if Redis's clock had been an hour ahead, and was then set back: the newest id is from the future."""
-        self.redis.client.hincrby(ssepush.COUNTER_KEY, "ms", 3_600_000)
+        newest = str(self.redis.client.hget(ssepush.COUNTER_KEY, "newest"), "ascii")  # type: ignore[arg-type]
+        ms, _, seq = newest.partition("-")
+        self.redis.client.hset(ssepush.COUNTER_KEY, "newest", f"{int(ms) + 3_600_000}-{seq}")
         self.ids.append(self.publish("seen, with an id of the future"))
         self.id = self.ids[-1]
-        assert ssepush.position_of(self.id) >> 54 > (time.time() + 3000) * 1000
+        assert int(self.id.partition("-")[0]) > (time.time() + 3000) * 1000
 
     def ids_of_the_future(self, seconds: int = 3600) -> str:
         ms, seq = self.id.split("-")
@@ -2504,9 +2507,9 @@ FOREIGN_IDS = {
     "one of flask-sse": "42",
     "a UUID": "urn:uuid:8a1a-bc",
     "one of Redis's own": "1700000000000-0",
-    "ours by its form, from before the first": "1700000000000-1234567890123",
-    "ours by its form, from the future": "99999999999999-9999999999999999",
-    "zeros": "0-0000000000000",
+    "ours by its form, from before the first": "1700000000000-1234567890123456",
+    "ours by its form, from the future": "9999999999999-9999999999999999",
+    "zeros": "0000000000000-0000000000000000",
     "not ASCII": "\xe9\xff",
     "4000 digits": "9" * 4000,
     "XRANGE's own words": "- +",
@@ -2668,7 +2671,7 @@ class Publisher(threading.Thread):
         super().__init__(daemon=True)
         self.port, self.channels, self.pause = port, channels, pause
         self.names = map("{} {}".format, itertools.repeat(name), itertools.count())
-        self.acknowledged: list[tuple[int, str, str]] = []  # (position, channel, data)
+        self.acknowledged: list[tuple[str, str, str]] = []  # (position, channel, data)
         self.unsure: list[str] = []
         self.done = threading.Event()
         self.start()
@@ -4538,8 +4541,10 @@ if importlib.util.find_spec("hypothesis"):
 
         rest = ssepush.parse(chunk[first.consumed :])
 
-        cut_events = [(run.channel, event) for read in (first, rest) for run in read.runs for event in run.events]
-        assert cut_events == [(run.channel, event) for run in whole.runs for event in run.events]
+        cut_events = [
+            (batch.channel, event) for read in (first, rest) for batch in read.batches for event in batch.events
+        ]
+        assert cut_events == [(batch.channel, event) for batch in whole.batches for event in batch.events]
         assert first.dropped + rest.dropped == whole.dropped
         assert whole.consumed == len(chunk)
 
@@ -5222,8 +5227,7 @@ def test_ctrl_c_ends_the_server_with_status_0(start: Callable[..., ServerProcess
 
 # ── Publishing from programs ─────────────────────────────────────────────────────────────────────────────────────────
 
-# README shows these, as they are. Those for Django and Celery are what one would register with them, and run here
-# without them: what calls them is the test.
+# README shows these, as they are.
 FLASK_EXAMPLE = """\
 import ssepush
 from flask import Flask, request
@@ -5239,17 +5243,27 @@ def place_order():
 
 DJANGO_EXAMPLE = """\
 import ssepush
+from django.db import transaction
+from django.db.models.signals import post_save
+from django.dispatch import receiver
+
+from .models import Order
 
 
+@receiver(post_save, sender=Order)
 def order_saved(sender, instance, created, **kwargs):
     type = "order_placed" if created else "order_changed"
-    ssepush.publish({"order": instance.pk}, type=type, channel="orders")
+    transaction.on_commit(lambda: ssepush.publish({"order": instance.pk}, type=type, channel="orders"))
 """
 
 CELERY_EXAMPLE = """\
 import ssepush
+from celery import Celery
+
+app = Celery("reports")
 
 
+@app.task
 def make_report(rows):
     for done in range(1, rows + 1):
         ssepush.publish({"done": done, "of": rows}, type="progress", channel="reports")
@@ -5272,6 +5286,16 @@ redis-cli -u "$REDIS_URL" publish ops '{"data": "by redis-cli", "type": "backup"
 ssepush publish ops "by ssepush" --type backup
 df -h / | ssepush publish ops - --type disk
 curl -sS "$SSEPUSH/publish" -H 'Content-Type: application/json' -d '{"channel": "ops", "data": "by curl"}'
+"""
+
+PHP_EXAMPLE = """\
+file_get_contents("http://127.0.0.1:5000/publish", false, stream_context_create(["http" => [
+    "method" => "POST",
+    "header" => "Content-Type: application/json\\r\\nAuthorization: Bearer " . getenv("SSEPUSH_PUBLISH_TOKEN"),
+    "content" => json_encode(["channel" => "orders", "type" => "order_placed", "data" => ["item" => "tea"]]),
+]]));
+
+$redis->publish("orders", json_encode(["type" => "order_placed", "data" => ["item" => "tea"]]));
 """
 
 
@@ -5302,44 +5326,131 @@ def test_a_flask_view_publishes(server: ServerProcess) -> None:
     assert (event.type, json.loads(event.data)) == ("order_placed", {"item": "tea"})
 
 
-@pytest.mark.usefixtures("redis_url")
-def test_a_django_signal_receiver_publishes(server: ServerProcess) -> None:
-    class Order:
-        pk = 7
+DJANGO_APP = {
+    "__init__.py": "",
+    "apps.py": """
+from django.apps import AppConfig
 
+
+class ShopConfig(AppConfig):
+    name = "shop"
+
+    def ready(self):
+        import shop.signals
+""",
+    "models.py": """
+from django.db import models
+
+
+class Order(models.Model):
+    item = models.TextField()
+""",
+    "signals.py": DJANGO_EXAMPLE,
+    "run.py": """
+import django
+from django.conf import settings
+
+database = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
+settings.configure(INSTALLED_APPS=["shop.apps.ShopConfig"], DATABASES={"default": database}, USE_TZ=True)
+django.setup()
+
+from django.db import connection, transaction
+from shop.models import Order
+
+with connection.schema_editor() as editor:
+    editor.create_model(Order)
+try:
+    with transaction.atomic():
+        Order.objects.create(item="taken back")
+        raise ValueError
+except ValueError:
+    pass
+with transaction.atomic():
+    order = Order.objects.create(item="tea")
+    order.save()
+""",
+}
+
+
+def test_a_django_app_publishes_what_was_committed(server: ServerProcess, redis_url: str, tmp_path: Path) -> None:
+    pytest.importorskip("django")
     stream = server.stream("channel=orders")
-    order_saved = names_in(DJANGO_EXAMPLE)["order_saved"]
+    (tmp_path / "shop").mkdir()
+    for name, text in DJANGO_APP.items():
+        (tmp_path / "shop" / name).write_text(text)
+    environment = environment_with(REDIS_URL=redis_url, PYTHONPATH=f"{HERE}:{tmp_path}")
 
-    order_saved(sender=Order, instance=Order(), created=True, raw=False, using="default")
-    order_saved(sender=Order, instance=Order(), created=False, raw=False, using="default")
+    subprocess.run([sys.executable, "-m", "shop.run"], check=True, timeout=DEADLINE_S, env=environment)
 
-    assert [event.type for event in stream.take(2)] == ["order_placed", "order_changed"]
+    events = stream.take(2)
+    assert [event.type for event in events] == ["order_placed", "order_changed"]
+    assert events[0].data == events[1].data == '{"order": 1}'
 
 
-def test_a_celery_task_publishes_from_forked_workers(server: ServerProcess, redis_url: str) -> None:
+def test_a_celery_task_publishes(
+    server: ServerProcess, own_redis: RedisProcess, redis_url: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("celery")
     stream = server.stream("channel=reports")
-    program = f"""
+    (tmp_path / "reports.py").write_text(CELERY_EXAMPLE)
+    paths = f"{HERE}:{tmp_path}"
+    environment = environment_with(REDIS_URL=redis_url, CELERY_BROKER_URL=own_redis.url, PYTHONPATH=paths)
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment}
+
+    worker = [sys.executable, "-m", "celery", "-A", "reports", "worker", "--concurrency", "2", "--loglevel", "warning"]
+    with running(*worker, stderr=subprocess.STDOUT, **options) as process:
+        delay = "import reports; reports.make_report.delay(3)"
+        subprocess.run([sys.executable, "-c", delay], check=True, timeout=DEADLINE_S, **options)
+        events = stream.take(3)
+        process.terminate()
+        process.wait(DEADLINE_S)
+
+    assert [json.loads(event.data) for event in events] == [{"done": done, "of": 3} for done in (1, 2, 3)]
+
+
+def test_forked_workers_publish(server: ServerProcess, redis_url: str) -> None:
+    stream = server.stream("channel=forked")
+    program = """
 import os
-{CELERY_EXAMPLE}
-make_report(1)  # the connection that the workers must not share
+import ssepush
+
+
+def publish(number):
+    for done in range(number):
+        ssepush.publish(done, channel="forked")
+
+
+publish(1)  # the connection that the workers must not share
 workers = []
 for _ in range(4):
     worker = os.fork()
     if not worker:
-        make_report(50)
+        publish(50)
         os._exit(0)
     workers.append(worker)
-make_report(50)
+publish(50)
 assert not any(os.waitpid(worker, 0)[1] for worker in workers)
 """
     environment = environment_with(REDIS_URL=redis_url, PYTHONPATH=str(HERE))
 
     subprocess.run([sys.executable, "-c", program], check=True, timeout=DEADLINE_S, env=environment)
 
-    assert json.loads(stream.next().data) == {"done": 1, "of": 1}
-    events = stream.take(250)
-    assert len({event.id for event in events}) == 250
-    assert sorted(json.loads(event.data)["done"] for event in events) == sorted(list(range(1, 51)) * 5)
+    events = stream.take(251)
+    assert len({event.id for event in events}) == 251
+    assert sorted(int(event.data) for event in events) == sorted([0, *list(range(50)) * 5])
+
+
+def test_php_publishes_over_http_and_redis(server: ServerProcess, redis_process: RedisProcess) -> None:
+    stream = server.stream("channel=orders")
+    connect = f'$redis = new Redis(); $redis->connect("127.0.0.1", {redis_process.port});'
+    example = PHP_EXAMPLE.replace("127.0.0.1:5000", f"127.0.0.1:{server.port}")
+
+    done = subprocess.run([program("php"), "-r", connect + example], capture_output=True, timeout=DEADLINE_S)
+
+    assert (done.returncode, done.stderr) == (0, b""), done
+    over_http, over_redis = stream.take(2)
+    assert over_http[:2] == over_redis[:2] == ('{"item": "tea"}', "order_placed")
+    assert over_http.id
 
 
 def test_a_script_publishes(server: ServerProcess, redis_url: str) -> None:
@@ -5395,6 +5506,7 @@ EXAMPLES = {
     "Celery": CELERY_EXAMPLE,
     "script": SCRIPT_EXAMPLE,
     "shell": SHELL_EXAMPLE,
+    "PHP": PHP_EXAMPLE,
 }
 
 
@@ -6806,4 +6918,4 @@ def test_normal_use_leaves_no_error_in_the_browsers_console(
     wait_for(lambda: state_of(tab) == "open", "the page is open again")
 
     messages = console_log(tab)
-    assert [message for message in messages if "/favicon.ico" not in message] == []
+    assert messages == []

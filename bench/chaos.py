@@ -55,7 +55,7 @@ class Block(NamedTuple):
     type: str | None
     id: str | None
     retry_ms: int | None
-    position: int
+    position: str
 
 
 @functools.lru_cache(maxsize=16_384)
@@ -194,7 +194,7 @@ class Pages(threading.Thread):
 class Outcome(NamedTuple):
     """What is known of each event that was published, by its data."""
 
-    acknowledged: dict[str, tuple[int, str]]  # position, channel
+    acknowledged: dict[str, tuple[str, str]]  # position, channel
     refused: set[str]
     unanswered: dict[str, str]  # channel
 
@@ -335,9 +335,9 @@ class World:
 # ── Judgement ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def spans_of_resets(page: Page) -> Iterator[tuple[int, int]]:
+def spans_of_resets(page: Page) -> Iterator[tuple[str, str]]:
     """The positions between which the page was told that something may be missing."""
-    before = 0
+    before = ""
     for block in page.seen:
         if block.type == "stream-reset":
             yield before, block.position
