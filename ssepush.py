@@ -114,6 +114,21 @@ def between(low: float, high: float) -> Callable[[str], float]:
     return number
 
 
+def matching(pattern: str, what: str) -> Callable[[str], str]:
+    """An argparse type: text of this form."""
+
+    def text(given: str) -> str:
+        if re.fullmatch(pattern, given):
+            return given
+        raise argparse.ArgumentTypeError(f"must be {what}, not {given!r}")
+
+    return text
+
+
+AN_ORIGIN = matching(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", "*, or an origin such as https://example.org")
+A_HOST = matching(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", "a host name such as example.org, without scheme and port")
+
+
 def option(default: object, help: str, **more: object) -> Any:
     """What `command_line` gives to argparse's add_argument, as the value of an attribute of Settings."""
     return {"default": default, "help": help, **more}
@@ -134,8 +149,8 @@ class Settings(argparse.Namespace):
     max_streams_per_address: int = option(0, "of one address; 0: any number (0)", type=between(0, 1_000_000))
     max_backlog: int = option(2**20, "unsent bytes that end a slow stream (1 MiB)", type=between(1024, 2**30))
     max_event: int = option(2**20, "bytes of the largest body to publish (1 MiB)", type=between(16, 2**28))
-    allow_origin: list[str] = option([], "repeatable: which other origins may read, and publish", action="append")
-    allow_host: list[str] = option([], "repeatable: what the Host header may say", action="append")
+    allow_origin: list[str] = option([], "repeatable: who else may read, and publish", action="append", type=AN_ORIGIN)
+    allow_host: list[str] = option([], "repeatable: what the Host header may say", action="append", type=A_HOST)
     reuse_port: bool = option(False, "let several processes listen on the port", action="store_true")
     drain: float = option(5.0, "s to close all streams in when told to stop (5)", type=between(0.0, 3600))
     log_level: str = option("info", "(info)", choices=["debug", "info", "warning", "error"])
@@ -1397,6 +1412,10 @@ class Handler(socketserver.BaseRequestHandler):
         """When a stream with this channel must end, on the monotonic clock. HTTPError 403: no valid token."""
         if not channel.startswith("private-"):
             return math.inf
+        if not self.server.settings.secret:
+            raise HTTPError(
+                403, f"no token opens channel {channel}: SSEPUSH_SECRET is not set in the server's environment"
+            )
         expiry = token_expiry(channel, self.asked.values("token"), self.server.settings.secret)
         if not expiry:
             raise HTTPError(403, f"channel {channel} needs a token= that is signed for it and has not expired")
