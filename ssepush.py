@@ -181,6 +181,7 @@ class Settings(argparse.Namespace):
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
 EVENT_ID = re.compile("[0-9]{13}-[0-9]{16}")  # ours: milliseconds and sequence, which as text are in order, too
+OWN_END = re.compile(rb'"id": "%b"}\r\n$' % EVENT_ID.pattern.encode())  # how a message of ours ends, in Redis's reply
 HEARTBEAT = b":\n\n"
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -754,7 +755,7 @@ class Subscriber:
             received, self.parts = b"".join(self.parts), []
             if self.skipping:
                 end = len(received) + self.missing
-                if EVENT_ID.search(received[max(0, end - 64) : end].decode("latin-1")):
+                if OWN_END.search(received[max(0, end - 64) : end]):
                     raise ConnectionError("an event is too large to be passed on live: streams come back for it")
                 received = received[end:]
         read = (parse_small if len(received) <= READ_BYTES else parse_large)(received)
@@ -820,7 +821,7 @@ class Relay:
                 ticked_at = self._now
                 self._safely(self._tick)
         for subscriber in tuple(self.subscribers):
-            self._lose(subscriber)
+            self.lose(subscriber)
         self._tick()  # for what is still to be logged
         for closable in (self._selector, self._waker, self._woken):
             closable.close()
@@ -844,9 +845,9 @@ class Relay:
             subscriber.add(stream, answer)
         except OSError:
             answer.put(ENDED["redis-lost"])
-            self._lose(subscriber)
+            self.lose(subscriber)
 
-    def _lose(self, subscriber: Subscriber) -> None:
+    def lose(self, subscriber: Subscriber) -> None:
         """Close its connection; its streams end, and come back by themselves: each new one opens a new connection."""
         if subscriber.lost:
             return
@@ -891,7 +892,7 @@ class Relay:
             pass
         except OSError as error:
             self._complaints["lost", f"a Redis subscriber: {error}"] += 1
-            self._lose(subscriber)
+            self.lose(subscriber)
 
     def _take_reads(self) -> None:
         """Pass on what was read in this wake-up: each read once, for all subscribers that read the same."""
@@ -1025,9 +1026,9 @@ class Relay:
         subscriber, stream.subscriber = stream.subscriber, None
         if subscriber and not subscriber.lost:
             try:
-                subscriber.remove(stream) if self.settings.shared else self._lose(subscriber)
+                subscriber.remove(stream) if self.settings.shared else self.lose(subscriber)
             except OSError:
-                self._lose(subscriber)
+                self.lose(subscriber)
         if stream in self.streams:
             self._close(stream)
 
@@ -1423,12 +1424,13 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _open(self, stream: Stream, channels: tuple[str, ...]) -> bool:
         """Subscribe, wait for Redis's confirmation, send what was missed; True: the relay has the socket. RedisAway."""
-        server, answer = self.server, SimpleQueue[str]()
-        server.relay.call(server.relay.subscribe, stream, server.subscriber(), answer)
+        server, subscriber, answer = self.server, self.server.subscriber(), SimpleQueue[str]()
+        server.relay.call(server.relay.subscribe, stream, subscriber, answer)
         try:
             if error := answer.get(timeout=REDIS_S):
                 raise RedisAway(error)
-        except Empty:
+        except Empty:  # a connection that went silent, like one that broke
+            server.relay.call(server.relay.lose, subscriber)
             raise RedisAway("Redis did not confirm the subscription") from None
         asked = [self.asked.headers.get("last-event-id", ""), *self.asked.values("lastEventId"), ""]
         pages = server.channels.resume(channels, next(filter(None, asked), ""))

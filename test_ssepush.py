@@ -937,6 +937,24 @@ def test_a_stream_that_loses_redis_is_told_why_and_a_new_one_streams_again_witho
     assert server.descriptors() <= descriptors
 
 
+def test_a_shared_subscriber_that_no_longer_answers_is_given_up_and_its_streams_come_back(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(own_redis.url, "--shared")
+    stream = server.stream(f"channel={channel}")
+    own_redis.signal(signal.SIGSTOP)
+
+    newcomer = server.stream(f"channel={channel}-new")
+
+    assert newcomer.until_end() == []
+    assert stream.until_end() == []
+    assert says_why(stream), stream.parser.comments
+    own_redis.signal(signal.SIGCONT)
+    again = server.stream(f"channel={channel}")
+    own_redis.publish(channel, "hello")
+    assert again.next().data == "hello"
+
+
 def test_a_redis_that_hangs_is_told_from_one_that_answers(
     own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
 ) -> None:
