@@ -841,7 +841,6 @@ def test_the_message_on_the_channel_is_flask_sses(
     assert message.keys() <= {"data", "type", "id"}
 
 
-@pytest.mark.skipif(not shutil.which("redis-cli"), reason="needs redis-cli")
 def test_redis_cli_beside_it_shows_each_message_as_json(server: ServerProcess, redis_process: RedisProcess) -> None:
     with running(program("redis-cli"), "-p", str(redis_process.port), "subscribe", "sse") as redis_cli:
         assert redis_cli.stdout
