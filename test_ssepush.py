@@ -757,10 +757,10 @@ def parsed(chunks: Sequence[bytes]) -> tuple[list[Any], list[str], list[Any]]:
     rest, missing = b"", 0
     for number, chunk in enumerate(chunks, 1):
         rest += chunk
-        read = ssepush.parse(rest)
+        read = ssepush.parse(rest, 1000)
         assert not read.missing or read.missing <= sum(map(len, chunks[number:]))
-        assert bool(read.missing) == (read.consumed < len(rest))
-        rest, missing = rest[read.consumed :], read.missing
+        assert bool(read.missing) == bool(read.rest)
+        rest, missing = read.rest, read.missing
         for batch in read.batches:
             assert batch.plain == b"".join(frame for _, frame in batch.events)
             events += [(batch.channel, *event) for event in batch.events]
@@ -1003,9 +1003,9 @@ class RelayBetween:
 
     def subscribe(self, *channels: bytes) -> tuple[ssepush.Stream, SimpleQueue[str]]:
         """A new stream, not live yet, and where its answer comes."""
-        stream, answer = ssepush.Stream(1, "127.0.0.1", channels, chunked=False), SimpleQueue[str]()
-        self.relay.call(self.relay.subscribe, stream, self.subscriber, answer)
-        return stream, answer
+        stream = ssepush.Stream(1, "127.0.0.1", channels, chunked=False)
+        self.relay.call(self.relay.subscribe, stream, self.subscriber)
+        return stream, stream.answer
 
     def asked(self, command: bytes) -> None:
         """Wait until Redis has been sent this command for the channel `c`."""
@@ -1198,7 +1198,7 @@ def test_ten_thousand_messages_in_one_burst_arrive_in_order_and_complete(
         assert [event[:2] for event in stream.take(10_000)] == [(f"消息 {n}", "burst") for n in range(10_000)]
 
 
-def test_a_message_larger_than_any_event_may_be_is_dropped_and_the_stream_lives_on(
+def test_a_message_larger_than_any_event_may_be_is_dropped_and_the_stream_lives_on_and_is_told(
     server: ServerProcess, redis_process: RedisProcess, channel: str
 ) -> None:
     stream = server.stream(f"channel={channel}")
@@ -1209,7 +1209,9 @@ def test_a_message_larger_than_any_event_may_be_is_dropped_and_the_stream_lives_
     redis_process.publish(channel, json.dumps({"data": "x" * 2_000_000}))
     redis_process.publish(channel, "good")
 
-    assert [len(event.data) for event in stream.take(2)] == [800_000, 4]
+    first, *resets, last = stream.take(4)
+    assert [len(first.data), last.data] == [800_000, "good"]
+    assert [reset[:2] for reset in resets] == [('{"reason": "too-large"}', "stream-reset")] * 2
     assert dropped(server, "message is too large") == before + 2
     wait_for(lambda: server.said("message is too large"), "it is logged")
 
@@ -1568,6 +1570,7 @@ BAD_BYTES = {
     "a folded header": (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n", 400),
     "a space before the colon": (b"GET / HTTP/1.1\r\nHost: localhost\r\nX : a\r\n\r\n", 400),
     "a head without end": (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 20_000, 431),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
 }
 
 
@@ -2633,6 +2636,25 @@ def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
         process.send_signal(signal.SIGCONT)
 
 
+def test_when_too_many_channels_are_known_streams_from_before_are_reset_and_later_ones_are_not(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(own_redis.url)
+    before = server.publish("seen", channel)["id"]
+    server.publish("another", channel + "-other")
+    known = dict.fromkeys(map(str, range(ssepush.MAX_NEWEST)), before)
+    own_redis.client.hset(ssepush.NEWEST_KEY, mapping=known)
+
+    after = server.publish("one more", channel + "-third")["id"]
+
+    assert own_redis.client.hlen(ssepush.NEWEST_KEY) == 1
+    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=before)) as stream:
+        assert stream.next()[:2] == ('{"reason": "expired"}', "stream-reset")
+    server.publish("missed", channel)
+    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=after)) as stream:
+        assert stream.next().data == "missed"
+
+
 # ── Pages that come and go ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -3319,13 +3341,15 @@ def test_an_event_larger_than_the_server_passes_on_is_not_lost_in_silence(
 ) -> None:
     server = start(redis_process.url)
     stream = opened(server, channel)
+    before = stream.parser.last_event_id
 
     ssepush.publish("x" * 3_000_000, channel=channel, redis_url=redis_process.url, max_event=4_000_000)
     server.publish("last", channel)
-    with contextlib.suppress(AssertionError):  # ended
-        stream.wait(lambda: stream.parser.events, "an event")
 
-    assert not stream.parser.events or len(stream.parser.events[0].data) == 3_000_000
+    reset, last = stream.take(2)
+    assert (reset.type, last.data) == ("stream-reset", "last")
+    with contextlib.closing(server.stream(f"channel={channel}", Last_Event_ID=before)) as again:
+        assert [len(event.data) for event in again.take(2)] == [3_000_000, 4]
 
 
 @pytest.mark.parametrize("attempt", range(3))
@@ -3822,7 +3846,7 @@ REFUSED = {
         403,
         "--allow-origin",
     ),
-    "a HEAD of the demonstration": Ask("default", "HEAD /notifications", CROSS, 403),
+    "a HEAD of the demonstration": Ask("default", "HEAD /notifications", CROSS, 405),
     "a foreign Origin": publishing("default", EVIL, 403, "--allow-origin"),
     "a foreign Origin that claims to be ours": publishing(
         "default", EVIL | {"Sec-Fetch-Site": "same-origin"}, 403, "--allow-origin"
@@ -4554,16 +4578,16 @@ if importlib.util.find_spec("hypothesis"):
         ]
         chunk = b"".join(replies)
         cut = draw.draw(st.integers(0, len(chunk)))
-        whole, first = ssepush.parse(chunk), ssepush.parse(chunk[:cut])
+        whole, first = ssepush.parse(chunk, 1000), ssepush.parse(chunk[:cut], 1000)
 
-        rest = ssepush.parse(chunk[first.consumed :])
+        rest = ssepush.parse(first.rest + chunk[cut:], 1000)
 
         cut_events = [
             (batch.channel, event) for read in (first, rest) for batch in read.batches for event in batch.events
         ]
         assert cut_events == [(batch.channel, event) for batch in whole.batches for event in batch.events]
         assert first.dropped + rest.dropped == whole.dropped
-        assert whole.consumed == len(chunk)
+        assert not whole.rest
 
     @given(
         st.text(st.characters(max_codepoint=255), max_size=60)
