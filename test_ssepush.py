@@ -6775,16 +6775,19 @@ def test_the_lines_to_copy_publish_what_the_form_publishes(
     line: str, server: ServerProcess, redis_process: RedisProcess, tab: WebDriver, channel: str
 ) -> None:
     stream = server.stream(f"channel={channel}")
-    open_page(tab, server, channel)
+    open_page(tab, server, channel + "-quiet")  # or a new row in the log might move the button just when it is clicked
+    enter(tab, "publish-channel", channel)
     environment = {**os.environ, "REDIS_URL": redis_process.url}
     enter(tab, "publish-retry", "4321")
     wrong = {}
     for name, (type_, data) in FORMS.items():
         enter(tab, "publish-type", type_)
         enter(tab, "publish-data", data)
+        tab.execute_script("document.getElementById('answer').textContent = ''")
         click(tab, "#publish button")
+        wait_for(lambda: text_of(tab, "answer") not in ("", "publishing …"), "the page has its answer")
+        assert text_of(tab, "answer").startswith("published")
         by_form = stream.next()
-        wait_for(lambda: text_of(tab, "answer").startswith("published"), "the page has its answer")
 
         command = text_of(tab, f"line-{line}").replace("redis-cli ", f"redis-cli -p {redis_process.port} ", 1)
         command = command.replace("python ssepush.py", f"{sys.executable} ssepush.py", 1)
