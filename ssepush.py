@@ -750,10 +750,10 @@ class Relay:
         self.counts: defaultdict[str, float] = defaultdict(int)  # samples for GET /metrics
         self._counting = threading.Lock()
         self._selector = selectors.DefaultSelector()
-        self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ, (lambda woken, mask: woken.recv(4096), self._woken))
+        self._selector.register(self._woken, selectors.EVENT_READ, (self._woken.recv, 4096))
         self._reads: defaultdict[Read, list[Subscriber]] = defaultdict(list)  # of this wake-up
         self._complaints: Counter[tuple[str, str]] = Counter()  # logged once a second, not ten thousand times
         self._now = time.monotonic()
@@ -761,7 +761,7 @@ class Relay:
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have the relay's thread call this. Any thread."""
-        self._calls.append((function, arguments))
+        self._calls.append((function, *arguments))
         with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
             self._waker.send(b"\0")
 
@@ -777,13 +777,11 @@ class Relay:
             tick_s = 0.02 if self._draining else min(1.0, self.settings.heartbeat / 4)
             ready = self._selector.select(tick_s)
             self._now = time.monotonic()
-            for key, mask in ready:
-                handler, whose = key.data
-                self._safely(handler, whose, mask)
+            for key, _ in ready:
+                self._safely(*key.data)
             self._safely(self._take_reads)
             while self._calls:
-                function, arguments = self._calls.popleft()
-                self._safely(function, *arguments)
+                self._safely(*self._calls.popleft())
             if self._now >= ticked_at + tick_s:
                 ticked_at = self._now
                 self._safely(self._tick)
@@ -793,7 +791,7 @@ class Relay:
         for closable in (self._selector, self._waker, self._woken):
             closable.close()
 
-    def _safely(self, function: Callable[..., None], *arguments: Any) -> None:
+    def _safely(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
             function(*arguments)
         except Exception:
@@ -842,7 +840,7 @@ class Relay:
 
     # Live
 
-    def _on_redis(self, subscriber: Subscriber, mask: int) -> None:
+    def _on_redis(self, subscriber: Subscriber) -> None:
         if subscriber.lost:  # in this wake-up
             return
         try:
@@ -946,22 +944,17 @@ class Relay:
         if key.events != wanted:
             self._selector.modify(stream.sock, wanted, key.data)
 
-    def _on_browser(self, stream: Stream, mask: int) -> None:
-        if stream.ended:  # in this wake-up
-            return
-        if mask & selectors.EVENT_READ:
-            try:
-                stray = stream.sock.recv(4096)
-            except BlockingIOError:  # nothing, after all
-                return
-            except OSError:
-                stray = b""
-            stream.stray_bytes += len(stray)
-            if not stray or stream.stray_bytes > STRAY_BYTES:
-                self.end(stream, "gone")
-                return
-        if mask & selectors.EVENT_WRITE:
+    def _on_browser(self, stream: Stream) -> None:
+        try:
+            stray = stream.sock.recv(4096)
+        except BlockingIOError:  # so it is ready to be written to
             self._flush(stream)
+            return
+        except OSError:  # reset; or ended, and closed, in this wake-up
+            stray = b""
+        stream.stray_bytes += len(stray)
+        if not stray or stream.stray_bytes > STRAY_BYTES:
+            self.end(stream, "gone")
 
     def _tick(self) -> None:
         now, heartbeat = self._now, self.settings.heartbeat
