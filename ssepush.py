@@ -882,7 +882,7 @@ class Relay:
             stream.sent_at = now
             stream.events += number
             if sent < len(wire):
-                self._queue(stream, memoryview(wire)[sent:])
+                self._send(stream, memoryview(wire)[sent:])
         if reached:
             self._count_sent(batch, reached)
 
@@ -910,20 +910,13 @@ class Relay:
         if batch.events and not stream.ended:
             stream.events += len(batch.events)
             self._count_sent(batch, 1)
-            self._queue(stream, batch.chunked if stream.chunked else batch.plain)
+            self._send(stream, batch.chunked if stream.chunked else batch.plain)
 
-    def _queue(self, stream: Stream, wire: bytes | memoryview) -> None:
-        """Send this after what waits already, and end the stream if too much waits."""
+    def _send(self, stream: Stream, *wires: bytes | memoryview) -> None:
+        """Send what waits already, then this, as far as the kernel takes it; end the stream if too much is left."""
         stream.backlog = stream.backlog or deque()
-        stream.backlog.append(memoryview(wire))
-        stream.backlog_bytes += len(wire)
-        self._flush(stream)
-        # What is being sent does not count: an event that is larger than that for itself cuts nobody.
-        if stream.backlog and stream.backlog_bytes - len(stream.backlog[0]) > self.settings.max_backlog:
-            self.end(stream, "slow")
-
-    def _flush(self, stream: Stream) -> None:
-        """Send as much of the backlog as the kernel takes."""
+        stream.backlog.extend(map(memoryview, wires))
+        stream.backlog_bytes += sum(map(len, wires))
         try:
             while stream.backlog:
                 sent = stream.sock.send(stream.backlog[0])
@@ -933,22 +926,23 @@ class Relay:
                 if not stream.backlog[0]:
                     stream.backlog.popleft()
         except BlockingIOError:
-            pass
+            # What is being sent does not count: an event that is larger than that for itself cuts nobody.
+            if stream.backlog_bytes - len(stream.backlog[0]) > self.settings.max_backlog:
+                self.end(stream, "slow")
+                return
         except OSError:
             self.end(stream, "gone")
             return
         stream.backlog = stream.backlog or None
         stream.flowing = not stream.backlog and not stream.replayed_to
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if stream.backlog else 0)
-        key = self._selector.get_key(stream.sock)
-        if key.events != wanted:
-            self._selector.modify(stream.sock, wanted, key.data)
+        self._selector.modify(stream.sock, wanted, self._selector.get_key(stream.sock).data)
 
     def _on_browser(self, stream: Stream) -> None:
         try:
             stray = stream.sock.recv(4096)
         except BlockingIOError:  # so it is ready to be written to
-            self._flush(stream)
+            self._send(stream)
             return
         except OSError:  # reset; or ended, and closed, in this wake-up
             stray = b""
@@ -965,7 +959,7 @@ class Relay:
                 if now - stream.sent_at > 2 * heartbeat:
                     self.end(stream, "slow")
             elif now - stream.sent_at >= heartbeat:
-                self._queue(stream, body_part(HEARTBEAT, stream.chunked))
+                self._send(stream, body_part(HEARTBEAT, stream.chunked))
         for (done, what), number in self._complaints.items():
             log.warning("%s %d × %s", done, number, what)
         self._complaints.clear()
