@@ -816,11 +816,9 @@ class Relay:
             self.subscribers.discard(subscriber)
             self._selector.unregister(subscriber.sock)
         subscriber.sock.close()
-        streams = set[Stream]().union(*subscriber.streams.values())
-        subscriber.streams.clear()
-        for stream in streams:
-            stream.subscriber = None
+        for stream in set[Stream]().union(*subscriber.streams.values()):
             self.end(stream, "redis-lost")
+        subscriber.streams.clear()
 
     def go_live(self, stream: Stream, sock: socket.socket, replayed_to: str) -> None:
         """Take over the stream's socket; send what arrived meanwhile and was not in the replay."""
@@ -828,15 +826,11 @@ class Relay:
         stream.sock, stream.sent_at, stream.replayed_to = sock, self._now, replayed_to
         self._selector.register(sock, selectors.EVENT_READ, (self._on_browser, stream))
         self.streams.add(stream)
-        if stream.ended:
-            self._close(stream)
-            return
         held, stream.held, stream.backlog_bytes = stream.held, None, 0
-        stream.flowing = not replayed_to
         for batch in held or ():
             self._deliver(batch, (stream,))
-        if self._draining:
-            self.end(stream, "drain")
+        if stream.ended or self._draining:
+            self.end(stream, stream.ended or "drain")
 
     # Live
 
@@ -965,22 +959,17 @@ class Relay:
         self._complaints.clear()
 
     def end(self, stream: Stream, reason: str) -> None:
-        """End a stream, for a key of ENDED. Not live yet: it is fed no longer, and closed as soon as it is live."""
-        if stream.ended:
+        """End a stream, for a key of ENDED: it is fed no longer; and released if it is live, or else once it is."""
+        if not stream.ended:
+            stream.ended, stream.flowing, stream.held = reason, False, None
+            stream.answer.put(ENDED[reason])
+            if stream.subscriber and not stream.subscriber.lost:
+                try:
+                    stream.subscriber.remove(stream) if self.settings.shared else self.lose(stream.subscriber)
+                except OSError:
+                    self.lose(stream.subscriber)
+        if stream not in self.streams:
             return
-        stream.ended, stream.flowing, stream.held = reason, False, None
-        stream.answer.put(ENDED[reason])
-        subscriber, stream.subscriber = stream.subscriber, None
-        if subscriber:
-            try:
-                subscriber.remove(stream) if self.settings.shared else self.lose(subscriber)
-            except OSError:
-                self.lose(subscriber)
-        if stream in self.streams:
-            self._close(stream)
-
-    def _close(self, stream: Stream) -> None:
-        """The one place where a live stream is released."""
         self.streams.discard(stream)
         self._selector.unregister(stream.sock)
         with contextlib.suppress(OSError):
@@ -991,8 +980,8 @@ class Relay:
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.sock.close()
         self.count(f'streams_closed_total{{reason="{stream.ended}"}}')
-        seconds, whose = time.monotonic() - stream.opened_at, (stream.peer, b", ".join(stream.channels).decode())
-        what = (stream.number, stream.ended, seconds, stream.events, *whose)
+        seconds, channels = time.monotonic() - stream.opened_at, b", ".join(stream.channels).decode()
+        what = (stream.number, stream.ended, seconds, stream.events, stream.peer, channels)
         log.info("stream %d closed: %s after %.1f s, %d events: %s on %s", *what)
         self.on_end(stream)
 
