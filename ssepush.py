@@ -669,8 +669,8 @@ class Subscriber:
     lost: bool = False  # also read by other threads
     # The commands that Redis has not answered, in order: the channel, and the streams that wait for the answer.
     commands: deque[tuple[bytes, list[Stream]]] = dataclasses.field(default_factory=deque)
-    parts: list[bytes] = dataclasses.field(default_factory=list)  # the beginning of a reply
-    missing: int = 0  # bytes of it that are still to come, at least
+    parts: list[bytes] = dataclasses.field(default_factory=list)  # the beginning of a reply,
+    missing: int = 0  # if bytes of it are still to come: so many, at least
     surplus: int = 0  # bytes still to come of a message that was dropped
 
     def add(self, stream: Stream) -> None:
@@ -724,11 +724,9 @@ class Subscriber:
             self.missing -= len(received)
             if self.missing > 0:
                 return None
-            received, self.parts = b"".join(self.parts), []
+            received = b"".join(self.parts)
         read = (parse_small if len(received) <= READ_BYTES else parse_large)(received, self.max_message)
-        self.missing, self.surplus = read.missing, read.surplus
-        if read.rest:
-            self.parts.append(read.rest)
+        self.parts, self.missing, self.surplus = [read.rest], read.missing, read.surplus
         return read
 
 
