@@ -895,10 +895,9 @@ class Relay:
             if stream.backlog_bytes > self.settings.max_backlog and len(stream.held) > 1:
                 self.end(stream, "slow")
             return
-        if stream.replayed_to:
-            caught_up = batch.events[-1][0] > stream.replayed_to
-            batch = batch_of(batch.channel, batch.events, after=stream.replayed_to)
-            stream.replayed_to = "" if caught_up else stream.replayed_to
+        if after := stream.replayed_to:
+            stream.replayed_to = "" if batch.events[-1][0] > after else after
+            batch = batch_of(batch.channel, batch.events, after)
         if batch.events and not stream.ended:
             stream.events += len(batch.events)
             self._count_sent(batch, 1)
@@ -947,10 +946,9 @@ class Relay:
         for stream in tuple(self.streams):
             if stream.ends_at <= now:
                 self.end(stream, "drain" if self._draining else "expired")
-            elif stream.backlog:
-                if now - stream.sent_at > 2 * heartbeat:
-                    self.end(stream, "slow")
-            elif now - stream.sent_at >= heartbeat:
+            elif stream.backlog and now - stream.sent_at > 2 * heartbeat:
+                self.end(stream, "slow")
+            elif not stream.backlog and now - stream.sent_at >= heartbeat:
                 self._send(stream, body_part(HEARTBEAT, stream.chunked))
         for (done, what), number in self._complaints.items():
             log.warning("%s %d × %s", done, number, what)
