@@ -150,8 +150,6 @@ class Settings(argparse.Namespace):
     drain: float = option(5.0, "s to close all streams in when told to stop (5)", type=between(0.0, 3600))
     log_level: str = option("info", "(info)", choices=["debug", "info", "warning", "error"])
     max_unasked = MAX_UNASKED  # fewer where the open-file limit is low
-    publish_token: str = ""  # of the environment, as secrets should be
-    secret: str = ""
 
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
@@ -1168,9 +1166,8 @@ class Handler(socketserver.BaseRequestHandler):
         foreign = site not in ("same-origin", "none") or (origin is not None and not self._own_origin())
         if foreign and (origin == "null" or origin not in settings.allow_origin):  # any site can have a frame say null
             raise HTTPError(403, f"pages of {origin or 'another site'} may not publish here (--allow-origin)")
-        if settings.publish_token:
-            given, token = headers.get("authorization", "").encode("latin-1"), os.fsencode(settings.publish_token)
-            if not hmac.compare_digest(given, b"Bearer " + token):
+        if token := os.environb.get(b"SSEPUSH_PUBLISH_TOKEN"):
+            if not hmac.compare_digest(headers.get("authorization", "").encode("latin-1"), b"Bearer " + token):
                 challenge = {"WWW-Authenticate": "Bearer"}
                 raise HTTPError(401, "publishing needs the token, as Authorization: Bearer TOKEN", challenge)
         elif not self.local or headers.keys() & {"forwarded", "x-forwarded-for", "x-real-ip", "via"}:  # by a proxy
@@ -1337,7 +1334,7 @@ class Handler(socketserver.BaseRequestHandler):
         """When a stream with this channel must end, on the monotonic clock. HTTPError 403: no valid token."""
         if not channel.startswith("private-"):
             return math.inf
-        secret = self.server.settings.secret
+        secret = os.environ.get("SSEPUSH_SECRET")
         if not secret:
             why = "SSEPUSH_SECRET is not set in the server's environment"
             raise HTTPError(403, f"no token opens channel {channel}: {why}")
@@ -1563,11 +1560,10 @@ def command_line() -> Parser:
     signer.add_argument("channel", metavar="CHANNEL")
     signer.add_argument("--ttl", type=between(1, YEAR_S), default=3600, help="s for which it opens the channel (3600)")
     for name in Settings.__annotations__:
-        if details := vars(Settings)[name]:  # the two secrets have none
-            flag = "--" + name.replace("_", "-")
-            parser.add_argument(flag, **details)
-            if name in PUBLISHER_OPTIONS:
-                publisher.add_argument(flag, **{**details, "default": argparse.SUPPRESS})
+        flag, details = "--" + name.replace("_", "-"), vars(Settings)[name]
+        parser.add_argument(flag, **details)
+        if name in PUBLISHER_OPTIONS:
+            publisher.add_argument(flag, **{**details, "default": argparse.SUPPRESS})
     return parser
 
 
@@ -1602,8 +1598,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(settings: Settings) -> None:
     """Run the server until SIGTERM or Ctrl-C. ValueError: it cannot start, and what to do about that, in one line."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-    settings.publish_token = os.environ.get("SSEPUSH_PUBLISH_TOKEN", "")
-    settings.secret = os.environ.get("SSEPUSH_SECRET", "")
     url = settings.redis_url or os.environ.get("REDIS_URL", "")
     redis = Redis(url or DEFAULT_REDIS_URL, settings.history, settings.history_ttl, settings.max_event)
     settings.max_streams = streams_allowed(settings)
