@@ -1495,12 +1495,16 @@ class Server(http.server.ThreadingHTTPServer):
             families.add(family)
         return text.encode()
 
-    def run(self, until: Callable[[], object]) -> None:
-        """Serve until `until` returns, then drain. The thread that calls this only waits."""
+    def run(self) -> None:
+        """Serve until SIGTERM or Ctrl-C, then drain. The thread that calls this only waits."""
+        sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
+        signals = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         relay = threading.Thread(target=self.relay.run, name="relay", daemon=True)
         relay.start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-        until()
+        signal.sigwait(signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         self.stopping.set()
         self.shutdown()
         self.socket.setblocking(False)
@@ -1612,15 +1616,10 @@ def serve(settings: Settings) -> None:
         taken = " (on macOS 5000 is often AirPlay's): choose another --port" * (error.errno == errno.EADDRINUSE)
         raise ValueError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}{taken}") from None
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    where = f"http://{host}:{server.server_address[1]}/"
-    print(f"ssepush {__version__} serves {where} from {redis.address}{embedded}")
-    at = redis.address.replace("unix://", "-s ") if "unix:" in redis.address else f"-u {redis.address}"
-    redis_cli = "redis-cli" if redis.address == DEFAULT_REDIS_URL else f"redis-cli {at}"
-    print(f'publish with: {redis_cli} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
-    sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    server.run(until=lambda: signal.sigwait(signals) and signal.pthread_sigmask(signal.SIG_UNBLOCK, signals))
+    print(f"ssepush {__version__} serves http://{host}:{server.server_address[1]}/ from {redis.address}{embedded}")
+    at = f" -u {redis.address}".replace("-u unix://", "-s ") if redis.address != DEFAULT_REDIS_URL else ""
+    print(f'publish with: redis-cli{at} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
+    server.run()
 
 
 def find_redis(redis: Redis, may_embed: bool) -> str:
