@@ -1386,6 +1386,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # or each accept would go through all threads
     request_queue_size = 4096  # ten thousand pages come back after a deploy
+    server_bind = socketserver.TCPServer.server_bind  # http.server's looks up our own name, for up to half a minute
 
     def __init__(self, settings: Settings, redis: Redis) -> None:
         """Bind and listen. OSError: the port is taken, or the host is not ours."""
@@ -1404,12 +1405,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.allow_reuse_port = settings.reuse_port
         super().__init__((settings.host, settings.port), Handler)
 
-    def server_bind(self) -> None:
-        """Bind without http.server's reverse look-up of our own name, which can take half a minute."""
-        socketserver.TCPServer.server_bind(self)
-
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of descriptors the connection stays in the queue: pause, rather than spin."""
+        if len(self.answering) > 1:  # others compute: more threads would only fight for the interpreter
+            time.sleep(0.001)
         try:
             return super().get_request()
         except OSError as error:
@@ -1417,12 +1416,6 @@ class Server(http.server.ThreadingHTTPServer):
                 self._end_oldest_unasked()
                 self.stopping.wait(0.05)
             raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the request's thread, after a pause if others compute: more threads only fight for the interpreter."""
-        if len(self.answering) > 1:
-            time.sleep(0.001)
-        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An error of ours: what a browser does, Handler keeps to itself."""
