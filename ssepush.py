@@ -1472,20 +1472,17 @@ class Server(http.server.ThreadingHTTPServer):
     def metrics(self) -> bytes:
         """All samples in Prometheus's text format, version 0.0.4."""
         # What the relay goes on changing is copied in one step each, which the GIL makes whole.
-        streams = tuple(self.relay.streams)
         samples: dict[str, float] = {
             **self.relay.counts,
-            "streams": len(streams),
+            "streams": len(self.relay.streams),
             "subscribers": len(self.relay.subscribers),
-            "backlog_bytes": sum(stream.backlog_bytes for stream in streams),
+            "backlog_bytes": sum(stream.backlog_bytes for stream in tuple(self.relay.streams)),
         }
-        text, families = "", set[str]()
-        for name in sorted(samples):
-            family = re.sub("(_sum|_count)?({.*)?$", "", name)
+        text = ""
+        for family, names in itertools.groupby(sorted(samples), lambda name: re.sub("(_sum|_count)?({.*)?$", "", name)):
             kind = "counter" if family.endswith("_total") else "summary" if "delay" in family else "gauge"
-            text += "" if family in families else f"# TYPE ssepush_{family} {kind}\n"
-            text += f"ssepush_{name} {samples[name]}\n"
-            families.add(family)
+            text += f"# TYPE ssepush_{family} {kind}\n"
+            text += "".join(f"ssepush_{name} {samples[name]}\n" for name in names)
         return text.encode()
 
     def run(self) -> None:
@@ -1514,13 +1511,13 @@ class Server(http.server.ThreadingHTTPServer):
 
 def page_and_policy() -> tuple[bytes, str]:
     """The page, and a Content-Security-Policy that lets it run its own script and style and nothing else."""
-    candidates = (Path(__file__).with_name(name) for name in ("ssepush.html", "index.html"))  # installed; from here
-    page = next(path for path in candidates if path.exists()).read_text("utf-8")
-    policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
-    policy += "; frame-ancestors 'none'"
-    for tag in ("script", "style"):
-        own = (hashlib.sha256(text.encode()).digest() for text in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL))
-        policy += f"; {tag}-src " + " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in own)
+    installed, here = (Path(__file__).with_name(name) for name in ("ssepush.html", "index.html"))
+    page = (installed if installed.exists() else here).read_text("utf-8")
+    policy = "default-src 'none'; connect-src 'self'; img-src data:"
+    policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):  # one of each
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
     return page.encode(), policy
 
 
