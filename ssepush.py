@@ -1561,9 +1561,10 @@ def command_line() -> Parser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; answers the exit status: 0, 1 not published, 2 cannot start, 130 Ctrl-C."""
-    options = Settings(**vars(command_line().parse_args(arguments)))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. SystemExit, with the status: 1 not published, 2 cannot start, 130 Ctrl-C."""
+    parser = command_line()
+    options = Settings(**vars(parser.parse_args(arguments)))
     try:
         if options.command == "publish":
             kept = {name: getattr(options, name) for name in PUBLISHER_OPTIONS}
@@ -1574,19 +1575,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(sign(options.channel, options.ttl))
         else:
             serve(options)
-        return 0
     except ValueError as error:
-        print(f"ssepush: {error}", file=sys.stderr)
-        return 2
+        parser.exit(2, f"ssepush: {error}\n")
     except RedisAway as error:
         what = "it may or may not have been published" if isinstance(error, Unanswered) else "it was not published"
-        print(f"ssepush: {what}: {error}", file=sys.stderr)
-        return 1
+        parser.exit(1, f"ssepush: {what}: {error}\n")
     except KeyboardInterrupt:
-        return 130
+        parser.exit(130)
     except BrokenPipeError:  # whoever read our output has left; and Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        parser.exit(1)
 
 
 def serve(settings: Settings) -> None:
@@ -1657,4 +1655,4 @@ def streams_allowed(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
