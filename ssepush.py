@@ -96,28 +96,21 @@ HISTORY_PAGE_BYTES = 1024 * 1024  # replayed at once; longer histories go page b
 YEAR_S = 31_536_000
 
 
-def between(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from low to high, of low's kind."""
-    kind, digits = type(low), r"[0-9]{1,18}" if isinstance(low, int) else r"[0-9]{1,9}(\.[0-9]{1,9})?"
+def matching(pattern: str, what: str, kind: type = str, fits: Callable[[Any], bool] = bool) -> Callable[[str], Any]:
+    """An argparse type: text of this form, as a value of this kind that fits."""
 
-    def number(text: str) -> float:
-        if re.fullmatch(digits, text) and low <= kind(text) <= high:
+    def value(text: str) -> Any:
+        if re.fullmatch(pattern, text) and fits(kind(text)):
             return kind(text)
-        what = "whole number" if kind is int else "number of seconds"
-        raise argparse.ArgumentTypeError(f"must be a {what} from {low} to {high}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
 
-    return number
+    return value
 
 
-def matching(pattern: str, what: str) -> Callable[[str], str]:
-    """An argparse type: text of this form."""
-
-    def text(given: str) -> str:
-        if re.fullmatch(pattern, given):
-            return given
-        raise argparse.ArgumentTypeError(f"must be {what}, not {given!r}")
-
-    return text
+def between(low: float, high: float) -> Callable[[str], Any]:
+    """An argparse type: a number from low to high, of low's kind."""
+    digits, what = ("[0-9]{1,18}", "whole number") if isinstance(low, int) else (r"[0-9]{1,9}(\.[0-9]{1,9})?", "number")
+    return matching(digits, f"a {what} from {low} to {high}", type(low), lambda number: low <= number <= high)
 
 
 AN_ORIGIN = matching(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", "*, or an origin such as https://example.org")
