@@ -1374,10 +1374,8 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections, starts a thread for each, and keeps what requests share."""
+    """Accepts connections, starts a daemon thread for each, and keeps what requests share."""
 
-    daemon_threads = True
-    block_on_close = False  # or each accept would go through all threads
     request_queue_size = 4096  # ten thousand pages come back after a deploy
     server_bind = socketserver.TCPServer.server_bind  # http.server's looks up our own name, for up to half a minute
 
@@ -1521,10 +1519,9 @@ PUBLISHER_OPTIONS = ("redis_url", "history", "history_ttl", "max_event")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage around it."""
+    """Says what is wrong in one line, without the usage around it, and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
         self.exit(2, f"ssepush: {message} (see {self.prog} --help)\n")
 
 
@@ -1550,7 +1547,7 @@ def command_line() -> Parser:
         flag, details = "--" + name.replace("_", "-"), vars(Settings)[name]
         parser.add_argument(flag, **details)
         if name in PUBLISHER_OPTIONS:
-            publisher.add_argument(flag, **{**details, "default": argparse.SUPPRESS})
+            publisher.add_argument(flag, **details | {"default": argparse.SUPPRESS})
     return parser
 
 
