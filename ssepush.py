@@ -19,8 +19,7 @@ Simplifications, chosen:
    reconnection with its Last-Event-ID is the recovery. Nothing resubscribes in the background.
 2. One Redis, not a cluster: one sequence of ids orders all channels.
 3. HTTP/1.1 without TLS: TLS and HTTP/2 belong to the proxy in front.
-4. By default each stream has a Redis subscriber of its own, so that PUBLISH answers how many pages it reached; with
-   `--shared` one subscriber feeds all streams of the process.
+4. Without `--shared` each stream has a Redis subscriber of its own: PUBLISH then answers how many pages it reached.
 
 The format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 Redis: https://redis.io/docs/latest/develop/pubsub/ and https://redis.io/docs/latest/develop/reference/protocol-spec/
@@ -1398,7 +1397,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of descriptors the connection stays in the queue: pause, rather than spin."""
-        if len(self.answering) > 1:  # others compute: more threads would only fight for the interpreter
+        if len(self.answering) > 1:  # requests compute: one thread more would only fight for the interpreter
             time.sleep(0.001)
         try:
             return super().get_request()
