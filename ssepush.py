@@ -1600,10 +1600,7 @@ def serve(settings: Settings) -> None:
 
 
 def find_redis(redis: Redis, may_embed: bool) -> str:
-    """Ask Redis once; if nothing listens there and it may, start a Valkey in its place. Answers what to say of that.
-
-    ValueError: Redis refuses, or nothing can be started. That it is away is no reason not to start.
-    """
+    """Ask Redis once; if nothing listens and it may, start a Valkey there, and answer what to say of it. ValueError."""
     try:
         redis.ping()
         return ""
