@@ -299,32 +299,30 @@ def parse(received: bytes, max_message: int) -> Read:
 
     A message of more than max_message bytes is dropped unread, and streams are told so: it may have been ours.
     """
-    grouped: list[tuple[bytes, list[tuple[str, bytes]]]] = []
+    events: list[tuple[bytes, tuple[str, bytes]]] = []  # (channel, (position, frame))
     replies, dropped, at, end = [], [], 0, 0
     while head := REPLY.match(received, at):
         channel, length, refusal = head.groups()
         end = head.end() + (int(length) + 2 if length else 0)
-        if end > len(received) and int(length) <= max_message:
-            break
-        at = end
         if not length:
             replies.append((refusal or b"").decode(errors="replace"))
-            continue
-        if not grouped or grouped[-1][0] != channel:
-            grouped.append((channel, []))
-        events = grouped[-1][1]
-        try:
-            if int(length) > max_message:
-                events.append(("", reset_frame("too-large")))
-                raise ValueError("message is too large")
+        elif int(length) > max_message:
+            dropped.append((channel, "message is too large"))
+            events.append((channel, ("", reset_frame("too-large"))))
+        elif end > len(received):
+            break
+        else:
             message = received[head.end() : end - 2]
-            events.append((framed_small if len(message) < 4096 else framed)(message))
-        except ValueError as error:
-            dropped.append((channel, str(error)))
+            try:
+                events.append((channel, (framed_small if len(message) < 4096 else framed)(message)))
+            except ValueError as error:
+                dropped.append((channel, str(error)))
+        at = end
     rest = received[at:]
     if not head and len(rest) > 1024:  # no head is as long
         raise ConnectionError("Redis sent what is not RESP2")
-    batches = [batch_of(name, events) for name, events in grouped if events]
+    successive = itertools.groupby(events, key=lambda event: event[0])
+    batches = [batch_of(channel, [event for _, event in group]) for channel, group in successive]
     missing = end - len(received) if head else len(rest[:1])
     return Read(batches, replies, dropped, rest, missing, max(0, at - len(received)))
 
