@@ -598,15 +598,12 @@ def _token(channel: str, expiry: int, secret: str) -> str:
     return f"{expiry}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"
 
 
-def token_expiry(channel: str, tokens: Iterable[str], secret: str) -> int:
-    """Until when (Unix time, s) one of these tokens opens the channel; 0 if none of them is its, or not any more."""
-    newest = 0
-    for token in tokens:
-        expiry = int(token.partition(".")[0]) if re.match(r"[0-9]{1,12}\.", token) else 0
-        own = _token(channel, expiry, secret).encode()
-        if expiry > time.time() and secret and hmac.compare_digest(own, token.encode()):
-            newest = max(newest, expiry)
-    return newest
+def token_expiry(channel: str, token: str, secret: str) -> int:
+    """Until when (Unix time, s) the token opens the channel; 0 if it is not the channel's, or not any more."""
+    expiry = int(token.partition(".")[0]) if re.match(r"[0-9]{1,12}\.", token) else 0
+    own = _token(channel, expiry, secret).encode()
+    opens = expiry > time.time() and secret and hmac.compare_digest(own, token.encode())
+    return expiry if opens else 0
 
 
 # ── Streams, subscribers, and the relay between them ─────────────────────────────────────────────────────────────────
@@ -1329,7 +1326,7 @@ class Handler(socketserver.BaseRequestHandler):
         if not secret:
             why = "SSEPUSH_SECRET is not set in the server's environment"
             raise HTTPError(403, f"no token opens channel {channel}: {why}")
-        expiry = token_expiry(channel, self.asked.values("token"), secret)
+        expiry = max((token_expiry(channel, token, secret) for token in self.asked.values("token")), default=0)
         if not expiry:
             raise HTTPError(403, f"channel {channel} needs a token= that is signed for it and has not expired")
         return time.monotonic() + expiry - time.time()
