@@ -361,10 +361,10 @@ if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
 
 # One script: two commands can be seen in another order by subscribers, or be cut apart by a crash. Redis refuses for
 # want of memory at the first write, so before PUBLISH.
-# KEYS: counter, newest, history. ARGV: start, channel, message, events kept, seconds kept, channels remembered.
+# KEYS: counter, newest, history. ARGV: start, channel, message, events kept, seconds kept.
 PUBLISH_LUA = f"""{COUNTER_LUA}
 local previous = redis.call('HGET', KEYS[2], ARGV[2]) or floor
-if redis.call('HLEN', KEYS[2]) >= tonumber(ARGV[6]) then
+if redis.call('HLEN', KEYS[2]) >= {MAX_NEWEST} then
   redis.call('UNLINK', KEYS[2])
   floor = newest
 end
@@ -384,12 +384,12 @@ redis.call('EXPIRE', KEYS[3], ARGV[5])
 return {{receivers, id}}
 """
 
-# KEYS: counter, newest, a history per channel. ARGV: start, bytes per channel, an id or '', the channels.
+# KEYS: counter, newest, a history per channel. ARGV: start, an id or '', the channels.
 # Answers {newest id, reason for a reset or '', id up to which the entries are whole or '', message, message, …}.
 # The proof that nothing is missing: each entry holds the id before it on its channel, which must be one that the
 # stream has seen; and after the last entry, the newest id of the channel must be that entry's.
 RESUME_LUA = f"""{COUNTER_LUA}
-local from, max_bytes, answer = ARGV[3], tonumber(ARGV[2]), {{newest, '', ''}}
+local from, max_bytes, answer = ARGV[2], {HISTORY_PAGE_BYTES} / (#KEYS - 2), {{newest, '', ''}}
 if from == '' then return answer end
 if ms(from) < ms(born) then return {{newest, 'data-lost', ''}} end
 local is_known = ms(from) <= ms(newest) and seq(born) <= seq(from) and seq(from) <= seq(newest)
@@ -405,7 +405,7 @@ for index = 3, #KEYS do
       if bytes > max_bytes then break end
     end
   until #page < 10 or bytes > max_bytes
-  if (redis.call('HGET', KEYS[2], ARGV[index + 1]) or floor) > last then
+  if (redis.call('HGET', KEYS[2], ARGV[index]) or floor) > last then
     if bytes <= max_bytes then return {{newest, 'expired', ''}} end
     if answer[3] == '' or last < answer[3] then answer[3] = last end
   end
@@ -502,8 +502,7 @@ class Redis:
             raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
         if not self.history:
             return Published(self._call("PUBLISH", channel, message))
-        kept = (self.history, self.history_ttl, MAX_NEWEST)
-        receivers, event_id = self._run(PUBLISH_LUA, [channel], channel, message, *kept)
+        receivers, event_id = self._run(PUBLISH_LUA, [channel], channel, message, self.history, self.history_ttl)
         published = Published(receivers)
         published.id = event_id.decode()
         return published
@@ -520,8 +519,7 @@ class Redis:
             return
         position, is_whole = position_of(last_event_id), False
         while not is_whole:
-            page_bytes = HISTORY_PAGE_BYTES // len(channels)
-            newest, lost, whole_to, *messages = self._run(RESUME_LUA, channels, page_bytes, position, *channels)
+            newest, lost, whole_to, *messages = self._run(RESUME_LUA, channels, position, *channels)
             told = b"id: %b\n\n" % newest
             if lost or (last_event_id and not position):
                 yield newest.decode(), reset_frame(lost.decode() or "unknown-id", newest.decode()), 1
