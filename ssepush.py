@@ -373,12 +373,10 @@ redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
 redis.call('HSET', KEYS[2], ARGV[2], id)
 local message = string.sub(ARGV[3], 1, -2) .. ', "id": "' .. id .. '"}}'
 local receivers = redis.call('PUBLISH', ARGV[2], message)
-local function add()
-  return redis.pcall('XADD', KEYS[3], 'MAXLEN', '=', ARGV[4], id, 'previous', previous, 'message', message)
-end
-if type(add()) == 'table' then  -- a history from before the counter was born anew, with ids from the future
+local add = {{'XADD', KEYS[3], 'MAXLEN', '=', ARGV[4], id, 'previous', previous, 'message', message}}
+if type(redis.pcall(unpack(add))) == 'table' then  -- a history from before the counter was born anew, with later ids
   redis.call('UNLINK', KEYS[3])
-  add()
+  redis.pcall(unpack(add))
 end
 redis.call('EXPIRE', KEYS[3], ARGV[5])
 return {{receivers, id}}
