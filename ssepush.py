@@ -344,7 +344,7 @@ MAX_NEWEST = 100_000  # channels, at most 300 bytes each
 # below 2^53, so that ids from before Redis lost its data are told from new ones. An id has 13 digits of milliseconds,
 # which never go back, whatever the clock does; a hyphen; and the sequence. All are of one length, so they compare as
 # text. A channel of which the newest event is not known has had none after floor.
-COUNTER_LUA = """
+COUNTER_LUA = f"""
 local clock = redis.call('TIME')
 local now = math.max(clock[1] * 1000 + math.floor(clock[2] / 1000), 1e12)
 local function ms(id) return string.sub(id, 1, 13) end
@@ -356,6 +356,7 @@ if not born then
   newest = born
   redis.call('HSET', KEYS[1], 'born', born, 'newest', newest)
 end
+if redis.call('HLEN', KEYS[2]) >= {MAX_NEWEST} then redis.call('UNLINK', KEYS[2]) end
 if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
 """
 
@@ -364,10 +365,6 @@ if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
 # KEYS: counter, newest, history. ARGV: start, channel, message, events kept, seconds kept.
 PUBLISH_LUA = f"""{COUNTER_LUA}
 local previous = redis.call('HGET', KEYS[2], ARGV[2]) or floor
-if redis.call('HLEN', KEYS[2]) >= {MAX_NEWEST} then
-  redis.call('UNLINK', KEYS[2])
-  floor = newest
-end
 local id = string.format('%.0f-%.0f', math.max(now, ms(newest)), seq(newest) + 1)
 redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
 redis.call('HSET', KEYS[2], ARGV[2], id)
