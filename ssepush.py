@@ -476,8 +476,7 @@ class Redis:
             return connection.read_response()
         except (ResponseError, BusyLoadingError, redis.AuthenticationError) as error:
             raise RedisAway(error) from error
-        except RedisError as error:
-            connection.disconnect()
+        except RedisError as error:  # redis-py has closed the connection
             raise Unanswered(error) from error
         finally:
             self._pool.release(connection)
