@@ -67,10 +67,8 @@ if sys.version_info < (3, 11):  # noqa: UP036  # whoever starts the file itself 
     sys.exit(2)
 
 import redis
-from redis.backoff import NoBackoff
 from redis.connection import parse_url
 from redis.exceptions import BusyLoadingError, RedisError, ResponseError
-from redis.retry import Retry
 
 __version__ = "1.0.0"
 log = logging.getLogger("ssepush")
@@ -440,7 +438,7 @@ class Redis:
         self.history, self.history_ttl, self.max_event = history, history_ttl, max_event
         defaults = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0, "max_connections": 32, "timeout": REDIS_S}
         # No retries: what was asked once must not run twice. RESP2 without CLIENT SETINFO: fewer round trips.
-        fixed = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None, "decode_responses": False}
+        fixed = {"retry": None, "protocol": 2, "driver_info": None, "decode_responses": False}
         try:
             parts = urlsplit(url)
             options = {**defaults, **parse_url(url), **fixed}  # type: ignore[no-untyped-call]
@@ -449,9 +447,8 @@ class Redis:
         except (TypeError, ValueError, RedisError) as error:
             why = "a port must be a number, and / : @ in a password are %2F %3A %40" if "Port" in str(error) else error
             raise ValueError(f"the Redis URL is wrong: {why}") from None
-        user = f"{parts.username}@" if parts.username else ""
         # Where Redis is, without the password: "redis://user@127.0.0.1:6379/0", "unix:///run/redis.sock".
-        self.address = f"{parts.scheme}://{user}{parts.netloc.rpartition('@')[2]}{parts.path}"
+        self.address = f"{parts.scheme}://{re.sub(':.*@', '@', parts.netloc).lstrip('@')}{parts.path}"
 
     @contextlib.contextmanager
     def _connected(self, **changed: Any) -> Iterator[Any]:
