@@ -196,12 +196,10 @@ def event_of(message: bytes) -> Event:
     text = message.decode()
     try:
         members = json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which are not JSON
-        if not isinstance(members, dict) or "data" not in members:
-            return Event(text)
         data = members["data"]
         if not isinstance(data, str):
             data = json.dumps(data, ensure_ascii=False, allow_nan=False)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, TypeError, KeyError):  # no JSON, or none that we can read; no object; no data
         return Event(text)
     type_, id_, retry = map(members.get, ("type", "id", "retry"))
     if not isinstance(type_, str | None):
