@@ -426,13 +426,10 @@ class Published(int):
 
 
 class Redis:
-    """Redis as the other sections see it. Any thread; each call takes a connection of a pool, and gives it back."""
+    """Redis as the other sections see it. Any thread; it connects when first called, with a pool of connections."""
 
     def __init__(self, url: str, history: int, history_ttl: int, max_event: int) -> None:
-        """history: events kept per channel, 0 for none; history_ttl: for how many seconds; max_event: bytes.
-
-        ValueError: the URL is wrong. Nothing is connected yet.
-        """
+        """history: events kept per channel (0: none), for history_ttl seconds. ValueError: the URL is wrong."""
         self.history, self.history_ttl, self.max_event = history, history_ttl, max_event
         defaults = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0, "max_connections": 32, "timeout": REDIS_S}
         # No retries: what was asked once must not run twice. RESP2 without CLIENT SETINFO: fewer round trips.
@@ -481,10 +478,7 @@ class Redis:
         return self._call("EVAL", script, len(keys), *keys, random.randrange(10**15, 9 * 10**15), *arguments)
 
     def publish(self, data: object, type: str | None, channel: str, retry: int | None) -> Published:
-        """Give the event an id, keep it, and send it to every subscriber: all of it, or nothing.
-
-        ValueError or TypeError: an argument cannot be sent; RedisAway: it did not go out; Unanswered: it may have.
-        """
+        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Errors: as of `publish`."""
         check_channel(channel)
         message = message_of(data, type, retry)
         if len(message) > self.max_event:
@@ -497,11 +491,10 @@ class Redis:
         return published
 
     def resume(self, channels: Sequence[str], last_event_id: str) -> Iterator[tuple[str, bytes, int]]:
-        """Yield `(position, frames, events)`, page by page, for a stream that was at last_event_id, or is new ("").
+        """Yield `(position, frames, number of events)`, page by page, for a stream that was at this id, or is new ("").
 
-        events is the number of events in frames. After the last page, live events at or before its position are
-        already sent. A new stream is only told where it is: an id without data sets the browser's last event ID, and
-        dispatches nothing. RedisAway.
+        After the last page, live events at or before its position are already sent. A new stream is only told where it
+        is: an id without data sets the browser's last event ID, and dispatches nothing. RedisAway.
         """
         if not self.history:
             yield "", reset_frame("history-off") if last_event_id else b"", bool(last_event_id)
