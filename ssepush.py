@@ -360,17 +360,14 @@ if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
 # want of memory at the first write, so before PUBLISH.
 # KEYS: counter, newest, history. ARGV: start, channel, message, events kept, seconds kept.
 PUBLISH_LUA = f"""{COUNTER_LUA}
-local previous = redis.call('HGET', KEYS[2], ARGV[2]) or floor
+local previous = redis.call('HGET', KEYS[2], ARGV[2])
 local id = string.format('%.0f-%.0f', math.max(now, ms(newest)), seq(newest) + 1)
 redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
 redis.call('HSET', KEYS[2], ARGV[2], id)
 local message = string.sub(ARGV[3], 1, -2) .. ', "id": "' .. id .. '"}}'
 local receivers = redis.call('PUBLISH', ARGV[2], message)
-local add = {{'XADD', KEYS[3], 'MAXLEN', '=', ARGV[4], id, 'previous', previous, 'message', message}}
-if type(redis.pcall(unpack(add))) == 'table' then  -- a history from before the counter was born anew, with later ids
-  redis.call('UNLINK', KEYS[3])
-  redis.pcall(unpack(add))
-end
+if not previous then redis.call('UNLINK', KEYS[3]) end  -- it proves nothing any more, and may hold later ids
+redis.pcall('XADD', KEYS[3], 'MAXLEN', '=', ARGV[4], id, 'previous', previous or floor, 'message', message)
 redis.call('EXPIRE', KEYS[3], ARGV[5])
 return {{receivers, id}}
 """
