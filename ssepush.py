@@ -67,8 +67,10 @@ if sys.version_info < (3, 11):  # noqa: UP036  # whoever starts the file itself 
     sys.exit(2)
 
 import redis
+from redis.backoff import NoBackoff
 from redis.connection import parse_url
 from redis.exceptions import BusyLoadingError, RedisError, ResponseError
+from redis.retry import Retry
 
 __version__ = "1.0.0"
 log = logging.getLogger("ssepush")
@@ -430,7 +432,7 @@ class Redis:
         self.history, self.history_ttl, self.max_event = history, history_ttl, max_event
         defaults = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0, "max_connections": 32, "timeout": REDIS_S}
         # No retries: what was asked once must not run twice. RESP2 without CLIENT SETINFO: fewer round trips.
-        fixed = {"retry": None, "protocol": 2, "driver_info": None, "decode_responses": False}
+        fixed = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None, "decode_responses": False}
         try:
             parts = urlsplit(url)
             options = {**defaults, **parse_url(url), **fixed}  # type: ignore[no-untyped-call]
