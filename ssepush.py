@@ -1285,14 +1285,13 @@ class Handler(socketserver.BaseRequestHandler):
         if why := self.server.admit(peer):
             return self._not_now(why, "full")
         stream = Stream(number, peer, tuple(map(str.encode, channels)), self.asked.chunked, ends_at)
-        is_live = False
         try:
-            is_live = self._open(stream, channels)
+            self._open(stream, channels)
         except RedisAway as error:
             log.warning("stream %d refused: %s", stream.number, error)
             self._not_now(ENDED["redis-lost"] if error.__cause__ else str(error), "redis-away")  # no address in it
         finally:
-            if not is_live:
+            if self.request.fileno() != -1:  # the relay has not taken it
                 self.server.relay.call(self.server.relay.end, stream, "gone")
                 self.server.release(stream)
         return False
@@ -1310,8 +1309,8 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(403, f"channel {channel} needs a token= that is signed for it and has not expired")
         return time.monotonic() + expiry - time.time()
 
-    def _open(self, stream: Stream, channels: tuple[str, ...]) -> bool:
-        """Subscribe, wait for Redis's confirmation, send what was missed; True: the relay has the socket. RedisAway."""
+    def _open(self, stream: Stream, channels: tuple[str, ...]) -> None:
+        """Subscribe, wait for Redis's confirmation, send what was missed, hand the socket over. RedisAway."""
         settings, relay, subscriber = self.server.settings, self.server.relay, self.server.subscriber()
         relay.call(relay.subscribe, stream, subscriber)
         try:
@@ -1334,14 +1333,13 @@ class Handler(socketserver.BaseRequestHandler):
                 stream.events += events
         except RedisAway:  # the browser comes back for the rest
             self._send(body_part(settings.retry_field(ENDED["redis-lost"]), self.asked.chunked, LAST_CHUNK))
-            return False
+            return
         log.info("stream %d open: %s on %s", stream.number, stream.peer, ", ".join(channels))
         relay.count("streams_opened_total")
         relay.count("events_replayed_total", stream.events)
         family, kind, protocol = self.request.family, self.request.type, self.request.proto
         # Detached, the request's own socket object is an empty shell, which socketserver closes without effect.
         relay.call(relay.go_live, stream, socket.socket(family, kind, protocol, self.request.detach()), position)
-        return True
 
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
