@@ -1184,6 +1184,8 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(400, f"{asked.path} takes no parameter {min(unknown)!r}")
         if is_stream:
             self._check_reader()
+            chunked = {"Transfer-Encoding": "chunked"} if asked.chunked else {}
+            self.stream_head = self._head(200, EVENT_STREAM | chunked)
         return bool(getattr(self, f"_answer_{name}")())
 
     def _answer_page(self) -> bool:
@@ -1242,35 +1244,32 @@ class Handler(socketserver.BaseRequestHandler):
 
     # Event streams
 
-    def _start_stream(self, first: bytes, last: bytes = b"") -> bool:
-        """Send the head of an event stream and its first bytes; False: no more is wanted."""
-        head = self._head(200, EVENT_STREAM | ({"Transfer-Encoding": "chunked"} if self.asked.chunked else {}))
-        is_head = self.asked.method == "HEAD"
-        self._send(head if is_head else head + body_part(first, self.asked.chunked, last))
-        return not is_head
+    def _send_part(self, part: bytes, last: bytes = b"") -> None:
+        """Send a piece of an event stream, the first one after the response's head. b"" is the end of the stream."""
+        self._send(self.stream_head + body_part(part, self.asked.chunked, last))
+        self.stream_head = b""
 
-    def _not_now(self, why: str, reason: str) -> bool:
+    def _not_now(self, why: str, reason: str) -> None:
         """End a stream that cannot be served now. Not by an error status, after which EventSource never tries again."""
         self.server.relay.count(f'streams_refused_total{{reason="{reason}"}}')
-        self._start_stream(self.server.settings.retry_field(why), LAST_CHUNK)
-        return False
+        self._send_part(self.server.settings.retry_field(why), LAST_CHUNK)
 
-    def _answer_numbers(self) -> bool:
+    def _answer_numbers(self) -> None:
         """The digits 1 to 6, one each half second: the obvious stream, with a thread that writes and waits."""
+        if self.asked.method == "HEAD":
+            return self._send(self.stream_head)
         if not self.server.counting.acquire(blocking=False):
             return self._not_now(f"{MAX_NUMBERS} pages are counting already", "full")
         try:
-            wanted = self._start_stream(self.server.settings.retry_field())
-            for digit in itertools.cycle("123456") if wanted else ():
-                is_last = self.server.stopping.wait(0.5)
-                self._send(body_part(frame_of(Event(digit)), self.asked.chunked, LAST_CHUNK if is_last else b""))
-                if is_last:
-                    break
+            self._send_part(self.server.settings.retry_field())
+            digits = itertools.cycle("123456")
+            while not self.server.stopping.wait(0.5):
+                self._send_part(frame_of(Event(next(digits))))
+            self._send_part(b"")
         finally:
             self.server.counting.release()
-        return False
 
-    def _answer_stream(self) -> bool:
+    def _answer_stream(self) -> None:
         """Check, admit, subscribe, replay, and hand the socket over to the relay."""
         try:
             channels = tuple(dict.fromkeys(map(check_channel, self.asked.values("channel")))) or ("sse",)
@@ -1280,7 +1279,7 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(400, f"a stream follows at most {MAX_CHANNELS} channels")
         ends_at = min(map(self._private_until, channels))
         if self.asked.method == "HEAD":
-            return self._start_stream(b"")
+            return self._send(self.stream_head)
         peer, number = self.client_address[0], next(self.server.stream_numbers)
         if why := self.server.admit(peer):
             return self._not_now(why, "full")
@@ -1294,7 +1293,6 @@ class Handler(socketserver.BaseRequestHandler):
             if self.request.fileno() != -1:  # the relay has not taken it
                 self.server.relay.call(self.server.relay.end, stream, "gone")
                 self.server.release(stream)
-        return False
 
     def _private_until(self, channel: str) -> float:
         """When a stream with this channel must end, on the monotonic clock. HTTPError 403: no valid token."""
@@ -1326,14 +1324,10 @@ class Handler(socketserver.BaseRequestHandler):
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # for hosts that vanished
             vanished_ms = round(2000 * settings.heartbeat)
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, vanished_ms)
-        self._start_stream(settings.retry_field() + frames)
-        try:
-            for position, frames, events in pages:  # noqa: B007  # the last page's position counts
-                self._send(body_part(frames, self.asked.chunked))
-                stream.events += events
-        except RedisAway:  # the browser comes back for the rest
-            self._send(body_part(settings.retry_field(ENDED["redis-lost"]), self.asked.chunked, LAST_CHUNK))
-            return
+        self._send_part(settings.retry_field() + frames)
+        for position, frames, events in pages:  # noqa: B007  # the last page's position counts
+            self._send_part(frames)
+            stream.events += events
         log.info("stream %d open: %s on %s", stream.number, stream.peer, ", ".join(channels))
         relay.count("streams_opened_total")
         relay.count("events_replayed_total", stream.events)
