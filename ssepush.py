@@ -1052,7 +1052,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Whether the connection can carry another request."""
         self.asked, self.unread = Request(), 0
         try:
-            self._receive(HEAD_S, lambda: len(self.received) > MAX_HEAD_BYTES or bool(HEAD_END.search(self.received)))
+            self._receive(HEAD_S, lambda: len(self.received) > MAX_HEAD_BYTES or HEAD_END.search(self.received))
             head, _, self.received = self.received.partition(b"\r\n\r\n")
             if len(head) > MAX_HEAD_BYTES:
                 raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
@@ -1065,12 +1065,12 @@ class Handler(socketserver.BaseRequestHandler):
             self._respond(error.status, said, {**error.headers, "Connection": "close"})
             # Closing with unread bytes would reset the connection before the answer is read: read on for a moment.
             self.request.shutdown(socket.SHUT_WR)
-            self._receive(1.0, self._discard)
+            self._receive(1.0, self.received.clear)  # None: never enough
             return False
         finally:
             self.server.answering.discard(threading.current_thread())
 
-    def _receive(self, limit_s: float, enough: Callable[[], bool]) -> None:
+    def _receive(self, limit_s: float, enough: Callable[[], object]) -> None:
         """Read until there is enough, within limit_s all told. OSError: it took longer, or the browser has closed."""
         deadline = time.monotonic() + limit_s
         with self.server.receiving(self.request):
@@ -1082,10 +1082,6 @@ class Handler(socketserver.BaseRequestHandler):
                 if not part:
                     raise ConnectionError
                 self.received += part
-
-    def _discard(self) -> bool:
-        self.received.clear()
-        return False  # never enough
 
     def _body(self) -> bytes:
         """HTTPError: 411 without a length, 413 too large."""
