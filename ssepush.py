@@ -961,7 +961,6 @@ REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")  # RFC 9112
 FIELD_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")  # RFC 9112, 5: no folding
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 SINGLE = {"host", "content-length", "content-type", "origin", "authorization", "last-event-id", "sec-fetch-site"}
-JSON = {"Content-Type": "application/json"}
 EVENT_STREAM = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-store, no-transform",  # a middlebox that compresses would hold events back
@@ -1061,8 +1060,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.server.answering.add(threading.current_thread())
             return self._route(self.asked)
         except HTTPError as error:
-            said = {"state": "error", "error": str(error)}
-            self._respond(error.status, said, {**error.headers, "Connection": "close"})
+            self._respond(error.status, {"state": "error", "error": str(error)}, error.headers)
             # Closing with unread bytes would reset the connection before the answer is read: read on for a moment.
             self.request.shutdown(socket.SHUT_WR)
             self._receive(1.0, self.received.clear)  # None: never enough
@@ -1131,8 +1129,7 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(403, f"pages of {origin or 'another site'} may not publish here (--allow-origin)")
         if token := os.environb.get(b"SSEPUSH_PUBLISH_TOKEN"):
             if not hmac.compare_digest(headers.get("authorization", "").encode("latin-1"), b"Bearer " + token):
-                challenge = {"WWW-Authenticate": "Bearer"}
-                raise HTTPError(401, "publishing needs the token, as Authorization: Bearer TOKEN", challenge)
+                raise HTTPError(401, "publishing needs Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
         elif not self.local or headers.keys() & {"forwarded", "x-forwarded-for", "x-real-ip", "via"}:  # by a proxy
             raise HTTPError(403, "publishing over HTTP is off: set SSEPUSH_PUBLISH_TOKEN in the server's environment")
 
@@ -1150,10 +1147,10 @@ class Handler(socketserver.BaseRequestHandler):
         return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{fields}\r\n".encode("latin-1")
 
     def _respond(self, status: int, body: bytes | Mapping[str, object], headers: Mapping[str, str] = {}) -> bool:
-        """Send a whole response; answers whether the connection stays open."""
+        """Send a whole response; answers whether the connection stays open, as it does unless this is an error."""
         if not isinstance(body, bytes):
-            body, headers = json.dumps(body).encode(), {**JSON, **headers}
-        stays = self.asked.persistent and not self.unread and headers.get("Connection") != "close"
+            body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
+        stays = self.asked.persistent and not self.unread and status < 400
         closing = {} if stays else {"Connection": "close"}
         length = {} if status == 204 else {"Content-Length": str(len(body))}
         head = self._head(status, {**headers, **closing, **length})
