@@ -1291,13 +1291,11 @@ class Handler(socketserver.BaseRequestHandler):
         """When a stream with this channel must end, on the monotonic clock. HTTPError 403: no valid token."""
         if not channel.startswith("private-"):
             return math.inf
-        secret = os.environ.get("SSEPUSH_SECRET")
-        if not secret:
-            why = "SSEPUSH_SECRET is not set in the server's environment"
-            raise HTTPError(403, f"no token opens channel {channel}: {why}")
+        secret = os.environ.get("SSEPUSH_SECRET", "")
         expiry = max((token_expiry(channel, token, secret) for token in self.asked.values("token")), default=0)
         if not expiry:
-            raise HTTPError(403, f"channel {channel} needs a token= that is signed for it and has not expired")
+            unset = "" if secret else " (SSEPUSH_SECRET is not set in the server's environment)"
+            raise HTTPError(403, f"channel {channel} needs a token= that is signed for it and has not expired{unset}")
         return time.monotonic() + expiry - time.time()
 
     def _open(self, stream: Stream, channels: tuple[str, ...]) -> None:
