@@ -1300,7 +1300,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _open(self, stream: Stream, channels: tuple[str, ...]) -> None:
         """Subscribe, wait for Redis's confirmation, send what was missed, hand the socket over. RedisAway."""
-        settings, relay, subscriber = self.server.settings, self.server.relay, self.server.subscriber()
+        settings, relay, sock = self.server.settings, self.server.relay, self.request
+        subscriber = self.server.subscriber()
         relay.call(relay.subscribe, stream, subscriber)
         try:
             if error := stream.answer.get(timeout=REDIS_S):
@@ -1308,13 +1309,12 @@ class Handler(socketserver.BaseRequestHandler):
         except Empty:  # a connection that went silent, like one that broke
             relay.call(relay.lose, subscriber)
             raise RedisAway("Redis did not confirm the subscription") from None
-        asked = [self.asked.headers.get("last-event-id", ""), *self.asked.values("lastEventId"), ""]
-        pages = self.server.redis.resume(channels, next(filter(None, asked), ""))
+        last_event_ids = self.asked.headers.get("last-event-id"), *self.asked.values("lastEventId")
+        pages = self.server.redis.resume(channels, next(filter(None, last_event_ids), ""))
         position, frames, stream.events = next(pages)
-        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # for hosts that vanished
-            vanished_ms = round(2000 * settings.heartbeat)
-            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, vanished_ms)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # ms, for hosts that vanished
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(2000 * settings.heartbeat))
         self._send_part(settings.retry_field() + frames)
         for position, frames, events in pages:  # noqa: B007  # the last page's position counts
             self._send_part(frames)
@@ -1322,9 +1322,8 @@ class Handler(socketserver.BaseRequestHandler):
         log.info("stream %d open: %s on %s", stream.number, stream.peer, ", ".join(channels))
         relay.count("streams_opened_total")
         relay.count("events_replayed_total", stream.events)
-        family, kind, protocol = self.request.family, self.request.type, self.request.proto
         # Detached, the request's own socket object is an empty shell, which socketserver closes without effect.
-        relay.call(relay.go_live, stream, socket.socket(family, kind, protocol, self.request.detach()), position)
+        relay.call(relay.go_live, stream, socket.socket(sock.family, sock.type, sock.proto, sock.detach()), position)
 
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
