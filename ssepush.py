@@ -60,7 +60,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, NoReturn
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 if sys.version_info < (3, 11):  # noqa: UP036  # whoever starts the file itself has met no installer
     print("ssepush: Python 3.11 or newer is needed, and this is", sys.version.split()[0], file=sys.stderr)
@@ -987,18 +987,14 @@ class HTTPError(Exception):
 
 
 class Request(NamedTuple):
-    """A request's head, checked: header names in lower case, values latin-1; query as `[("channel", "sse")]`."""
+    """A request's head, checked: header names in lower case, values latin-1; query as `{"channel": ["sse"]}`."""
 
     method: str = ""
     path: str = ""
-    query: Sequence[tuple[str, str]] = ()
+    query: Mapping[str, Sequence[str]] = {}
     headers: Mapping[str, str] = {}
     chunked: bool = False  # it is HTTP/1.1, and the answer may come in chunks
     persistent: bool = False
-
-    def values(self, name: str) -> list[str]:
-        """All values of a query parameter."""
-        return [value for key, value in self.query if key == name]
 
 
 def request_of(head: str) -> Request:
@@ -1026,11 +1022,11 @@ def request_of(head: str) -> Request:
         raise HTTPError(400, "Content-Length is malformed")
     path, _, query = line[2].partition("?")
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=100)
+        parameters = parse_qs(query, keep_blank_values=True, errors="strict", max_num_fields=100)
     except ValueError:
         raise HTTPError(400, "the query is malformed") from None
     persistent = line[3] == "1" and "close" not in headers.get("connection", "").lower()
-    return Request(line[1], path, pairs, headers, line[3] == "1", persistent)
+    return Request(line[1], path, parameters, headers, line[3] == "1", persistent)
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -1172,7 +1168,7 @@ class Handler(socketserver.BaseRequestHandler):
         if self.unread and asked.method != "POST":
             raise HTTPError(400, f"{asked.path} takes no body")
         known = {"channel", "lastEventId", "token"} if name == "stream" else set()
-        unknown = {parameter for parameter, _ in asked.query} - known
+        unknown = asked.query.keys() - known
         if unknown and name != "page":  # whose parameters are its own
             raise HTTPError(400, f"{asked.path} takes no parameter {min(unknown)!r}")
         if is_stream:
@@ -1265,7 +1261,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _answer_stream(self) -> None:
         """Check, admit, subscribe, replay, and hand the socket over to the relay."""
         try:
-            channels = tuple(dict.fromkeys(map(check_channel, self.asked.values("channel")))) or ("sse",)
+            channels = tuple(dict.fromkeys(map(check_channel, self.asked.query.get("channel", ())))) or ("sse",)
         except ValueError as error:
             raise HTTPError(400, str(error)) from None
         if len(channels) > MAX_CHANNELS:
@@ -1291,8 +1287,8 @@ class Handler(socketserver.BaseRequestHandler):
         """When a stream with this channel must end, on the monotonic clock. HTTPError 403: no valid token."""
         if not channel.startswith("private-"):
             return math.inf
-        secret = os.environ.get("SSEPUSH_SECRET", "")
-        expiry = max((token_expiry(channel, token, secret) for token in self.asked.values("token")), default=0)
+        secret, tokens = os.environ.get("SSEPUSH_SECRET", ""), self.asked.query.get("token", ())
+        expiry = max((token_expiry(channel, token, secret) for token in tokens), default=0)
         if not expiry:
             unset = "" if secret else " (SSEPUSH_SECRET is not set in the server's environment)"
             raise HTTPError(403, f"channel {channel} needs a token= that is signed for it and has not expired{unset}")
@@ -1309,7 +1305,7 @@ class Handler(socketserver.BaseRequestHandler):
         except Empty:  # a connection that went silent, like one that broke
             relay.call(relay.lose, subscriber)
             raise RedisAway("Redis did not confirm the subscription") from None
-        last_event_ids = self.asked.headers.get("last-event-id"), *self.asked.values("lastEventId")
+        last_event_ids = self.asked.headers.get("last-event-id"), *self.asked.query.get("lastEventId", ())
         pages = self.server.redis.resume(channels, next(filter(None, last_event_ids), ""))
         position, frames, stream.events = next(pages)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)

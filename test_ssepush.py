@@ -1673,12 +1673,12 @@ def test_the_page_is_served_with_a_policy_that_lets_nothing_else_in(server: Serv
 
 
 GOOD_HEADS = {
-    "the shortest": ("GET / HTTP/1.1\r\nHost: a", ("GET", "/", [], True)),
-    "HTTP/1.0 closes": ("GET / HTTP/1.0\r\nHost: a", ("GET", "/", [], False)),
-    "asked to close": ("GET / HTTP/1.1\r\nHost: a\r\nConnection: Close", ("GET", "/", [], False)),
-    "a port": ("GET / HTTP/1.1\r\nHost: [::1]:80", ("GET", "/", [], True)),
-    "a query": ("GET /s?a=%E4%B8%AD+b&c HTTP/1.1\r\nHost: a", ("GET", "/s", [("a", "中 b"), ("c", "")], True)),
-    "another method": ("PURGE /x HTTP/1.1\r\nhOST:a", ("PURGE", "/x", [], True)),
+    "the shortest": ("GET / HTTP/1.1\r\nHost: a", ("GET", "/", {}, True)),
+    "HTTP/1.0 closes": ("GET / HTTP/1.0\r\nHost: a", ("GET", "/", {}, False)),
+    "asked to close": ("GET / HTTP/1.1\r\nHost: a\r\nConnection: Close", ("GET", "/", {}, False)),
+    "a port": ("GET / HTTP/1.1\r\nHost: [::1]:80", ("GET", "/", {}, True)),
+    "a query": ("GET /s?a=%E4%B8%AD+b&c HTTP/1.1\r\nHost: a", ("GET", "/s", {"a": ["中 b"], "c": [""]}, True)),
+    "another method": ("PURGE /x HTTP/1.1\r\nhOST:a", ("PURGE", "/x", {}, True)),
 }
 
 
