@@ -1112,10 +1112,6 @@ class Handler(socketserver.BaseRequestHandler):
         public = ROUTES.get(self.asked.path, ("", "", True))[2] and (not allowed or "*" in allowed)
         return "*" if public else origin if origin in allowed else ""
 
-    def _check_reader(self) -> None:
-        if "origin" in self.asked.headers and not self._allowed_origin() and not self._own_origin():
-            raise HTTPError(403, f"Origin {self.asked.headers['origin']} may not read here (--allow-origin)")
-
     def _check_publisher(self) -> None:
         """HTTPError: 401 without the token, 403 for pages of another origin, however they ask."""
         settings, headers = self.server.settings, self.asked.headers
@@ -1172,7 +1168,8 @@ class Handler(socketserver.BaseRequestHandler):
         if unknown and name != "page":  # whose parameters are its own
             raise HTTPError(400, f"{asked.path} takes no parameter {min(unknown)!r}")
         if is_stream:
-            self._check_reader()
+            if "origin" in asked.headers and not self._allowed_origin() and not self._own_origin():
+                raise HTTPError(403, f"Origin {asked.headers['origin']} may not read here (--allow-origin)")
             chunked = {"Transfer-Encoding": "chunked"} if asked.chunked else {}
             self.stream_head = self._head(200, EVENT_STREAM | chunked)
         return bool(getattr(self, f"_answer_{name}")())
