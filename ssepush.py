@@ -1132,10 +1132,10 @@ class Handler(socketserver.BaseRequestHandler):
         self.request.sendall(data)
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """The head of a response; a header field that is "" is left out."""
         common = {"Date": email.utils.formatdate(usegmt=True), "Server": "ssepush", "X-Content-Type-Options": "nosniff"}
-        origin = self._allowed_origin()
-        cors = {"Vary": "Origin"} | ({"Access-Control-Allow-Origin": origin} if origin else {})
-        fields = "".join(f"{name}: {value}\r\n" for name, value in {**common, **cors, **headers}.items())
+        cors = {"Vary": "Origin", "Access-Control-Allow-Origin": self._allowed_origin()}
+        fields = "".join(f"{name}: {value}\r\n" for name, value in {**common, **cors, **headers}.items() if value)
         return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{fields}\r\n".encode("latin-1")
 
     def _respond(self, status: int, body: bytes | Mapping[str, object], headers: Mapping[str, str] = {}) -> bool:
@@ -1143,9 +1143,8 @@ class Handler(socketserver.BaseRequestHandler):
         if not isinstance(body, bytes):
             body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
         stays = self.asked.persistent and not self.unread and status < 400
-        closing = {} if stays else {"Connection": "close"}
-        length = {} if status == 204 else {"Content-Length": str(len(body))}
-        head = self._head(status, {**headers, **closing, **length})
+        framing = {"Connection": "" if stays else "close", "Content-Length": "" if status == 204 else str(len(body))}
+        head = self._head(status, {**headers, **framing})
         self._send(head if self.asked.method == "HEAD" else head + body)
         return stays
 
@@ -1170,8 +1169,7 @@ class Handler(socketserver.BaseRequestHandler):
         if is_stream:
             if "origin" in asked.headers and not self._allowed_origin() and not self._own_origin():
                 raise HTTPError(403, f"Origin {asked.headers['origin']} may not read here (--allow-origin)")
-            chunked = {"Transfer-Encoding": "chunked"} if asked.chunked else {}
-            self.stream_head = self._head(200, EVENT_STREAM | chunked)
+            self.stream_head = self._head(200, EVENT_STREAM | {"Transfer-Encoding": "chunked" if asked.chunked else ""})
         return bool(getattr(self, f"_answer_{name}")())
 
     def _answer_page(self) -> bool:
