@@ -159,7 +159,6 @@ class Settings(argparse.Namespace):
 LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
 EVENT_ID = re.compile("[0-9]{13}-[0-9]{16}")  # ours: milliseconds and sequence, which as text are in order, too
 HEARTBEAT = b":\n\n"
-LAST_CHUNK = b"0\r\n\r\n"
 
 
 class Event(NamedTuple):
@@ -250,13 +249,13 @@ def reset_frame(reason: str, position: str | None = None) -> bytes:
     return frame_of(Event(json.dumps({"reason": reason}), "stream-reset", position))
 
 
-def body_part(data: bytes, chunked: bool, last: bytes = b"") -> bytes:
+def body_part(data: bytes, chunked: bool) -> bytes:
     r"""A piece of an event stream as it is sent: `b"2\r\nhi\r\n"` over HTTP/1.1, as it stands over HTTP/1.0.
 
-    The end of the connection would be frame enough; but clients hand on a chunk at once, and wait for more otherwise.
-    Source: RFC 9112, 7.1.
+    b"" is its end. That of the connection would be frame enough; but clients hand on a chunk at once, and wait for
+    more otherwise. Source: RFC 9112, 7.1.
     """
-    return b"%x\r\n%b\r\n%b" % (len(data), data, last) if chunked else data
+    return b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
 
 
 class Batch(NamedTuple):
@@ -936,7 +935,7 @@ class Relay:
         with contextlib.suppress(OSError):
             if ENDED[stream.ended] and not stream.backlog:
                 farewell = self.settings.retry_field(ENDED[stream.ended])
-                stream.sock.send(body_part(farewell, stream.chunked, LAST_CHUNK))
+                stream.sock.send(body_part(farewell, stream.chunked) + body_part(b"", stream.chunked))
             if stream.ended == "slow":  # what the kernel holds is not worth keeping: reset the connection
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.sock.close()
@@ -1228,15 +1227,16 @@ class Handler(socketserver.BaseRequestHandler):
 
     # Event streams
 
-    def _send_part(self, part: bytes, last: bytes = b"") -> None:
+    def _send_part(self, part: bytes) -> None:
         """Send a piece of an event stream, the first one after the response's head. b"" is the end of the stream."""
-        self._send(self.stream_head + body_part(part, self.asked.chunked, last))
+        self._send(self.stream_head + body_part(part, self.asked.chunked))
         self.stream_head = b""
 
     def _not_now(self, why: str, reason: str) -> None:
         """End a stream that cannot be served now. Not by an error status, after which EventSource never tries again."""
         self.server.relay.count(f'streams_refused_total{{reason="{reason}"}}')
-        self._send_part(self.server.settings.retry_field(why), LAST_CHUNK)
+        self._send_part(self.server.settings.retry_field(why))
+        self._send_part(b"")
 
     def _answer_numbers(self) -> None:
         """The digits 1 to 6, one each half second: the obvious stream, with a thread that writes and waits."""
