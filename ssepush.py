@@ -1076,19 +1076,6 @@ class Handler(socketserver.BaseRequestHandler):
                     raise ConnectionError
                 self.received += part
 
-    def _body(self) -> bytes:
-        """HTTPError: 411 without a length, 413 too large."""
-        length, limit = self.unread, self.server.settings.max_event
-        if "content-length" not in self.asked.headers:
-            raise HTTPError(411, "Content-Length is missing")
-        if length > limit:
-            raise HTTPError(413, f"the body has {length} bytes; at most {limit} are taken")
-        if self.asked.headers.get("expect", "").lower() == "100-continue":
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._receive(BODY_S, lambda: len(self.received) >= length)
-        body, self.received, self.unread = self.received[:length], self.received[length:], 0
-        return bytes(body)
-
     # Checking
 
     def _check_host(self) -> None:
@@ -1178,10 +1165,19 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _answer_publish(self) -> bool:
         self._check_publisher()
-        if self.asked.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        headers, length, limit = self.asked.headers, self.unread, self.server.settings.max_event
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPError(415, "Content-Type must be application/json")
+        if "content-length" not in headers:
+            raise HTTPError(411, "Content-Length is missing")
+        if length > limit:
+            raise HTTPError(413, f"the body has {length} bytes; at most {limit} are taken")
+        if headers.get("expect", "").lower() == "100-continue":
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._receive(BODY_S, lambda: len(self.received) >= length)
+        body, self.received, self.unread = self.received[:length], self.received[length:], 0
         try:
-            members = json.loads(self._body().decode())
+            members = json.loads(body.decode())
         except (ValueError, RecursionError):
             raise HTTPError(400, "the body is not JSON") from None
         if not isinstance(members, dict) or "data" not in members:
