@@ -83,7 +83,7 @@ MAX_CHANNEL_BYTES = 200
 MAX_ID_BYTES = 128  # what browsers send back across origins without asking first
 MAX_EVENT_BYTES = 1024 * 1024  # unless --max-event says more: what publishers may send, and streams must pass on
 MAX_HEAD_BYTES = 16 * 1024  # a request's line and header fields
-MAX_UNASKED = 1000  # connections that have not sent their whole request; one more ends the oldest of them
+MAX_PENDING = 1000  # connections that have not sent their whole request; one more ends the oldest of them
 MAX_NUMBERS = 50  # /numbers keeps a thread for each of its pages
 HEAD_S = 15.0  # for a connection to send a request's head; absolute: a byte a second does not prolong it
 BODY_S = 30.0
@@ -142,7 +142,7 @@ class Settings(argparse.Namespace):
     reuse_port: bool = option(False, "let several processes listen on the port", action="store_true")
     drain: float = option(5.0, "s to close all streams in when told to stop (5)", type=between(0.0, 3600))
     log_level: str = option("info", "(info)", choices=["debug", "info", "warning", "error"])
-    max_unasked = MAX_UNASKED  # fewer where the open-file limit is low
+    max_pending = MAX_PENDING  # fewer where the open-file limit is low
 
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
@@ -1242,10 +1242,10 @@ class Handler(socketserver.BaseRequestHandler):
             return self._not_now(f"{MAX_NUMBERS} pages are counting already", "full")
         try:
             self._send_part(self.server.settings.retry_field())
-            digits = itertools.cycle("123456")
-            while not self.server.stopping.wait(0.5):
-                self._send_part(frame_of(Event(next(digits))))
-            self._send_part(b"")
+            for digit in itertools.cycle("123456"):
+                self._send_part(frame_of(Event(digit)))
+                if self.server.stopping.wait(0.5):
+                    return self._send_part(b"")
         finally:
             self.server.counting.release()
 
@@ -1330,7 +1330,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.counting = threading.BoundedSemaphore(MAX_NUMBERS)
         self.stream_numbers = itertools.count(1)
         self.answering: set[threading.Thread] = set()  # what `run` waits for, a second at most
-        self._unasked: OrderedDict[socket.socket, None] = OrderedDict()  # no whole request yet; the oldest first
+        self._pending: OrderedDict[socket.socket, None] = OrderedDict()  # no whole request; the oldest first
         self._admitting = threading.Lock()
         self._admitted: Counter[str] = Counter()  # open streams by address; "": all
         self._connecting = threading.Lock()
@@ -1347,7 +1347,7 @@ class Server(http.server.ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._end_oldest_unasked()
+                self._end_oldest_pending()
                 self.stopping.wait(0.05)
             raise
 
@@ -1358,17 +1358,17 @@ class Server(http.server.ThreadingHTTPServer):
     @contextlib.contextmanager
     def receiving(self, sock: socket.socket) -> Iterator[None]:
         """While a connection has not sent its whole request, it may be ended to make room for a newcomer."""
-        self._unasked[sock] = None
-        if len(self._unasked) > self.settings.max_unasked:
-            self._end_oldest_unasked()
+        self._pending[sock] = None
+        if len(self._pending) > self.settings.max_pending:
+            self._end_oldest_pending()
         try:
             yield
         finally:
-            self._unasked.pop(sock, None)
+            self._pending.pop(sock, None)
 
-    def _end_oldest_unasked(self) -> None:
+    def _end_oldest_pending(self) -> None:
         with contextlib.suppress(KeyError, OSError):  # there is none; it has gone by itself
-            self._unasked.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
+            self._pending.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
 
     def admit(self, peer: str) -> str:
         """Count one more stream of this address, until `release`; answers "", or why not."""
@@ -1579,8 +1579,8 @@ def streams_allowed(settings: Settings) -> int:
             if files < wanted != resource.RLIM_INFINITY:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
                 files = wanted
-    settings.max_unasked = min(MAX_UNASKED, files // 4)
-    room = (files - settings.max_unasked - 100) // (1 if settings.shared else 2)  # 2: with a subscriber
+    settings.max_pending = min(MAX_PENDING, files // 4)
+    room = (files - settings.max_pending - 100) // (1 if settings.shared else 2)  # 2: with a subscriber
     if room < max(settings.max_streams, 1):
         raise ValueError(f"{files} open files are too few for {settings.max_streams or 1} streams: raise ulimit -n")
     return settings.max_streams or room
