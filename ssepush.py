@@ -83,7 +83,7 @@ MAX_CHANNEL_BYTES = 200
 MAX_ID_BYTES = 128  # what browsers send back across origins without asking first
 MAX_EVENT_BYTES = 1024 * 1024  # unless --max-event says more: what publishers may send, and streams must pass on
 MAX_HEAD_BYTES = 16 * 1024  # a request's line and header fields
-MAX_PENDING = 1000  # connections that have not sent their whole request; one more ends the oldest of them
+MAX_PENDING = 1000  # connections that have yet to send a request or take an answer; one more ends the oldest of them
 MAX_NUMBERS = 50  # /numbers keeps a thread for each of its pages
 HEAD_S = 15.0  # for a connection to send a request's head; absolute: a byte a second does not prolong it
 BODY_S = 30.0
@@ -154,7 +154,7 @@ class Settings(argparse.Namespace):
         return f"{said}retry: {self.retry * random.uniform(0.5, 1.5):.0f}\n\n".encode()
 
 
-# ── Framing: a Redis message in, the bytes of an event out. Pure. ────────────────────────────────────────────────────
+# ── Framing: what Redis sends in, the bytes of events out. Pure. ─────────────────────────────────────────────────────
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
 EVENT_ID = re.compile("[0-9]{13}-[0-9]{16}")  # ours: milliseconds and sequence, which as text are in order, too
@@ -207,7 +207,7 @@ def event_of(message: bytes) -> Event:
         raise ValueError("type must be a string")
     if isinstance(id_, bool) or not isinstance(id_, str | int | None):
         raise ValueError("id must be a string")
-    if len(str(id_ or "")) > MAX_ID_BYTES:
+    if len(str(id_ or "").encode()) > MAX_ID_BYTES:
         raise ValueError(f"id must not be longer than {MAX_ID_BYTES} bytes")
     if isinstance(retry, bool) or not isinstance(retry, int | None) or (retry or 0) < 0:
         raise ValueError("retry must be a whole number of milliseconds")
@@ -244,6 +244,9 @@ def framed(message: bytes) -> tuple[str, bytes]:
         raise ValueError("a lone surrogate cannot be sent as UTF-8") from None
 
 
+framed_small = functools.lru_cache(maxsize=512)(framed)  # for subscribers that read the same messages in other pieces
+
+
 def reset_frame(reason: str, position: str | None = None) -> bytes:
     """The event that says: some may be missing, fetch your state anew."""
     return frame_of(Event(json.dumps({"reason": reason}), "stream-reset", position))
@@ -252,8 +255,8 @@ def reset_frame(reason: str, position: str | None = None) -> bytes:
 def body_part(data: bytes, chunked: bool) -> bytes:
     r"""A piece of an event stream as it is sent: `b"2\r\nhi\r\n"` over HTTP/1.1, as it stands over HTTP/1.0.
 
-    b"" is its end. That of the connection would be frame enough; but clients hand on a chunk at once, and wait for
-    more otherwise. Source: RFC 9112, 7.1.
+    b"" is the end of the stream, so never a piece. The end of the connection would do for that; the chunks are for
+    clients that hand on each chunk at once, but wait for more of a body without. Source: RFC 9112, 7.1.
     """
     return b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
 
@@ -320,20 +323,55 @@ def parse(received: bytes, max_message: int) -> Read:
         raise ConnectionError("Redis sent what is not RESP2")
     successive = itertools.groupby(events, key=lambda event: event[0])
     batches = [batch_of(channel, [event for _, event in group]) for channel, group in successive]
-    missing = end - len(received) if head else len(rest[:1])
+    missing = end - len(received) if head else min(len(rest), 1)  # of a head that is cut off: one byte at least
     return Read(batches, replies, dropped, rest, missing, max(0, at - len(received)))
 
 
 # All subscribers of a channel read the same bytes, so all this is paid once for all. Few large reads are kept: memory.
-framed_small = functools.lru_cache(maxsize=512)(framed)
 parse_small = functools.lru_cache(maxsize=256)(parse)
 parse_large = functools.lru_cache(maxsize=4)(parse)
 
 
+# ── Channels: their names, and tokens for private ones ───────────────────────────────────────────────────────────────
+
+
+def check_channel(channel: object) -> str:
+    """The channel, if it may be used. ValueError."""
+    if not isinstance(channel, str) or not channel.isprintable() or not 0 < len(channel.encode()) <= MAX_CHANNEL_BYTES:
+        raise ValueError(f"channel must be a name of 1 to {MAX_CHANNEL_BYTES} bytes of printable characters")
+    if channel.startswith("__"):
+        raise ValueError("channels that begin with __ are Redis's own")
+    return channel
+
+
+def sign(channel: str, ttl: int = 3600, secret: str | None = None) -> str:
+    """A token with which a page may read a private channel for ttl seconds: `"1764000000.8YkZ…"`, safe in a URL.
+
+    secret: the server's SSEPUSH_SECRET, taken from the environment if not given. ValueError: there is none.
+    """
+    secret = secret or os.environ.get("SSEPUSH_SECRET")
+    if not secret:
+        raise ValueError("SSEPUSH_SECRET is not set in the environment")
+    return _token(check_channel(channel), int(time.time()) + ttl, secret)
+
+
+def _token(channel: str, expiry: int, secret: str) -> str:
+    digest = hmac.digest(os.fsencode(secret), f"{expiry} {channel}".encode(), "sha256")
+    return f"{expiry}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"
+
+
+def token_expiry(channel: str, token: str, secret: str) -> int:
+    """Until when (Unix time, s) the token opens the channel; 0 if it is not the channel's, or not any more."""
+    expiry = int(token.partition(".")[0]) if re.match(r"[0-9]{1,12}\.", token) else 0
+    own = _token(channel, expiry, secret).encode()
+    opens = expiry > time.time() and secret and hmac.compare_digest(own, token.encode())
+    return expiry if opens else 0
+
+
 # ── Redis: publish, history, the connection of a subscriber ──────────────────────────────────────────────────────────
 
-COUNTER_KEY = "ssepush:counter"  # hash: the ids born (the first), newest, and floor
-NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event; emptied when it has too many
+COUNTER_KEY = "ssepush:counter"  # hash of ids: born, the first; newest, of all channels; floor, see NEWEST_KEY
+NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event. Emptied when too large: floor is newest then
 HISTORY_KEY = "ssepush:history:"  # + channel: a Redis Stream of {previous: id, message: bytes}
 MAX_NEWEST = 100_000  # channels, at most 300 bytes each
 
@@ -488,11 +526,15 @@ class Redis:
         published.id = event_id.decode()
         return published
 
-    def resume(self, channels: Sequence[str], last_event_id: str) -> Iterator[tuple[str, bytes, int]]:
-        """Yield `(position, frames, number of events)`, page by page, for a stream that was at this id, or is new ("").
+    def position(self) -> str:
+        """The id of the newest event of all channels, where a new stream starts; "" without a history. RedisAway."""
+        return self._run(RESUME_LUA, [], "")[0].decode() if self.history else ""
 
-        After the last page, live events at or before its position are already sent. A new stream is only told where it
-        is: an id without data sets the browser's last event ID, and dispatches nothing. RedisAway.
+    def resume(self, channels: Sequence[str], last_event_id: str) -> Iterator[tuple[str, bytes, int]]:
+        """Yield `(position, frames, number of events)`, page by page, for a stream that was at this id.
+
+        Live events at or before the last page's position were in the pages: drop them; "": drop none. Last, the stream
+        is told where it is: an id without data sets the browser's last event ID, and dispatches nothing. RedisAway.
         """
         if not self.history:
             yield "", reset_frame("history-off") if last_event_id else b"", bool(last_event_id)
@@ -500,21 +542,21 @@ class Redis:
         position, is_whole = position_of(last_event_id), False
         while not is_whole:
             newest, lost, whole_to, *messages = self._run(RESUME_LUA, channels, position, *channels)
-            told = b"id: %b\n\n" % newest
-            if lost or (last_event_id and not position):
+            if lost or not position:
                 yield newest.decode(), reset_frame(lost.decode() or "unknown-id", newest.decode()), 1
-                return
-            if not position:
-                yield "", told, 0
                 return
             is_whole, position = not whole_to, (whole_to or newest).decode()
             events = sorted(event for event in map(framed, messages) if event[0] <= position)  # the others come again
-            yield position, b"".join(frame for _, frame in events) + told * is_whole, len(events)
+            told = b"id: %b\n\n" % newest * is_whole
+            # What the stream had been sent before it subscribed does not come again: nothing to drop.
+            drop_to = "" if position == last_event_id else position
+            yield drop_to, b"".join(frame for _, frame in events) + told, len(events)
 
     def connect_subscriber(self) -> socket.socket:
         """A connected, authenticated, non-blocking socket to Redis that belongs to the caller. RedisAway."""
         with self._connected() as connection:
             # redis-py has no public name for the socket. Each reply of the handshake was read: nothing is buffered.
+            # It sends nothing in silence: that Redis's host vanished, redis-py's TCP keepalive tells.
             sock: socket.socket = connection._sock
             connection._sock = None
         sock.setblocking(False)
@@ -551,39 +593,6 @@ def publish(
     return _redis(url, history, history_ttl, max_event).publish(data, type, channel, retry)
 
 
-def check_channel(channel: object) -> str:
-    """The channel, if it may be used. ValueError."""
-    if not isinstance(channel, str) or not channel.isprintable() or not 0 < len(channel.encode()) <= MAX_CHANNEL_BYTES:
-        raise ValueError(f"channel must be a name of 1 to {MAX_CHANNEL_BYTES} bytes of printable characters")
-    if channel.startswith("__"):
-        raise ValueError("channels that begin with __ are Redis's own")
-    return channel
-
-
-def sign(channel: str, ttl: int = 3600, secret: str | None = None) -> str:
-    """A token with which a page may read a private channel for ttl seconds: `"1764000000.8YkZ…"`, safe in a URL.
-
-    secret: the server's SSEPUSH_SECRET, taken from the environment if not given. ValueError: there is none.
-    """
-    secret = secret or os.environ.get("SSEPUSH_SECRET")
-    if not secret:
-        raise ValueError("SSEPUSH_SECRET is not set in the environment")
-    return _token(check_channel(channel), int(time.time()) + ttl, secret)
-
-
-def _token(channel: str, expiry: int, secret: str) -> str:
-    digest = hmac.digest(os.fsencode(secret), f"{expiry} {channel}".encode(), "sha256")
-    return f"{expiry}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"
-
-
-def token_expiry(channel: str, token: str, secret: str) -> int:
-    """Until when (Unix time, s) the token opens the channel; 0 if it is not the channel's, or not any more."""
-    expiry = int(token.partition(".")[0]) if re.match(r"[0-9]{1,12}\.", token) else 0
-    own = _token(channel, expiry, secret).encode()
-    opens = expiry > time.time() and secret and hmac.compare_digest(own, token.encode())
-    return expiry if opens else 0
-
-
 # ── Streams, subscribers, and the relay between them ─────────────────────────────────────────────────────────────────
 
 ENDED = {  # why a stream ended, as logs and metrics name it: what its browser is told, where it can be told
@@ -612,10 +621,12 @@ class Stream:
     answer: SimpleQueue[str] = dataclasses.field(default_factory=SimpleQueue)  # "": it is subscribed; or why not
     sock: socket.socket = dataclasses.field(init=False)  # since it is live
     subscriber: Subscriber | None = None
-    flowing: bool = False  # live, not ended, nothing in backlog, and past replayed_to: what arrives is sent at once
+    flowing: bool = (
+        False  # has been sent to; not ended, nothing in backlog, past replayed_to: what arrives goes at once
+    )
     held: list[Batch] | None = dataclasses.field(default_factory=list)  # what arrived before it was live; then None
     replayed_to: str = ""  # a position: live events up to here were in the replay
-    backlog: deque[memoryview] | None = None  # what the kernel did not take
+    backlog: deque[bytes | memoryview] | None = None  # what the kernel did not take; None rather than empty: memory
     backlog_bytes: int = 0  # of held, or of backlog
     stray_bytes: int = 0  # sent by the browser on the open stream
     sent_at: float = 0.0
@@ -695,9 +706,11 @@ class Subscriber:
 
 
 class Relay:
-    """Owns all live streams and all subscribers. One thread, `run`, alone reads Redis and writes to browsers: no locks.
+    """Owns all live streams and all subscribers. One thread, `run`, alone reads from their sockets and writes to them.
 
-    Other threads hand it work, the methods without an underscore, with `call`. Per wake-up it
+    Those need no locks, then; `counts` has one, for any thread counts. `call` and `count` may be called by any thread;
+    `subscribe`, `lose`, `go_live`, `end` and `drain` are the relay's own: others hand them over with `call`.
+    Per wake-up it
     1. reads what Redis has sent, and sends it to the streams that follow the channel;
     2. notices browsers that left, or can take more of their backlog;
     3. does what other threads asked for;
@@ -815,8 +828,7 @@ class Relay:
         reads, self._reads = self._reads, defaultdict(list)
         for read, subscribers in reads.items():
             for batch in read.batches:
-                channel = batch.channel
-                self._deliver(batch, [stream for each in subscribers for stream in each.streams.get(channel, ())])
+                self._deliver(batch, [stream for each in subscribers for stream in each.streams.get(batch.channel, ())])
                 self.count("messages_received_total", len(batch.events) * len(subscribers))
             for channel, why in read.dropped:
                 self._complaints["dropped", f"a message on channel {channel.decode()!r}: {why}"] += len(subscribers)
@@ -870,15 +882,16 @@ class Relay:
     def _send(self, stream: Stream, *wires: bytes | memoryview) -> None:
         """Send what waits already, then this, as far as the kernel takes it; end the stream if too much is left."""
         stream.backlog = stream.backlog or deque()
-        stream.backlog.extend(map(memoryview, wires))
+        stream.backlog.extend(wires)
         stream.backlog_bytes += sum(map(len, wires))
         try:
             while stream.backlog:
-                sent = stream.sock.send(stream.backlog[0])
+                sent = stream.sock.send(piece := stream.backlog[0])
                 stream.backlog_bytes -= sent
                 stream.sent_at = self._now
-                stream.backlog[0] = stream.backlog[0][sent:]
-                if not stream.backlog[0]:
+                if sent < len(piece):
+                    stream.backlog[0] = memoryview(piece)[sent:]
+                else:
                     stream.backlog.popleft()
         except BlockingIOError:
             # What is being sent does not count: an event that is larger than that for itself cuts nobody.
@@ -919,7 +932,9 @@ class Relay:
         self._complaints.clear()
 
     def end(self, stream: Stream, reason: str) -> None:
-        """End a stream, for a key of ENDED: it is fed no longer; and released if it is live, or else once it is."""
+        """End a stream, for a key of ENDED; a second time does no harm. A live one is closed and released here. One
+        that is not live yet is only fed no longer: `go_live` then calls this again, or its request releases it.
+        """
         if not stream.ended:
             stream.ended, stream.flowing, stream.held = reason, False, None
             stream.answer.put(ENDED[reason])
@@ -966,7 +981,7 @@ EVENT_STREAM = {
     "X-Accel-Buffering": "no",  # so would nginx
     "Connection": "close",
 }
-ROUTES = {  # path: (methods, Handler's method, whether it is an event stream, which pages of any origin may read)
+ROUTES = {  # path: (methods, X of Handler._answer_X, whether it is an event stream, which any origin's pages may read)
     "/": ("GET, HEAD", "page", False),
     "/stream": ("GET, HEAD", "stream", True),
     "/publish": ("POST", "publish", False),
@@ -1058,7 +1073,7 @@ class Handler(socketserver.BaseRequestHandler):
             self._respond(error.status, {"state": "error", "error": str(error)}, error.headers)
             # Closing with unread bytes would reset the connection before the answer is read: read on for a moment.
             self.request.shutdown(socket.SHUT_WR)
-            self._receive(1.0, self.received.clear)  # None: never enough
+            self._receive(1.0, self.received.clear)  # which answers None, never enough: an OSError ends it
             return False
         finally:
             self.server.answering.discard(threading.current_thread())
@@ -1066,7 +1081,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _receive(self, limit_s: float, enough: Callable[[], object]) -> None:
         """Read until there is enough, within limit_s all told. OSError: it took longer, or the browser has closed."""
         deadline = time.monotonic() + limit_s
-        with self.server.receiving(self.request):
+        with self.server.pending(self.request):
             while not enough():
                 if time.monotonic() > deadline:
                     raise TimeoutError
@@ -1085,8 +1100,8 @@ class Handler(socketserver.BaseRequestHandler):
         """
         settings, host = self.server.settings, re.sub(":[0-9]+$", "", self.asked.headers["host"]).lower()
         self.local = settings.is_loopback() and host in ("localhost", "127.0.0.1", "[::1]", settings.host)
-        any_name = not settings.is_loopback() and not settings.allow_host
-        if not self.local and not any_name and host not in map(str.lower, settings.allow_host):
+        known = self.local or host in map(str.lower, settings.allow_host)
+        if not known and (settings.is_loopback() or settings.allow_host):
             raise HTTPError(403, f"Host {host} is not allowed (--allow-host)")
 
     def _own_origin(self) -> bool:
@@ -1114,8 +1129,9 @@ class Handler(socketserver.BaseRequestHandler):
     # Answering
 
     def _send(self, data: bytes) -> None:
-        self.request.settimeout(WRITE_S)
-        self.request.sendall(data)
+        with self.server.pending(self.request):
+            self.request.settimeout(WRITE_S)
+            self.request.sendall(data)
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """The head of a response; a header field that is "" is left out."""
@@ -1149,8 +1165,7 @@ class Handler(socketserver.BaseRequestHandler):
         if self.unread and asked.method != "POST":
             raise HTTPError(400, f"{asked.path} takes no body")
         known = {"channel", "lastEventId", "token"} if name == "stream" else set()
-        unknown = asked.query.keys() - known
-        if unknown and name != "page":  # whose parameters are its own
+        if name != "page" and (unknown := asked.query.keys() - known):  # the page's parameters are its own
             raise HTTPError(400, f"{asked.path} takes no parameter {min(unknown)!r}")
         if is_stream:
             if "origin" in asked.headers and not self._allowed_origin() and not self._own_origin():
@@ -1288,6 +1303,9 @@ class Handler(socketserver.BaseRequestHandler):
     def _open(self, stream: Stream, channels: tuple[str, ...]) -> None:
         """Subscribe, wait for Redis's confirmation, send what was missed, hand the socket over. RedisAway."""
         settings, relay, sock = self.server.settings, self.server.relay, self.request
+        last_event_ids = self.asked.headers.get("last-event-id"), *self.asked.query.get("lastEventId", ())
+        # Asked for before subscribing: what is published from then on is in the replay, should the subscriber lose it.
+        last_event_id = next(filter(None, last_event_ids), "") or self.server.redis.position()
         subscriber = self.server.subscriber()
         relay.call(relay.subscribe, stream, subscriber)
         try:
@@ -1296,8 +1314,7 @@ class Handler(socketserver.BaseRequestHandler):
         except Empty:  # a connection that went silent, like one that broke
             relay.call(relay.lose, subscriber)
             raise RedisAway("Redis did not confirm the subscription") from None
-        last_event_ids = self.asked.headers.get("last-event-id"), *self.asked.query.get("lastEventId", ())
-        pages = self.server.redis.resume(channels, next(filter(None, last_event_ids), ""))
+        pages = self.server.redis.resume(channels, last_event_id)
         position, frames, stream.events = next(pages)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # ms, for hosts that vanished
@@ -1330,7 +1347,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.counting = threading.BoundedSemaphore(MAX_NUMBERS)
         self.stream_numbers = itertools.count(1)
         self.answering: set[threading.Thread] = set()  # what `run` waits for, a second at most
-        self._pending: OrderedDict[socket.socket, None] = OrderedDict()  # no whole request; the oldest first
+        self._pending: OrderedDict[socket.socket, None] = OrderedDict()  # connections; the oldest first
         self._admitting = threading.Lock()
         self._admitted: Counter[str] = Counter()  # open streams by address; "": all
         self._connecting = threading.Lock()
@@ -1356,8 +1373,8 @@ class Server(http.server.ThreadingHTTPServer):
         log.exception("a request from %s failed", client_address[0])
 
     @contextlib.contextmanager
-    def receiving(self, sock: socket.socket) -> Iterator[None]:
-        """While a connection has not sent its whole request, it may be ended to make room for a newcomer."""
+    def pending(self, sock: socket.socket) -> Iterator[None]:
+        """While a connection has yet to send its request or take its answer, it may be ended to make room."""
         self._pending[sock] = None
         if len(self._pending) > self.settings.max_pending:
             self._end_oldest_pending()
@@ -1383,7 +1400,7 @@ class Server(http.server.ThreadingHTTPServer):
             return ""
 
     def release(self, stream: Stream) -> None:
-        """The stream is no more, or never was."""
+        """The stream is no more, or never was. The relay's thread, or that of a request that opened none."""
         with self._admitting:
             self._admitted.subtract(("", stream.peer))
             if not self._admitted[stream.peer]:

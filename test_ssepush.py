@@ -604,6 +604,10 @@ POISON = {
     "id with LF": (b'{"data": 1, "id": "a\\ndata: b"}', "id must not hold a line break or NUL"),
     "id with CR": (b'{"data": 1, "id": "a\\rb"}', "id must not hold a line break or NUL"),
     "id with NUL": (b'{"data": 1, "id": "a\\u0000b"}', "id must not hold a line break or NUL"),
+    "id is too long": (
+        json.dumps({"data": 1, "id": "é" * 65}).encode(),
+        "id must not be longer than 128 bytes",
+    ),
     "id is true": (b'{"data": 1, "id": true}', "id must be a string"),
     "id is a fraction": (b'{"data": 1, "id": 1.5}', "id must be a string"),
     "id is an array": (b'{"data": 1, "id": []}', "id must be a string"),
@@ -691,7 +695,7 @@ def test_whatever_is_published_is_dispatched_exactly_or_refused_and_no_field_is_
             frame = ssepush.frame_of(ssepush.event_of(message))
         except ValueError:
             encodable = data.isprintable() and all((text or "a").isprintable() for text in (type, id))
-            assert not encodable
+            assert not encodable or len((id or "").encode()) > ssepush.MAX_ID_BYTES
             return
         parser = Parser()
         parser.feed(frame)
@@ -1139,6 +1143,52 @@ def test_scripts_that_redis_forgot_are_sent_again(
 
     with contextlib.closing(server.stream(query_of(channel), Last_Event_ID=first)) as stream:
         assert stream.next().data == "second"
+
+
+class WithholdingProxy:
+    """Stands before Redis. Once a subscription is confirmed it calls `then`, and passes nothing more on to it."""
+
+    def __init__(self, redis_process: RedisProcess, then: Callable[[], object]) -> None:
+        self._redis_port, self._then = redis_process.port, then
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ours, _ = self._listener.accept()
+                redis_side = socket.create_connection(("127.0.0.1", self._redis_port))
+                threading.Thread(target=self._pass_on, args=(ours, redis_side), daemon=True).start()
+                threading.Thread(target=self._pass_on, args=(redis_side, ours), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with source, sink, contextlib.suppress(OSError):
+            while received := source.recv(65536):
+                is_confirmation = received.startswith(b"*3\r\n$9\r\nsubscribe\r\n")
+                if is_confirmation:
+                    self._then()
+                sink.sendall(received)
+                while is_confirmation and source.recv(65536):
+                    pass
+
+
+@both_ways
+def test_what_is_published_while_a_new_stream_opens_is_replayed_if_its_subscriber_never_passes_it_on(
+    way: tuple[str, ...], redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str
+) -> None:
+    def publish() -> None:
+        ssepush.publish("meanwhile", channel=channel, redis_url=redis_process.url)
+
+    with contextlib.closing(WithholdingProxy(redis_process, publish)) as proxy:
+        server = start(proxy.url, *way)
+
+        with contextlib.closing(server.stream(query_of(channel))) as stream:
+            assert stream.next().data == "meanwhile"
 
 
 # ── Redis: resets, when it cannot be proved that nothing is missing, and only then ───────────────────────────────────
@@ -3986,18 +4036,18 @@ def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(
     baseline.end()
 
 
-def test_out_of_descriptors_the_server_neither_spins_nor_stops(
-    redis_process: RedisProcess,
-    start: Callable[..., ServerProcess],
-    channel: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    many_files: None,
-) -> None:
+@pytest.fixture
+def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that are started from now on may have 400 open files, a hundred of them for pending connections."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nulimit -n 400 && exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
+
+
+def test_out_of_descriptors_the_server_neither_spins_nor_stops(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str, few_files: None, many_files: None
+) -> None:
     server = start(redis_process.url, "--max-streams", "20")
     baseline = Baseline(server, channel)
     began, used = time.monotonic(), cpu_s(server)
@@ -4040,6 +4090,21 @@ def test_connections_that_take_no_answer_are_ended(
         wait_for(lambda: server.threads() >= 290, "all of them hold a thread")
         baseline.publish("meanwhile")
         baseline.newcomer()
+
+    baseline.end()
+
+
+def test_connections_that_take_no_answer_make_room_for_others(
+    redis_process: RedisProcess, start: Callable[..., ServerProcess], channel: str, few_files: None, many_files: None
+) -> None:
+    server = start(redis_process.url, "--max-streams", "20")
+    baseline = Baseline(server, channel)
+
+    with connections(server.port, 200, get(b"GET / HTTP/1.1") * 200):
+        wait_for(lambda: server.threads() >= 90, "as many as may wait hold a thread")
+        baseline.newcomer()  # who comes after all of them
+        wait_for(lambda: server.threads() <= 110, "the others are ended")
+        baseline.publish("meanwhile")
 
     baseline.end()
 
