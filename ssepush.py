@@ -526,18 +526,22 @@ class Redis:
         published.id = event_id.decode()
         return published
 
-    def position(self) -> str:
-        """The id of the newest event of all channels, where a new stream starts; "" without a history. RedisAway."""
-        return self._run(RESUME_LUA, [], "")[0].decode() if self.history else ""
+    def position_told(self) -> bytes:
+        r"""What tells a new stream where it is: `b"id: …\n\n"`, or b"" without a history. RedisAway.
+
+        An id without data sets the browser's last event ID, and dispatches nothing.
+        """
+        if not self.history:
+            return b""
+        return b"id: %b\n\n" % (self._call("HGET", COUNTER_KEY, "newest") or self._run(RESUME_LUA, [], "")[0])
 
     def resume(self, channels: Sequence[str], last_event_id: str) -> Iterator[tuple[str, bytes, int]]:
         """Yield `(position, frames, number of events)`, page by page, for a stream that was at this id.
 
-        Live events at or before the last page's position were in the pages: drop them; "": drop none. Last, the stream
-        is told where it is: an id without data sets the browser's last event ID, and dispatches nothing. RedisAway.
+        Live events at or before the last page's position were in the pages: drop them; "": drop none. RedisAway.
         """
         if not self.history:
-            yield "", reset_frame("history-off") if last_event_id else b"", bool(last_event_id)
+            yield "", reset_frame("history-off"), 1
             return
         position, is_whole = position_of(last_event_id), False
         while not is_whole:
@@ -1304,8 +1308,9 @@ class Handler(socketserver.BaseRequestHandler):
         """Subscribe, wait for Redis's confirmation, send what was missed, hand the socket over. RedisAway."""
         settings, relay, sock = self.server.settings, self.server.relay, self.request
         last_event_ids = self.asked.headers.get("last-event-id"), *self.asked.query.get("lastEventId", ())
-        # Asked for before subscribing: what is published from then on is in the replay, should the subscriber lose it.
-        last_event_id = next(filter(None, last_event_ids), "") or self.server.redis.position()
+        last_event_id = next(filter(None, last_event_ids), "")
+        # Before it subscribes: or what is published then, and lost with the subscriber, would be taken for seen.
+        told = b"" if last_event_id else self.server.redis.position_told()
         subscriber = self.server.subscriber()
         relay.call(relay.subscribe, stream, subscriber)
         try:
@@ -1314,12 +1319,11 @@ class Handler(socketserver.BaseRequestHandler):
         except Empty:  # a connection that went silent, like one that broke
             relay.call(relay.lose, subscriber)
             raise RedisAway("Redis did not confirm the subscription") from None
-        pages = self.server.redis.resume(channels, last_event_id)
-        position, frames, stream.events = next(pages)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # ms, for hosts that vanished
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(2000 * settings.heartbeat))
-        self._send_part(settings.retry_field() + frames)
+        self._send_part(settings.retry_field() + told)
+        position, pages = "", self.server.redis.resume(channels, last_event_id) if last_event_id else ()
         for position, frames, events in pages:  # noqa: B007  # the last page's position counts
             self._send_part(frames)
             stream.events += events
