@@ -222,6 +222,8 @@ def message_of(data: object, type: str | None = None, retry: int | None = None) 
     members = {"data": data} | ({} if type is None else {"type": type}) | ({} if retry is None else {"retry": retry})
     try:
         message = json.dumps(members, ensure_ascii=False, allow_nan=False).encode()
+        if message.count(b"[") + message.count(b"{") > 500:  # those who read it may have less room on the stack
+            json.loads(b"[" * 200 + message + b"]" * 200)
     except RecursionError:
         raise ValueError("data is nested too deeply") from None
     frame_of(event_of(message))
@@ -281,8 +283,7 @@ def batch_of(channel: bytes, events: Iterable[tuple[str, bytes]], after: str = "
 class Read:
     """What one read from a subscriber's socket holds, ready to send."""
 
-    batches: list[Batch]
-    replies: list[str]  # to commands: "", or Redis's error
+    parts: list[Batch | str]  # in order: events, or the reply to a command, which is "" or Redis's error
     dropped: list[tuple[bytes, str]]  # (channel, why)
     rest: bytes  # the beginning of the next reply
     missing: int  # bytes of that reply that are still to come, at least
@@ -299,32 +300,34 @@ def parse(received: bytes, max_message: int) -> Read:
 
     A message of more than max_message bytes is dropped unread, and streams are told so: it may have been ours.
     """
-    events: list[tuple[bytes, tuple[str, bytes]]] = []  # (channel, (position, frame))
-    replies, dropped, at, end = [], [], 0, 0
+    found: list[tuple[bytes, Any]] = []  # (channel, (position, frame)), or (b"", reply)
+    parts: list[Batch | str] = []
+    dropped, at, end = [], 0, 0
     while head := REPLY.match(received, at):
         channel, length, refusal = head.groups()
         end = head.end() + (int(length) + 2 if length else 0)
         if not length:
-            replies.append((refusal or b"").decode(errors="replace"))
+            found.append((b"", (refusal or b"").decode(errors="replace")))
         elif int(length) > max_message:
             dropped.append((channel, "message is too large"))
-            events.append((channel, ("", reset_frame("too-large"))))
+            found.append((channel, ("", reset_frame("too-large"))))
         elif end > len(received):
             break
         else:
             message = received[head.end() : end - 2]
             try:
-                events.append((channel, (framed_small if len(message) < 4096 else framed)(message)))
+                found.append((channel, (framed_small if len(message) < 4096 else framed)(message)))
             except ValueError as error:
                 dropped.append((channel, str(error)))
         at = end
     rest = received[at:]
     if not head and len(rest) > 1024:  # no head is as long
         raise ConnectionError("Redis sent what is not RESP2")
-    successive = itertools.groupby(events, key=lambda event: event[0])
-    batches = [batch_of(channel, [event for _, event in group]) for channel, group in successive]
+    for channel, group in itertools.groupby(found, key=lambda each: each[0]):
+        successive = [each for _, each in group]
+        parts += [batch_of(channel, successive)] if channel else successive
     missing = end - len(received) if head else min(len(rest), 1)  # of a head that is cut off: one byte at least
-    return Read(batches, replies, dropped, rest, missing, max(0, at - len(received)))
+    return Read(parts, dropped, rest, missing, max(0, at - len(received)))
 
 
 # All subscribers of a channel read the same bytes, so all this is paid once for all. Few large reads are kept: memory.
@@ -422,9 +425,9 @@ if ms(from) < ms(born) then return {{newest, 'data-lost', ''}} end
 local is_known = ms(from) <= ms(newest) and seq(born) <= seq(from) and seq(from) <= seq(newest)
 if not is_known then return {{newest, 'unknown-id', ''}} end
 for index = 3, #KEYS do
-  local last, bytes = from, 0
+  local last, bytes, whole = from, 0, redis.call('HGET', KEYS[2], ARGV[index]) or floor
   repeat
-    local page = redis.call('XRANGE', KEYS[index], '(' .. last, '+', 'COUNT', 10)
+    local page = redis.call('XRANGE', KEYS[index], '(' .. last, whole, 'COUNT', 10)
     for _, entry in ipairs(page) do
       if entry[2][2] > last then return {{newest, 'trimmed', ''}} end
       last, answer[#answer + 1] = entry[1], entry[2][4]
@@ -432,7 +435,7 @@ for index = 3, #KEYS do
       if bytes > max_bytes then break end
     end
   until #page < 10 or bytes > max_bytes
-  if (redis.call('HGET', KEYS[2], ARGV[index]) or floor) > last then
+  if whole > last then
     if bytes <= max_bytes then return {{newest, 'expired', ''}} end
     if answer[3] == '' or last < answer[3] then answer[3] = last end
   end
@@ -475,7 +478,7 @@ class Redis:
             options = {**defaults, **parse_url(url), **fixed}  # type: ignore[no-untyped-call]
             self._pool: Any = redis.BlockingConnectionPool(**options)  # type: ignore[no-untyped-call]
             self._pool.connection_class(**self._pool.connection_kwargs)
-        except (TypeError, ValueError, RedisError) as error:
+        except (TypeError, ValueError, AttributeError, RedisError) as error:
             why = "a port must be a number, and / : @ in a password are %2F %3A %40" if "Port" in str(error) else error
             raise ValueError(f"the Redis URL is wrong: {why}") from None
         # Where Redis is, without the password: "redis://user@127.0.0.1:6379/0", "unix:///run/redis.sock".
@@ -684,6 +687,10 @@ class Subscriber:
         if not self.commands:
             raise ConnectionError(error or "Redis answered what was not asked")
         channel, waiting = self.commands.popleft()
+        for stream in self.streams.get(channel, ()):
+            if stream.held:  # of an earlier subscription, after which some may be missing
+                stream.held = [batch for batch in stream.held if batch.channel != channel]
+                stream.backlog_bytes = sum(len(batch.plain) for batch in stream.held)
         for stream in self.streams.pop(channel, ()) if error else ():
             stream.answer.put(f"Redis refused: {error}")
         for stream in waiting:
@@ -788,8 +795,10 @@ class Relay:
         except OSError:
             self.lose(subscriber)
 
-    def lose(self, subscriber: Subscriber) -> None:
+    def lose(self, subscriber: Subscriber, why: str = "") -> None:
         """Close its connection; its streams end, and come back by themselves: each new one opens a new connection."""
+        if why:
+            self._complaints["lost", f"a Redis subscriber: {why}"] += 1
         subscriber.lost = True
         if subscriber in self.subscribers:
             self.subscribers.discard(subscriber)
@@ -819,24 +828,31 @@ class Relay:
         try:
             if read := subscriber.read():
                 self._reads[read].append(subscriber)
-                for error in read.replies:
-                    subscriber.take_reply(error)
         except (BlockingIOError, ssl.SSLWantReadError):
             pass
         except OSError as error:
-            self._complaints["lost", f"a Redis subscriber: {error}"] += 1
-            self.lose(subscriber)
+            self.lose(subscriber, str(error))
 
     def _take_reads(self) -> None:
         """Pass on what was read in this wake-up: each read once, for all subscribers that read the same."""
         reads, self._reads = self._reads, defaultdict(list)
         for read, subscribers in reads.items():
-            for batch in read.batches:
-                self._deliver(batch, [stream for each in subscribers for stream in each.streams.get(batch.channel, ())])
-                self.count("messages_received_total", len(batch.events) * len(subscribers))
+            for part in read.parts:
+                if isinstance(part, str):
+                    self._take_reply(part, subscribers)
+                    continue
+                self._deliver(part, [stream for each in subscribers for stream in each.streams.get(part.channel, ())])
+                self.count("messages_received_total", len(part.events) * len(subscribers))
             for channel, why in read.dropped:
                 self._complaints["dropped", f"a message on channel {channel.decode()!r}: {why}"] += len(subscribers)
                 self.count(f'messages_dropped_total{{reason="{why}"}}', len(subscribers))
+
+    def _take_reply(self, error: str, subscribers: Sequence[Subscriber]) -> None:
+        for subscriber in subscribers:
+            try:
+                subscriber.take_reply(error)
+            except ConnectionError as reason:
+                self.lose(subscriber, str(reason))
 
     def _deliver(self, batch: Batch, streams: Sequence[Stream]) -> None:
         """Send one channel's new events to each stream that follows it. Most time is spent in this loop."""
@@ -1162,12 +1178,12 @@ class Handler(socketserver.BaseRequestHandler):
         allow = {"Allow": f"{methods}, OPTIONS"}
         if asked.method not in allow["Allow"].split(", "):
             raise HTTPError(405, f"{asked.path} takes {methods.partition(',')[0]}, not {asked.method}", allow)
+        if self.unread and asked.method != "POST":
+            raise HTTPError(400, f"{asked.path} takes no body")
         if asked.method == "OPTIONS":  # a browser asks whether a page of another origin may
             permitted = "Authorization, Content-Type, Last-Event-ID, Cache-Control"
             cors = {"Access-Control-Allow-Methods": methods, "Access-Control-Allow-Headers": permitted}
             return self._respond(204, b"", {**allow, **cors})
-        if self.unread and asked.method != "POST":
-            raise HTTPError(400, f"{asked.path} takes no body")
         known = {"channel", "lastEventId", "token"} if name == "stream" else set()
         if name != "page" and (unknown := asked.query.keys() - known):  # the page's parameters are its own
             raise HTTPError(400, f"{asked.path} takes no parameter {min(unknown)!r}")
@@ -1522,7 +1538,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.command == "publish":
             kept = {name: getattr(options, name) for name in PUBLISHER_OPTIONS}
-            lines = (line.rstrip("\r\n") for line in sys.stdin) if options.data == "-" else [options.data]
+            lines = (line.rstrip("\r\n") for line in sys.stdin or ()) if options.data == "-" else [options.data]
             for line in lines:
                 print(publish(line, options.type, options.channel, options.retry, **kept), flush=True)
         elif options.command == "sign":
