@@ -1469,7 +1469,7 @@ def test_a_history_from_before_the_counter_was_lost_is_not_replayed(
     past.set_clock_ahead()
     past.publish("old")
     past.forget(ssepush.COUNTER_KEY)
-    position = position_told(server.stream(query_of(channel)))
+    position = past.publish("the first of the next counter", channel + "-other")
 
     past.set_newest_ahead(7_200_000)  # the clock has caught up
     past.publish("new", channel + "-other")
