@@ -268,6 +268,7 @@ def event_of(message: bytes) -> Received | None:
     kind, number, retry = members.get("type"), members.get("id"), members.get("retry")
     sendable = isinstance(kind, str | None) and not re.search("[\r\n]", kind or "")
     sendable &= type(number) in (str, int, type(None)) and not re.search("[\r\n\0]", str(number or ""))
+    sendable &= len(str(number or "").encode(errors="surrogatepass")) <= 128
     sendable &= retry is None or (type(retry) is int and retry >= 0)
     if not sendable or re.search("[\ud800-\udfff]", f"{data}{kind}{number}"):
         return None
