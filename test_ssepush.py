@@ -1,6 +1,6 @@
 """Tests of ssepush against real things: a Redis or Valkey of their own, the server as a process, real sockets.
 
-Sections as in ssepush.py, then clients, browser, faults, attacks, production. No mocks, and no sleep that hopes: each
+Sections as in ssepush.py, then programs, clients, production, browser, page. No mocks, and no sleep that hopes: each
 test waits for the thing itself, with a deadline; that something does not come is shown by what is sent after it.
 """
 
