@@ -784,6 +784,21 @@ def test_a_publisher_is_told_at_once_what_no_stream_could_be_sent(name: str) -> 
         ssepush.message_of(**members)
 
 
+def test_data_as_deep_as_a_publisher_may_nest_it_is_understood_further_down_the_stack() -> None:
+    def event_of(message: bytes, frames: int) -> ssepush.Event:
+        return event_of(message, frames - 1) if frames else ssepush.event_of(message)
+
+    depth, accepted = 300, 0
+    with contextlib.suppress(ValueError):
+        while depth < 1000:
+            nested = "[" * depth + "]" * depth
+            message = ssepush.message_of(json.loads(nested))
+            assert event_of(message, 100).data == nested
+            depth, accepted = depth + 1, accepted + 1
+
+    assert accepted
+
+
 @pytest.mark.parametrize("name", AS_PUBLISHED)
 def test_a_message_made_here_gives_the_event_it_was_made_of(name: str) -> None:
     message = ssepush.message_of(AS_PUBLISHED[name], "greet", 7)
