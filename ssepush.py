@@ -66,11 +66,17 @@ if sys.version_info < (3, 11):  # noqa: UP036  # whoever starts the file itself 
     print("ssepush: Python 3.11 or newer is needed, and this is", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
-import redis
-from redis.backoff import NoBackoff
-from redis.connection import parse_url
-from redis.exceptions import BusyLoadingError, RedisError, ResponseError
-from redis.retry import Retry
+try:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.connection import parse_url
+    from redis.exceptions import BusyLoadingError, RedisError, ResponseError
+    from redis.retry import Retry
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    print("ssepush: the package redis is missing:", sys.executable, "-m pip install redis", file=sys.stderr)
+    sys.exit(2)
 
 __version__ = "1.0.0"
 log = logging.getLogger("ssepush")
@@ -1481,9 +1487,12 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def page_and_policy() -> tuple[bytes, str]:
-    """The page, and a Content-Security-Policy that lets it run its own script and style and nothing else."""
+    """The page, and a Content-Security-Policy that lets it run its own script and style only. ValueError: no page."""
     installed, here = (Path(__file__).with_name(name) for name in ("ssepush.html", "index.html"))
-    page = (installed if installed.exists() else here).read_text("utf-8")
+    try:
+        page = (installed if installed.exists() else here).read_text("utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read the page, which belongs beside ssepush.py: {error}") from None
     policy = "default-src 'none'; connect-src 'self'; img-src data:"
     policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):  # one of each
@@ -1552,9 +1561,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, f"ssepush: {what}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130)
-    except BrokenPipeError:  # whoever read our output has left; and Python would complain once more at exit
+    except OSError as error:  # whoever read our output has left, or its disk is full; Python would repeat it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        parser.exit(1)
+        parser.exit(1, "" if isinstance(error, BrokenPipeError) else f"ssepush: {error}\n")
 
 
 def serve(settings: Settings) -> None:

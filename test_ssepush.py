@@ -1021,7 +1021,7 @@ def test_a_stream_that_loses_redis_is_told_why_and_a_new_one_streams_again_witho
         assert says_why(stream), stream.parser.comments
         assert comes_back_after(stream)
     assert len({stream.parser.retry_ms for stream in streams}) > 1
-    assert server.metric('streams_closed_total{reason="redis-lost"}') == 3
+    wait_for(lambda: server.metric('streams_closed_total{reason="redis-lost"}') == 3, "their ends are counted")
     own_redis.start()
     again = server.stream(f"channel={channel}")
     assert own_redis.publish(channel, "after") == 1
@@ -1857,7 +1857,7 @@ def test_a_channel_that_the_redis_user_may_not_read_ends_the_stream_and_no_other
 
     assert allowed.next().data == "hi"
     assert server.metric("streams") == 1
-    assert server.said("NOPERM") or server.said("permission")
+    wait_for(lambda: server.said("NOPERM") or server.said("permission"), "why is logged")
     wait_for(lambda: restricted_redis.subscribers("sse") == 1, "what was subscribed for the refused ones is given up")
 
 
@@ -2332,7 +2332,7 @@ def test_a_stream_that_stops_reading_is_cut_while_all_others_get_every_event_on_
 
     assert published * 20_000 > 300_000
     wait_for(lambda: redis_process.subscribers(channel) == subscribers_for(server, 3), "its subscriber is gone", 1.0)
-    assert server.metric("backlog_bytes") == 0
+    wait_for(lambda: server.metric("backlog_bytes") == 0, "what waited for it is gone")
     whole = stalled.until_end()
     assert [int(event.data.split()[0]) for event in whole] == list(range(len(whole)))
     assert len(whole) < published
@@ -4488,6 +4488,8 @@ def test_metrics_count_what_was_done(
     for stream in streams:
         stream.take(3)
 
+    wait_for(lambda: server.metric("messages_received_total") == 3 * readers, "what the streams have got is counted")
+    wait_for(lambda: dropped(server, "message is not UTF-8") == readers, "so is what was dropped")
     scraped = Scraped(server)
     assert refused.status == 400
     assert scraped["streams"] == 3
@@ -4517,6 +4519,7 @@ def test_replayed_events_are_counted_apart_from_live_ones(
     stream = server.stream(f"channel={channel}", Last_Event_ID=first["id"])
     stream.take(2)
 
+    wait_for(lambda: server.metric("events_replayed_total"), "what was replayed is counted")
     scraped = Scraped(server)
     assert scraped["events_replayed_total"] == 2
     assert scraped["events_sent_total"] == 0
@@ -4535,11 +4538,12 @@ def test_an_event_that_arrives_during_the_replay_is_counted_once(
     server.publish("live", channel)
     wait_for(lambda: server.metric("messages_received_total"), "the event has arrived")
     assert stream.take(9)[-1].data == "live"
+    server.publish("last", channel)
+    assert stream.next().data == "last"
 
-    wait_for(lambda: server.metric("streams") == 1, "the stream is live")
+    wait_for(lambda: server.metric("messages_received_total") == 2, "what the stream has got is counted")
     scraped = Scraped(server)
-    assert scraped["messages_received_total"] == 1
-    assert scraped["events_sent_total"] + scraped["events_replayed_total"] == 9
+    assert scraped["events_sent_total"] + scraped["events_replayed_total"] == 10
 
 
 def test_the_delivery_delay_is_that_of_the_event(
@@ -5056,6 +5060,15 @@ def test_publish_ends_quietly_when_nobody_reads_what_it_prints(redis_process: Re
         assert "Traceback" not in process.stderr.read()
 
 
+def test_an_output_that_cannot_be_written_is_told_in_one_line(redis_process: RedisProcess, channel: str) -> None:
+    command = ssepush_command("--redis-url", redis_process.url, "publish", channel, "hi")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=DEADLINE_S, text=True)
+
+    assert done.stderr == "ssepush: [Errno 28] No space left on device\n"
+    assert done.returncode == 1
+
+
 def test_ctrl_c_ends_publish_quietly(redis_process: RedisProcess, channel: str) -> None:
     with publishing_lines(channel, redis_process.url) as process:
         assert process.stdin
@@ -5225,6 +5238,23 @@ def test_a_python_that_is_too_old_is_told() -> None:
     done = subprocess.run([sys.executable, "-c", older], cwd=HERE, capture_output=True, timeout=DEADLINE_S, text=True)
 
     assert "3.11" in the_line(done, 2)
+
+
+def test_a_missing_package_redis_is_told_with_how_to_install_it() -> None:
+    bare = [sys.executable, "-I", "-S", "ssepush.py", "--version"]  # without what is installed
+
+    done = subprocess.run(bare, cwd=HERE, capture_output=True, timeout=DEADLINE_S, text=True)
+
+    assert "pip install redis" in the_line(done, 2)
+
+
+def test_a_missing_page_is_told(redis_process: RedisProcess, tmp_path: Path) -> None:
+    shutil.copy(HERE / "ssepush.py", tmp_path)
+    alone = [sys.executable, str(tmp_path / "ssepush.py"), "--port", "0", "--redis-url", redis_process.url]
+
+    done = subprocess.run(alone, capture_output=True, timeout=DEADLINE_S, text=True)
+
+    assert "index.html" in the_line(done, 2)
 
 
 def test_a_host_that_is_not_ours_is_told(redis_process: RedisProcess) -> None:
