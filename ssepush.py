@@ -881,13 +881,12 @@ class Relay:
             self._count_sent(batch, reached)
 
     def _count_sent(self, batch: Batch, reached: int) -> None:
-        newest = batch.events[-1][0]
         self.count("events_sent_total", len(batch.events) * reached)
         self.count("sent_bytes_total", len(batch.plain) * reached)
-        delay_s = time.time() - int(newest[:13] or 0) / 1000  # its milliseconds are Redis's clock
-        if delay_s < 86400:  # more than that is an id that somebody made up
-            self.count("delivery_delay_seconds_sum", max(0.0, delay_s) * reached)
-            self.count("delivery_delay_seconds_count", reached)
+        now = time.time()  # the milliseconds of an id are Redis's clock; a day and more: somebody made the id up
+        delays = [delay for id_, _ in batch.events if id_ and (delay := now - int(id_[:13]) / 1000) < 86400]
+        self.count("delivery_delay_seconds_sum", max(0.0, sum(delays)) * reached)
+        self.count("delivery_delay_seconds_count", len(delays) * reached)
 
     def _feed(self, stream: Stream, batch: Batch) -> None:
         """The same for a stream that is not flowing: not live yet, just replayed, or behind."""
@@ -980,11 +979,11 @@ class Relay:
             if stream.ended == "slow":  # what the kernel holds is not worth keeping: reset the connection
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.sock.close()
+        self.on_end(stream)
         self.count(f'streams_closed_total{{reason="{stream.ended}"}}')
         seconds, channels = time.monotonic() - stream.opened_at, b", ".join(stream.channels).decode()
         what = (stream.number, stream.ended, seconds, stream.events, stream.peer, channels)
         log.info("stream %d closed: %s after %.1f s, %d events: %s on %s", *what)
-        self.on_end(stream)
 
     def drain(self) -> None:
         """End every stream, one by one over at most 0.7 of the drain time; then `run` returns."""
