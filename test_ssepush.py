@@ -4667,12 +4667,12 @@ def test_a_stream_that_finds_the_server_full_is_counted(
     refused = server.stream(f"channel={channel}")
     refused.until_end()
     server.publish("hi", channel)
+    assert only.next().data == "hi"
 
     scraped = Scraped(server)
     assert "this server is full" in refused.parser.comments
     assert scraped['streams_refused_total{reason="full"}'] == 1
     assert scraped["streams_opened_total"] == 1
-    assert only.next().data == "hi"
 
 
 def test_a_publish_with_redis_away_is_counted_as_such(
