@@ -634,9 +634,7 @@ class Stream:
     answer: SimpleQueue[str] = dataclasses.field(default_factory=SimpleQueue)  # "": it is subscribed; or why not
     sock: socket.socket = dataclasses.field(init=False)  # since it is live
     subscriber: Subscriber | None = None
-    flowing: bool = (
-        False  # has been sent to; not ended, nothing in backlog, past replayed_to: what arrives goes at once
-    )
+    flowing: bool = False  # it was sent to, is past replayed_to, has no backlog, not ended: what arrives goes at once
     held: list[Batch] | None = dataclasses.field(default_factory=list)  # what arrived before it was live; then None
     replayed_to: str = ""  # a position: live events up to here were in the replay
     backlog: deque[bytes | memoryview] | None = None  # what the kernel did not take; None rather than empty: memory
