@@ -2621,6 +2621,7 @@ def test_a_rolling_restart_of_two_processes_on_one_port_loses_nothing(
         servers[-2].process.send_signal(signal.SIGTERM)
         assert servers[-2].process.wait(DEADLINE_S) == 0
         wait_for(lambda: all(page.streams > n for page, n in zip(pages, before, strict=True)), "all pages came back")  # noqa: B023
+    wait_for(lambda: sum(len(publisher.acknowledged) for publisher in publishers) > 200, "enough was published")
     for publisher in publishers:
         publisher.stop()
     for name in reversed(names):
@@ -2628,7 +2629,6 @@ def test_a_rolling_restart_of_two_processes_on_one_port_loses_nothing(
     for page in pages:
         page.wait_for("last")
 
-    assert sum(len(publisher.acknowledged) for publisher in publishers) > 200
     assert sum(len(publisher.unsure) for publisher in publishers) < 10
     for page in pages:
         page.events = [event for event in page.events if event.data != "last"] + [Received("last")]
@@ -2854,14 +2854,14 @@ def test_after_each_of_two_mixed_loads_everything_is_given_back(
     fill_pool(server, own_redis)
 
     def held() -> dict[str, float]:
+        streams = server.metric("streams")
+        wait_for(lambda: server.threads() == IDLE_THREADS, "no thread is left")
         return {
-            "streams": server.metric("streams"),
-            "threads": server.threads(),
+            "streams": streams,
             "descriptors": server.descriptors(),
             "Redis clients": len(own_redis.client.client_list()),
         }
 
-    wait_for(lambda: server.threads() == IDLE_THREADS, "no request is open")
     baseline, resident = held(), []
     for _ in range(2):
         mixed_load(server, channel)
@@ -4178,7 +4178,8 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(
     own_redis: RedisProcess, start: Callable[..., ServerProcess]
 ) -> None:
     server = start(own_redis.url)
-    wait_for(lambda: server.get("/healthz").status == 200 and server.threads() <= 3, "only its own threads run")
+    assert server.get("/healthz").status == 200
+    wait_for(lambda: server.threads() <= 3, "only its own threads run")
     threads, descriptors = server.threads(), server.descriptors()
     own_redis.signal(signal.SIGSTOP)
 
@@ -6130,7 +6131,7 @@ def https(tmp_path: Path) -> Iterator[Callable[[int], Nginx]]:
         deployed = (DEPLOY / "nginx.conf").read_text()
         for name, ours in (
             ("127.0.0.1:5000", f"127.0.0.1:{upstream}"),
-            ("443", f"127.0.0.1:{port}"),
+            ("listen 443", f"listen 127.0.0.1:{port}"),
             ("events.example.org;", "localhost;"),
             ("/etc/ssl/certs/events.example.org.pem", str(pem)),
             ("/etc/ssl/private/events.example.org.key", str(key)),
