@@ -1924,6 +1924,15 @@ class RelayBetween:
         """Confirm it."""
         self.redis.sendall(b"*3\r\n$%d\r\n%b\r\n$1\r\nc\r\n:1\r\n" % (len(command), command))
 
+    def subscribe_and_leave(self) -> None:
+        """A stream on the channel `c` comes and goes; Redis has yet to answer that it is given up."""
+        stream, answer = self.subscribe(b"c")
+        self.asked(b"SUBSCRIBE")
+        self.answer(b"subscribe")
+        assert answer.get(timeout=DEADLINE_S) == ""
+        self.relay.call(self.relay.end, stream, "gone")
+        self.asked(b"UNSUBSCRIBE")
+
 
 def test_a_redis_that_answers_what_was_not_asked_is_left_and_the_stream_told_to_come_back() -> None:
     browser, ours = socket.socketpair()
@@ -1945,13 +1954,7 @@ def test_a_redis_that_answers_what_was_not_asked_is_left_and_the_stream_told_to_
 
 def test_a_stream_on_a_channel_that_was_just_given_up_waits_for_the_answer_to_its_own_command() -> None:
     with RelayBetween("--shared") as between:
-        first, answer = between.subscribe(b"c")
-        between.asked(b"SUBSCRIBE")
-        between.answer(b"subscribe")
-        assert answer.get(timeout=DEADLINE_S) == ""
-        between.relay.call(between.relay.end, first, "gone")
-        between.asked(b"UNSUBSCRIBE")
-
+        between.subscribe_and_leave()
         _, answer = between.subscribe(b"c")
         between.asked(b"SUBSCRIBE")
         between.answer(b"unsubscribe")
@@ -1968,12 +1971,7 @@ def test_a_stream_on_a_channel_that_was_just_given_up_waits_for_the_answer_to_it
 def test_what_an_earlier_subscription_still_brings_is_not_for_a_new_stream() -> None:
     browser, ours = socket.socketpair()
     with RelayBetween("--shared") as between, browser:
-        first, answer = between.subscribe(b"c")
-        between.asked(b"SUBSCRIBE")
-        between.answer(b"subscribe")
-        assert answer.get(timeout=DEADLINE_S) == ""
-        between.relay.call(between.relay.end, first, "gone")
-        between.asked(b"UNSUBSCRIBE")
+        between.subscribe_and_leave()
         stream, answer = between.subscribe(b"c")
         between.asked(b"SUBSCRIBE")
 
