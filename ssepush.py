@@ -42,8 +42,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
-import contextlib
-import dataclasses
 import email.utils
 import enum
 import errno
@@ -60,7 +58,6 @@ import random
 import re
 import resource
 import secrets
-import selectors
 import signal
 import socket
 import socketserver
@@ -68,11 +65,16 @@ import ssl
 import struct
 import sys
 import threading
-import time
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
+from threading import Thread
+from time import monotonic, sleep
+from time import time as unix_time
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, urlsplit
 
@@ -115,7 +117,7 @@ REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take
 REPLAY_THREADS = 4
 
 
-@dataclasses.dataclass
+@dataclass
 class Settings:
     """What the command line chose. `python ssepush.py --help` says what each is for, in the same order."""
 
@@ -130,8 +132,8 @@ class Settings:
     max_streams: int = 0  # 0: as many as the limits of open files and of Redis's clients allow
     max_backlog: int = 2**20  # bytes
     max_event: int = MAX_EVENT_BYTES
-    allow_origin: list[str] = dataclasses.field(default_factory=list)
-    allow_host: list[str] = dataclasses.field(default_factory=list)
+    allow_origin: list[str] = field(default_factory=list)
+    allow_host: list[str] = field(default_factory=list)
     admin: str = ""
     reuse_port: bool = False
     drain: float = 5.0  # s
@@ -238,7 +240,8 @@ def position_of(event_id: str | None) -> str:
 ENDED = {  # why a stream ended, as logs and metrics name it: what its browser is told, where it can be told
     "gone": "",  # the browser closed the connection, or reset it, or vanished
     "slow": "",  # it took less than was published, for too long
-    "redis-away": "Redis is away",  # or has closed the connection of the subscriber
+    "redis-lost": "Redis is away",  # or has closed the connection of the subscriber
+    "redis-away": "Redis is away",  # the same, before the stream was open
     "redis-refused": "Redis refused",
     "missed": "events were missed",
     "busy": "too many pages are asking for what they missed",
@@ -258,7 +261,7 @@ class State(enum.Enum):
     ENDED = "nothing: the connection is closed"
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Stream:
     """One browser's connection: what it follows, and what it has not been sent yet. The relay's, from `open` on."""
 
@@ -270,7 +273,7 @@ class Stream:
     opening: bytes  # the response's head and the first line of the body, until something is sent after them
     missed: Missed | None = None  # what to read from the history before anything live
     expires_at: float = math.inf  # on the monotonic clock, as all times here
-    opened_at: float = dataclasses.field(default_factory=time.monotonic)
+    opened_at: float = field(default_factory=monotonic)
     subscriber: Subscriber | None = None
     state: State = State.OPENING
     position: str = ""  # the one it began at; what was passed on since, its subscriber knows
@@ -320,16 +323,16 @@ class Relay:
         self._talking: set[Subscriber] = set()
         self._missing: defaultdict[tuple[Missed, bool], list[Stream]] = defaultdict(list)
         self._complaints: Counter[str] = Counter()  # logged once a second, not ten thousand times
-        self._now = time.monotonic()
-        self._selector = selectors.DefaultSelector()
+        self._now = monotonic()
+        self._selector = DefaultSelector()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ, (self._woken.recv, 4096))
+        self._selector.register(self._woken, EVENT_READ, (self._woken.recv, 4096))
 
     def call(self, function: Callable[..., object], *arguments: Any) -> None:
         """Have the relay's thread call this. Any thread."""
         self._calls.append((function, *arguments))
-        with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
+        with suppress(OSError):  # full: it is awake already; closed: it has ended
             self._waker.send(b"\0")
 
     def count(self, sample: str, number: float = 1) -> None:
@@ -347,14 +350,14 @@ class Relay:
         while self.streams or not self.draining:
             tick_s = 0.02 if self.draining else min(1.0, self.settings.heartbeat / 4)
             ready = self._selector.select(0 if self._calls else tick_s)
-            self._now = time.monotonic()
+            self._now = monotonic()
             self._delivering = True
             for key, _ in ready:
                 self._safely(*key.data)
             self._pass_on()
             self._delivering = False
-            slice_ends_at = time.monotonic() + SLICE_S
-            while self._calls and time.monotonic() < slice_ends_at:
+            slice_ends_at = monotonic() + SLICE_S
+            while self._calls and monotonic() < slice_ends_at:
                 self._safely(*self._calls.popleft())
             self._ask_redis()
             if self._now >= ticked_at + tick_s:
@@ -377,12 +380,12 @@ class Relay:
     def open(self, stream: Stream, subscriber: Subscriber) -> None:
         """Take over a stream: subscribe, send what it missed, go live. The subscriber may be new."""
         self.streams.add(stream)
-        self._selector.register(stream.sock, selectors.EVENT_READ, (self._on_browser, stream))
+        self._selector.register(stream.sock, EVENT_READ, (self._on_browser, stream))
         stream.subscriber = subscriber
         stream.sent_at = self._now
         if subscriber not in self.subscribers and not subscriber.lost:
             self.subscribers.add(subscriber)
-            self._selector.register(subscriber.sock, selectors.EVENT_READ, (self._on_redis, subscriber))
+            self._selector.register(subscriber.sock, EVENT_READ, (self._on_redis, subscriber))
         if self.draining:
             self.end(stream, "drain")
         elif subscriber.lost:
@@ -398,7 +401,7 @@ class Relay:
             try:
                 subscriber.send_commands()
             except OSError as error:
-                self.lose(subscriber, "redis-away", str(error))
+                self.lose(subscriber, "redis-lost", str(error))
         missing, self._missing = self._missing, defaultdict(list)
         for (missed, chunked), streams in missing.items():
             self.on_missed(missed, chunked, streams)
@@ -408,7 +411,7 @@ class Relay:
         try:
             channel, waiting = subscriber.take_answer(answer)
         except ConnectionError as error:
-            self.lose(subscriber, "redis-away", str(error))
+            self.lose(subscriber, "redis-lost", str(error))
             return
         if answer.error:
             told = refusal(answer.error, channel.decode())
@@ -426,7 +429,7 @@ class Relay:
         if stream.missed:
             stream.state = State.REPLAYING
             stream.held = []
-            self._want_page(stream)
+            self._send(stream, b"")
             return
         stream.position = position
         self._go_live(stream)
@@ -505,7 +508,7 @@ class Relay:
         except (BlockingIOError, ssl.SSLWantReadError):
             return
         except OSError as error:
-            self.lose(subscriber, "redis-away", str(error))
+            self.lose(subscriber, "redis-lost", str(error))
             return
         if received:
             self._received[received, subscriber.mark_key].append(subscriber)
@@ -521,7 +524,7 @@ class Relay:
                 if not isinstance(error, ConnectionError):
                     log.exception("the relay gives up the subscribers with which an error of its own happened")
                 for subscriber in subscribers:
-                    self.lose(subscriber, "redis-away", str(error))
+                    self.lose(subscriber, "redis-lost", str(error))
 
     def _pass_on_one(self, read: Read, subscribers: Sequence[Subscriber]) -> None:
         for subscriber in subscribers:
@@ -584,7 +587,7 @@ class Relay:
     def _count_sent(self, batch: Batch, reached: int) -> None:
         self.count("events_sent_total", len(batch.events) * reached)
         self.count("sent_bytes_total", len(batch.plain) * reached)
-        delay_s = batch.numbered * time.time() - batch.published_s  # by Redis's clock, which may be ahead of ours
+        delay_s = batch.numbered * unix_time() - batch.published_s  # by Redis's clock, which may be ahead of ours
         self.count("delivery_delay_seconds_sum", max(0.0, delay_s) * reached)
         self.count("delivery_delay_seconds_count", batch.numbered * reached)
 
@@ -593,7 +596,7 @@ class Relay:
         if stream.backlog is None:
             stream.backlog = deque()
         if stream.opening:
-            wire = b"".join((stream.opening, wire))
+            wire = stream.opening + wire
             stream.opening = b""
         if wire:
             stream.backlog.append(wire)
@@ -601,9 +604,8 @@ class Relay:
         try:
             self._send_backlog(stream, stream.backlog)
         except BlockingIOError:
-            # What is being sent does not count, nor does the history: one large event cuts nobody.
-            waiting_bytes = stream.unsent_bytes - len(stream.backlog[0]) - (len(stream.page.wire) if stream.page else 0)
-            if waiting_bytes > self.settings.max_backlog:
+            # What is being sent does not count: an event that is larger than that for itself cuts nobody.
+            if stream.unsent_bytes - len(stream.backlog[0]) > self.settings.max_backlog:
                 self.end(stream, "slow")
                 return
         except OSError:
@@ -625,9 +627,9 @@ class Relay:
 
     def _settle(self, stream: Stream) -> None:
         """After sending: wait until the browser can take more, or read on in the history, or be live."""
-        wanted = selectors.EVENT_READ
+        wanted = EVENT_READ
         if stream.backlog:
-            wanted |= selectors.EVENT_WRITE
+            wanted |= EVENT_WRITE
         else:
             stream.backlog = None
         if self._selector.get_key(stream.sock).events != wanted:
@@ -667,7 +669,7 @@ class Relay:
                 self.end(stream, "drain" if self.draining else "expired")
             elif stream.state is State.OPENING:
                 if silent_s > REDIS_S and stream.subscriber:
-                    self.lose(stream.subscriber, "redis-away", "it did not confirm a subscription")
+                    self.lose(stream.subscriber, "redis-lost", "it did not confirm a subscription")
             elif stream.backlog and silent_s > 2 * self.settings.heartbeat:
                 self.end(stream, "slow")
             elif stream.state is not State.REPLAYING and silent_s >= self.settings.heartbeat:
@@ -715,11 +717,13 @@ class Relay:
         stream.sock.close()
         self.on_end()
         if was_opening:
+            if reason == "redis-lost":
+                reason = "redis-away"
             self.count(f'streams_refused_total{{reason="{reason}"}}')
             log.info("stream %d refused: %s: %s", stream.number, reason, stream.peer)
             return
         self.count(f'streams_closed_total{{reason="{reason}"}}')
-        seconds = time.monotonic() - stream.opened_at
+        seconds = monotonic() - stream.opened_at
         log.info("stream %d closed: %s after %.1f s, %d events", stream.number, reason, seconds, stream.events)
 
     def _stop_feeding(self, stream: Stream) -> None:
@@ -735,7 +739,7 @@ class Relay:
     def _say_goodbye(self, stream: Stream, reason: str, told: str) -> None:
         """What a browser can still be told. Nothing, if it has not taken what was sent before."""
         if reason == "slow":  # what the kernel holds is not worth keeping: reset the connection
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if not told or stream.backlog:
             return
@@ -743,7 +747,7 @@ class Relay:
         if reason == "expired" and stream.state is not State.REPLAYING:
             last_words = token_expired_frame(self._position(stream)) + last_words
         wire = body_part(last_words, stream.chunked) + body_part(b"", stream.chunked)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             stream.sock.send(stream.opening + wire)
 
     def _position(self, stream: Stream) -> str:
@@ -751,7 +755,7 @@ class Relay:
         seen = stream.subscriber.seen if stream.subscriber else {}
         return max(stream.position, *(seen.get(channel, "") for channel in stream.channels))
 
-    def lose(self, subscriber: Subscriber, reason: str = "", why: str = "") -> None:
+    def lose(self, subscriber: Subscriber, reason: str = "redis-lost", why: str = "") -> None:
         """Close its connection. Its streams end, and come back by themselves: each new one opens a new connection."""
         if subscriber.lost:
             return
@@ -763,7 +767,7 @@ class Relay:
             self._selector.unregister(subscriber.sock)
         subscriber.sock.close()
         for stream in set[Stream]().union(*subscriber.streams.values()):
-            self.end(stream, reason or "redis-away")
+            self.end(stream, reason)
         subscriber.streams.clear()
 
     def check(self, newest: Mapping[bytes, str], mark_key: bytes) -> None:
@@ -986,7 +990,7 @@ def command(*words: str | bytes) -> bytes:
     return b"*%d\r\n" % len(encoded) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Subscriber:
     """One Redis connection in subscribed state, and the streams that it feeds: one of them, or all. Relay's thread.
 
@@ -995,16 +999,16 @@ class Subscriber:
     """
 
     sock: socket.socket
-    streams: dict[bytes, set[Stream]] = dataclasses.field(default_factory=dict)  # of the channels it follows
-    seen: dict[bytes, str] = dataclasses.field(default_factory=dict)  # channel: position up to which none is missing
+    streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # of the channels it follows
+    seen: dict[bytes, str] = field(default_factory=dict)  # channel: position up to which none is missing
     position: str = ""  # the counter's newest id, when last asked
     mark_key: bytes = b""
     lost: bool = False  # also read by other threads
-    waiting: list[Stream] = dataclasses.field(default_factory=list)  # for the next commands
-    unwanted: set[bytes] = dataclasses.field(default_factory=set)  # channels that nobody may want any more
+    waiting: list[Stream] = field(default_factory=list)  # for the next commands
+    unwanted: set[bytes] = field(default_factory=set)  # channels that nobody may want any more
     # The commands that Redis has not answered, in order: the channel, and the streams that wait for the answer.
-    asked: deque[tuple[bytes, list[Stream]]] = dataclasses.field(default_factory=deque)
-    parts: list[bytes] = dataclasses.field(default_factory=list)  # the beginning of a reply,
+    asked: deque[tuple[bytes, list[Stream]]] = field(default_factory=deque)
+    parts: list[bytes] = field(default_factory=list)  # the beginning of a reply,
     missing: int = 0  # if bytes of it are still to come: so many, at least
     surplus: int = 0  # bytes still to come of a message that was dropped
 
@@ -1261,7 +1265,13 @@ def refusal(error: str, channel: str = "") -> str:
         what = re.search(r"'([^']+)' command", error)
         rule = f"+{what[1].replace('|', ' ')}" if what else "~ssepush:* +@read +@write +@scripting +info"
         return f"Redis refused: its user lacks a right: ACL SETUSER … {rule}"
-    if "NOAUTH" in error or "WRONGPASS" in error or "uthentication" in error or "invalid username" in error:
+    if (
+        "NOAUTH" in error
+        or "unauthenticated" in error
+        or "WRONGPASS" in error
+        or "uthentication" in error
+        or "invalid username" in error
+    ):
         return "Redis refused the login: give user and password in the Redis URL, as redis://USER:PASSWORD@HOST:PORT/0"
     return f"Redis refused: {re.sub(' script: .*', '', error)}"
 
@@ -1343,7 +1353,7 @@ class Missed(NamedTuple):
         return cls.since("", channels)._replace(newest=newest)
 
 
-@dataclasses.dataclass(slots=True)
+@dataclass(slots=True)
 class Page:
     """A part of the history, ready to send."""
 
@@ -1378,7 +1388,7 @@ class Redis:
             raise away(error) from error
         return connection
 
-    @contextlib.contextmanager
+    @contextmanager
     def _connected(self) -> Iterator[Any]:
         """A connection that nobody else uses meanwhile; it is kept for the next if all went well. RedisAway."""
         if not self._free.acquire(timeout=REDIS_S):
@@ -1518,8 +1528,8 @@ def is_readable(connection: Any) -> bool:
     """Whether something has come that nobody asked for: the end, if anything."""
     if connection._sock is None:
         return False
-    with selectors.DefaultSelector() as selector:
-        selector.register(connection._sock, selectors.EVENT_READ)
+    with DefaultSelector() as selector:
+        selector.register(connection._sock, EVENT_READ)
         return bool(selector.select(0))
 
 
@@ -1677,14 +1687,15 @@ def headers_of(lines: Iterable[str]) -> dict[str, str]:
     """The header fields of a request. HTTPError."""
     headers: dict[str, str] = {}
     for line in lines:
-        field = FIELD_LINE.fullmatch(line)
-        if not field:
+        found = FIELD_LINE.fullmatch(line)
+        if not found:
             raise HTTPError(400, "a header field is malformed")
-        name, value = field[1].lower(), field[2].strip(" \t")
+        name = found[1].lower()
+        value = found[2].strip(" \t")
         if name not in headers:
             headers[name] = value
         elif name in SINGLE:
-            raise HTTPError(400, f"{field[1]} is given twice")
+            raise HTTPError(400, f"{found[1]} is given twice")
         else:
             headers[name] += f", {value}"
     if not HOST.fullmatch(headers.get("host", "")):
@@ -1793,7 +1804,7 @@ def sign(*channels: str, ttl: int = 3600, secret: str | None = None) -> str:
         raise ValueError("SSEPUSH_SECRET is not set in the environment")
     if not 0 < len(channels) <= MAX_CHANNELS:
         raise ValueError(f"a token is for 1 to {MAX_CHANNELS} channels")
-    expiry = int(time.time()) + ttl
+    expiry = int(unix_time()) + ttl
     signatures = [signature(check_channel(channel), expiry, found) for channel in channels]
     return ".".join([str(expiry), *signatures])
 
@@ -1885,7 +1896,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Answer requests one after the other; bytes that follow one belong to the next."""
         self.app = self.server.app
         self.received = bytearray()
-        with contextlib.suppress(OSError):  # the browser left, or took too long
+        with suppress(OSError):  # the browser left, or took too long
             if self.request.family != socket.AF_UNIX:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self._answer_one() and not self.app.stopping.is_set():
@@ -1905,14 +1916,14 @@ class Handler(socketserver.BaseRequestHandler):
             self._respond(error.status, {"state": "error", "error": str(error)}, error.headers)
             # Closing with unread bytes would reset the connection before the answer is read: read on for a moment.
             self.request.shutdown(socket.SHUT_WR)
-            deadline = time.monotonic() + 1.0
+            deadline = monotonic() + 1.0
             while True:  # until an OSError ends it
                 self.received.clear()
                 self._receive_some(deadline, is_begun=True)
 
     def _receive_head(self) -> Request:
         """The next request. HTTPError; OSError: none came in time."""
-        deadline = time.monotonic() + HEAD_S
+        deadline = monotonic() + HEAD_S
         searched = 0  # bytes: a head that comes byte by byte is not searched from the front each time
         while True:
             end = self.received.find(b"\r\n\r\n", searched)
@@ -1935,7 +1946,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _receive_some(self, deadline: float, is_begun: bool) -> None:
         """OSError: it took longer, or the browser has closed."""
-        left_s = deadline - time.monotonic()
+        left_s = deadline - monotonic()
         if left_s <= 0:
             raise TimeoutError
         with self.app.pending(self.request, is_begun):
@@ -2036,7 +2047,7 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(413, f"the body has {length} bytes; at most {limit} are taken")
         if self.asked.is_1_1 and headers.get("expect", "").lower() == "100-continue":
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + BODY_S
+        deadline = monotonic() + BODY_S
         while len(self.received) < length:
             self._receive_some(deadline, is_begun=True)
         body, self.received = self.received[:length], self.received[length:]
@@ -2128,7 +2139,7 @@ class Handler(socketserver.BaseRequestHandler):
         until = readable_until(channels, tokens_of(self.asked, settings))
         if self.asked.method == "HEAD":
             return self._send(self._stream_head())
-        if until <= time.time():
+        if until <= unix_time():
             return self._not_now("expired", token_expired_frame(missed.after[0] if missed else "") + RENEW)
         reason, told, subscriber = self.app.admit()
         if subscriber is None:
@@ -2142,7 +2153,7 @@ class Handler(socketserver.BaseRequestHandler):
             sock=taken_over(self.request, settings.heartbeat),
             opening=opening,
             missed=missed,
-            expires_at=time.monotonic() + until - time.time(),
+            expires_at=monotonic() + until - unix_time(),
         )
         self.app.relay.call(self.app.relay.open, stream, subscriber)
 
@@ -2207,7 +2218,7 @@ class Workers:
         try:
             self._idle.get(timeout=0.001)
         except Empty:
-            threading.Thread(target=self._run, daemon=True).start()
+            Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         while True:
@@ -2241,7 +2252,7 @@ class Listener(http.server.ThreadingHTTPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of descriptors the connection stays in the queue: pause, rather than spin."""
         if self.app.relay.is_busy():
-            time.sleep(0.001)
+            sleep(0.001)
         try:
             return super().get_request()
         except OSError as error:
@@ -2274,9 +2285,9 @@ class Server:
         self.relay = Relay(settings, self._on_missed, self.release)
         self.counting = threading.BoundedSemaphore(MAX_NUMBERS)
         self.stream_numbers = itertools.count(1)
-        self._started_at = time.time()
+        self._started_at = unix_time()
         self._missed: SimpleQueue[tuple[Missed, bool, list[Stream]]] = SimpleQueue()  # what replay threads are to read
-        self._answering: set[threading.Thread] = set()  # what `run` waits for, a second at most
+        self._answering: set[Thread] = set()  # what `run` waits for, a second at most
         self._silent: OrderedDict[socket.socket, None] = OrderedDict()  # have sent no whole request; the oldest first
         self._taking: OrderedDict[socket.socket, None] = OrderedDict()  # are sent an answer, or send a body
         self._admitting = threading.Lock()
@@ -2298,7 +2309,7 @@ class Server:
             return ROUTES
         return {path: route for path, route in ROUTES.items() if route.is_for_admin == is_admin}
 
-    @contextlib.contextmanager
+    @contextmanager
     def answering(self) -> Iterator[None]:
         """While a request is answered, for which `run` waits a moment."""
         self._answering.add(threading.current_thread())
@@ -2307,7 +2318,7 @@ class Server:
         finally:
             self._answering.discard(threading.current_thread())
 
-    @contextlib.contextmanager
+    @contextmanager
     def pending(self, sock: socket.socket, is_begun: bool) -> Iterator[None]:
         """While a connection has yet to send its request or take its answer, it may be ended to make room."""
         waiting = self._taking if is_begun else self._silent
@@ -2322,7 +2333,7 @@ class Server:
     def end_oldest_pending(self) -> None:
         """Make room: first by one who has sent no whole request."""
         for waiting in (self._silent, self._taking):
-            with contextlib.suppress(KeyError, OSError):  # there is none; it has gone by itself
+            with suppress(KeyError, OSError):  # there is none; it has gone by itself
                 sock, _ = waiting.popitem(last=False)
                 sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
                 return
@@ -2383,7 +2394,7 @@ class Server:
         """The watch thread: have the relay compare what its subscribers have seen with what Redis knows."""
         while not self.stopping.wait(self.settings.heartbeat / 3):
             channels = {channel for each in tuple(self.relay.subscribers) for channel in tuple(each.streams)}
-            with contextlib.suppress(RedisAway):
+            with suppress(RedisAway):
                 mark_key = self.redis.mark_key()
                 newest = self.redis.newest(tuple(channels))
                 self.stopping.wait(1.0)  # for what is on its way
@@ -2392,9 +2403,9 @@ class Server:
     def check_health(self) -> None:
         """HTTPError 503: Redis, or the relay's thread, does not answer within a second. One look serves all who ask."""
         with self._health_lock:
-            if time.monotonic() > self._health_asked_at + HEALTH_S:
+            if monotonic() > self._health_asked_at + HEALTH_S:
                 self._unhealthy = self._ask_health()
-                self._health_asked_at = time.monotonic()
+                self._health_asked_at = monotonic()
             unhealthy = self._unhealthy
         if unhealthy:
             raise HTTPError(503, unhealthy)
@@ -2450,21 +2461,21 @@ class Server:
         sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        relay = threading.Thread(target=self.relay.run, name="relay", daemon=True)
+        relay = Thread(target=self.relay.run, name="relay", daemon=True)
         relay.start()
         for _ in range(REPLAY_THREADS):
-            threading.Thread(target=self._replay, name="replay", daemon=True).start()
+            Thread(target=self._replay, name="replay", daemon=True).start()
         if self.settings.history:
-            threading.Thread(target=self._watch, name="watch", daemon=True).start()
+            Thread(target=self._watch, name="watch", daemon=True).start()
         for listener in self.listeners:
-            threading.Thread(target=listener.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+            Thread(target=listener.serve_forever, args=(0.1,), name="accept", daemon=True).start()
         signal.sigwait(signals)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         self.stopping.set()
         self._stop_accepting(self.listeners[0])
-        deadline = time.monotonic() + min(1.0, self.settings.drain / 5)
+        deadline = monotonic() + min(1.0, self.settings.drain / 5)
         for thread in tuple(self._answering):
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline - monotonic()))
         self.relay.call(self.relay.drain)
         relay.join(max(0.8 * self.settings.drain, 0.5))
         for listener in self.listeners[1:]:  # health can be asked for to the end
@@ -2474,7 +2485,7 @@ class Server:
         """Answer those who were in the queue, since closing would reset them; a flood does not keep us."""
         listener.shutdown()
         listener.socket.setblocking(False)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             for _ in range(100):
                 listener.process_request(*listener.get_request())
         listener.server_close()
@@ -2508,7 +2519,7 @@ HELP = {
 def admin_address(text: str) -> tuple[Any, int]:
     """`(address, family)` of --admin: `127.0.0.1:9001`, `[::1]:9001`, or a Unix socket's path."""
     if "/" in text:
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             if Path(text).is_socket():
                 Path(text).unlink()  # of a process that was killed
         return text, socket.AF_UNIX
@@ -2782,7 +2793,7 @@ def end_orphan(redis: Redis) -> bool:
     except PermissionError:
         return False
     except ProcessLookupError:
-        with contextlib.suppress(RedisAway):
+        with suppress(RedisAway):
             redis.call("SHUTDOWN", "NOSAVE")
         return True
 
@@ -2793,7 +2804,7 @@ def raise_open_file_limit() -> int:
     for wanted in (hard, 65536, 10240):  # macOS says infinity and means 10240
         if wanted == resource.RLIM_INFINITY or wanted <= files:
             continue
-        with contextlib.suppress(ValueError, OSError):
+        with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return wanted
     return files
@@ -2810,7 +2821,7 @@ def streams_allowed(settings: Settings, redis: Redis, room: int) -> int:
     if settings.shared:
         return room
     # Strangers must not take the connections that the application needs.
-    with contextlib.suppress(RedisAway):
+    with suppress(RedisAway):
         half = redis.max_clients() // 2
         if 0 < half < room:
             log.info("at most %d streams, half of Redis's maxclients (--max-streams, or --shared)", half)
