@@ -86,7 +86,7 @@ try:
     import redis
     from redis.backoff import NoBackoff
     from redis.connection import parse_url
-    from redis.exceptions import BusyLoadingError, NoPermissionError, RedisError, ResponseError
+    from redis.exceptions import BusyLoadingError, RedisError, ResponseError
     from redis.retry import Retry
 except ModuleNotFoundError:
     if __name__ != "__main__":
@@ -182,7 +182,8 @@ def frame_of(event: Event) -> bytes:
         lines.append(f"retry: {event.retry}")
     for line in LINE_END.split(event.data):
         lines.append(f"data: {line}")
-    return "".join(f"{line}\n" for line in [*lines, ""]).encode()
+    lines.append("\n")
+    return "\n".join(lines).encode()
 
 
 def retry_line(retry_ms: int) -> bytes:
@@ -202,19 +203,13 @@ def position_frame(position: str) -> bytes:
 
 def reset_frame(reason: str, position: str | None = None) -> bytes:
     """The event that says: some may be missing, fetch your state anew."""
-    return frame_of(Event(json.dumps({"reason": reason}), "stream-reset", position))
+    data = json.dumps({"reason": reason})
+    return frame_of(Event(data, "stream-reset", position))
 
 
 def token_expired_frame(position: str) -> bytes:
     """The last event of a stream whose token has expired: with a new one, the page can resume at its id."""
     return frame_of(Event("", "token-expired", position))
-
-
-def named(channels: Sequence[bytes]) -> str:
-    """Channels as logs name them."""
-    return ", ".join(channel.decode() for channel in channels[:3]) + (
-        f" and {len(channels) - 3} more" if channels[3:] else ""
-    )
 
 
 def body_part(data: bytes, chunked: bool) -> bytes:
@@ -251,6 +246,9 @@ ENDED = {  # why a stream ended, as logs and metrics name it: what its browser i
 }
 
 
+Backlog = deque[bytes | memoryview]
+
+
 class State(enum.Enum):
     """What becomes of an event that arrives for a stream."""
 
@@ -280,7 +278,7 @@ class Stream:
     skip_to: str = ""  # live events up to this position were in the replay
     held: list[Batch] | None = None  # while replaying
     page: Page | None = None  # of the history, while bytes of it may be unsent
-    backlog: deque[bytes | memoryview] | None = None  # what the kernel did not take; None rather than empty: memory
+    backlog: Backlog | None = None  # what the kernel did not take; None rather than empty: memory
     unsent_bytes: int = 0  # of held and backlog
     stray_bytes: int = 0  # sent by the browser on the open stream
     sent_at: float = 0.0
@@ -309,7 +307,8 @@ class Relay:
         self.on_missed = on_missed
         self.on_end = on_end
         # What is published is not larger than this, with its id and mark; what is, is dropped unread.
-        self.max_message = max(settings.max_event, settings.max_backlog, MAX_EVENT_BYTES) + 1024
+        largest = max(settings.max_event, settings.max_backlog, MAX_EVENT_BYTES)
+        self.max_message = largest + 1024
         self.streams: set[Stream] = set()
         self.subscribers: set[Subscriber] = set()
         self.replay_bytes = 0  # of the pages that streams have yet to take
@@ -319,15 +318,15 @@ class Relay:
         self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
         self._delivering = False
         # Of this wake-up: who read the same bytes (and knows the same mark key), who has commands, who misses the same.
-        self._received: defaultdict[tuple[bytes, bytes], list[Subscriber]] = defaultdict(list)
+        self._received: dict[tuple[bytes, bytes], list[Subscriber]] = {}
         self._talking: set[Subscriber] = set()
-        self._missing: defaultdict[tuple[Missed, bool], list[Stream]] = defaultdict(list)
+        self._missing: dict[tuple[Missed, bool], list[Stream]] = {}
         self._complaints: Counter[str] = Counter()  # logged once a second, not ten thousand times
         self._now = monotonic()
         self._selector = DefaultSelector()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
-        self._selector.register(self._woken, EVENT_READ, (self._woken.recv, 4096))
+        self._watch(self._woken, self._woken.recv, 4096)
 
     def call(self, function: Callable[..., object], *arguments: Any) -> None:
         """Have the relay's thread call this. Any thread."""
@@ -348,7 +347,7 @@ class Relay:
         """The relay's thread, until it has drained."""
         ticked_at = -math.inf
         while self.streams or not self.draining:
-            tick_s = 0.02 if self.draining else min(1.0, self.settings.heartbeat / 4)
+            tick_s = self.tick_s()
             ready = self._selector.select(0 if self._calls else tick_s)
             self._now = monotonic()
             self._delivering = True
@@ -369,6 +368,16 @@ class Relay:
         for closable in (self._selector, self._waker, self._woken):
             closable.close()
 
+    def tick_s(self) -> float:
+        """How often to look at the clock, in seconds."""
+        if self.draining:
+            return 0.02
+        return min(1.0, self.settings.heartbeat / 4)
+
+    def _watch(self, sock: socket.socket, function: Callable[..., object], argument: object) -> None:
+        """Call this whenever something can be read from the socket."""
+        self._selector.register(sock, EVENT_READ, (function, argument))
+
     def _safely(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
             function(*arguments)
@@ -380,12 +389,12 @@ class Relay:
     def open(self, stream: Stream, subscriber: Subscriber) -> None:
         """Take over a stream: subscribe, send what it missed, go live. The subscriber may be new."""
         self.streams.add(stream)
-        self._selector.register(stream.sock, EVENT_READ, (self._on_browser, stream))
+        self._watch(stream.sock, self._on_browser, stream)
         stream.subscriber = subscriber
         stream.sent_at = self._now
         if subscriber not in self.subscribers and not subscriber.lost:
             self.subscribers.add(subscriber)
-            self._selector.register(subscriber.sock, EVENT_READ, (self._on_redis, subscriber))
+            self._watch(subscriber.sock, self._on_redis, subscriber)
         if self.draining:
             self.end(stream, "drain")
         elif subscriber.lost:
@@ -402,7 +411,7 @@ class Relay:
                 subscriber.send_commands()
             except OSError as error:
                 self.lose(subscriber, "redis-lost", str(error))
-        missing, self._missing = self._missing, defaultdict(list)
+        missing, self._missing = self._missing, {}
         for (missed, chunked), streams in missing.items():
             self.on_missed(missed, chunked, streams)
 
@@ -425,7 +434,7 @@ class Relay:
     def _confirm(self, stream: Stream, position: str) -> None:
         """From here on, what arrives is for this stream. The position was the newest just before."""
         if not stream.missed and not position and self.settings.history:
-            stream.missed = Missed.all_of(stream.channels)  # there was no counter, so all that it has is new
+            stream.missed = missed_since("", stream.channels)  # there was no counter, so all that is kept is new
         if stream.missed:
             stream.state = State.REPLAYING
             stream.held = []
@@ -433,7 +442,8 @@ class Relay:
             return
         stream.position = position
         self._go_live(stream)
-        self._send(stream, body_part(position_frame(position) if position else b"\n", stream.chunked))
+        first_block = position_frame(position) if position else b"\n"
+        self._send(stream, body_part(first_block, stream.chunked))
 
     def refuse(self, streams: Iterable[Stream], reason: str, why: str) -> None:
         """What these streams missed could not be read."""
@@ -441,15 +451,16 @@ class Relay:
         for stream in streams:
             self.end(stream, reason)
 
-    def complain(self, what: str) -> None:
-        """Log this, once a second at most, and how often."""
-        self._complaints[what] += 1
+    def complain(self, what: str, number: int = 1) -> None:
+        """Log this, once a second at most, and how often it was."""
+        self._complaints[what] += number
 
     def _want_page(self, stream: Stream) -> None:
         if self.replay_bytes > REPLAY_BYTES:
             self.end(stream, "busy")
         elif stream.missed:
-            self._missing[stream.missed, stream.chunked].append(stream)
+            same = self._missing.setdefault((stream.missed, stream.chunked), [])
+            same.append(stream)
 
     def take_page(self, page: Page, streams: Sequence[Stream]) -> None:
         """A page of the history was read for these streams, which missed the same."""
@@ -467,9 +478,11 @@ class Relay:
             if not stream.missed:
                 stream.position = stream.skip_to = page.position
                 self._go_live(stream)
+                stream.held = None
             self._send(stream, page.wire)
             if not stream.missed:
-                self._send_held(stream, held)
+                for batch in held:
+                    self._feed(stream, batch)
 
     def _go_live(self, stream: Stream) -> None:
         """The stream has its position, and misses nothing before it."""
@@ -479,12 +492,8 @@ class Relay:
         if stream.subscriber and stream.position:
             stream.subscriber.knows(stream.channels, stream.position)
         self.count("streams_opened_total")
-        log.info("stream %d open: %s on %s", stream.number, stream.peer, named(stream.channels))
-
-    def _send_held(self, stream: Stream, held: Iterable[Batch]) -> None:
-        for batch in held:
-            if stream.state is not State.ENDED:
-                self._feed(stream, batch)
+        first = stream.channels[0].decode()
+        log.info("stream %d open: %s on %s (channels: %d)", stream.number, stream.peer, first, len(stream.channels))
 
     def _hold_page(self, stream: Stream, page: Page | None) -> None:
         """The stream has taken its page, if it had one, and has another now, or None."""
@@ -511,11 +520,12 @@ class Relay:
             self.lose(subscriber, "redis-lost", str(error))
             return
         if received:
-            self._received[received, subscriber.mark_key].append(subscriber)
+            same = self._received.setdefault((received, subscriber.mark_key), [])
+            same.append(subscriber)
 
     def _pass_on(self) -> None:
         """Pass on what was read in this wake-up: parsed once for all subscribers that read the same."""
-        everything, self._received = self._received, defaultdict(list)
+        everything, self._received = self._received, {}
         for (received, mark_key), subscribers in everything.items():
             try:
                 self._pass_on_one(parse(received, mark_key, self.max_message), subscribers)
@@ -537,18 +547,23 @@ class Relay:
             streams: list[Stream] = []
             for subscriber in subscribers:
                 if subscriber.follows(part):
-                    streams.extend(subscriber.streams.get(part.channel, ()))
+                    followers = subscriber.streams.get(part.channel, ())
+                    streams.extend(followers)
                 else:
                     self.lose(subscriber, "missed")
             self._deliver(part, streams)
-            self.count("messages_received_total", len(part.events) * len(subscribers))
+            received = len(part.events) * len(subscribers)
+            self.count("messages_received_total", received)
         for channel, why in read.dropped:
-            self._complaints[f"dropped a message on channel {channel.decode()!r}: {why}"] += len(subscribers)
-            self.count(f'messages_dropped_total{{reason="{why}"}}', len(subscribers))
+            number = len(subscribers)
+            self.complain(f"dropped a message on channel {channel.decode()!r}: {why}", number)
+            self.count(f'messages_dropped_total{{reason="{why}"}}', number)
 
     def _deliver(self, batch: Batch, streams: Sequence[Stream]) -> None:
         """Send one channel's new events to each stream that follows it. Most time is spent in this loop."""
-        live, number, now = State.LIVE, len(batch.events), self._now
+        live = State.LIVE
+        number = len(batch.events)
+        now = self._now
         reached = 0
         for stream in streams:
             if stream.state is not live:
@@ -572,17 +587,20 @@ class Relay:
         if stream.held is not None:
             stream.held.append(batch)
             stream.unsent_bytes += len(batch.plain)
-            if stream.unsent_bytes > self.settings.max_backlog and len(stream.held) > 1:
+            is_too_much = stream.unsent_bytes > self.settings.max_backlog
+            if is_too_much and len(stream.held) > 1:
                 self.end(stream, "slow")
         elif stream.state is State.BEHIND:
-            if batch.position > stream.skip_to:
-                batch, stream.skip_to = batch.after(stream.skip_to), ""
-            elif stream.skip_to:
+            if stream.skip_to:
+                is_past = batch.position > stream.skip_to
                 batch = batch.after(stream.skip_to)
+                if is_past:
+                    stream.skip_to = ""
             if batch.events:
                 stream.events += len(batch.events)
                 self._count_sent(batch, 1)
-            self._send(stream, batch.chunked if stream.chunked else batch.plain)
+                wire = batch.chunked if stream.chunked else batch.plain
+                self._send(stream, wire)
 
     def _count_sent(self, batch: Batch, reached: int) -> None:
         self.count("events_sent_total", len(batch.events) * reached)
@@ -605,7 +623,8 @@ class Relay:
             self._send_backlog(stream, stream.backlog)
         except BlockingIOError:
             # What is being sent does not count: an event that is larger than that for itself cuts nobody.
-            if stream.unsent_bytes - len(stream.backlog[0]) > self.settings.max_backlog:
+            waiting_bytes = stream.unsent_bytes - len(stream.backlog[0])
+            if waiting_bytes > self.settings.max_backlog:
                 self.end(stream, "slow")
                 return
         except OSError:
@@ -613,7 +632,7 @@ class Relay:
             return
         self._settle(stream)
 
-    def _send_backlog(self, stream: Stream, backlog: deque[bytes | memoryview]) -> None:
+    def _send_backlog(self, stream: Stream, backlog: Backlog) -> None:
         """BlockingIOError: the kernel takes no more for now; another OSError: the browser is gone."""
         while backlog:
             piece = backlog[0]
@@ -632,8 +651,9 @@ class Relay:
             wanted |= EVENT_WRITE
         else:
             stream.backlog = None
-        if self._selector.get_key(stream.sock).events != wanted:
-            self._selector.modify(stream.sock, wanted, (self._on_browser, stream))
+        key = self._selector.get_key(stream.sock)
+        if key.events != wanted:
+            self._selector.modify(stream.sock, wanted, key.data)
         if stream.backlog:
             if stream.state is State.LIVE:
                 stream.state = State.BEHIND
@@ -663,6 +683,7 @@ class Relay:
     def _tick(self) -> None:
         """Once a second: what time alone brings about. Heartbeats go out in groups, between which events go first."""
         silent = []
+        heartbeat_s = self.settings.heartbeat
         for stream in tuple(self.streams):
             silent_s = self._now - stream.sent_at
             if stream.expires_at <= self._now:
@@ -670,12 +691,14 @@ class Relay:
             elif stream.state is State.OPENING:
                 if silent_s > REDIS_S and stream.subscriber:
                     self.lose(stream.subscriber, "redis-lost", "it did not confirm a subscription")
-            elif stream.backlog and silent_s > 2 * self.settings.heartbeat:
-                self.end(stream, "slow")
-            elif stream.state is not State.REPLAYING and silent_s >= self.settings.heartbeat:
+            elif stream.backlog:
+                if silent_s > 2 * heartbeat_s:
+                    self.end(stream, "slow")
+            elif silent_s >= heartbeat_s and stream.state is not State.REPLAYING:
                 silent.append(stream)
         for at in range(0, len(silent), 16):
-            self._calls.append((self._send_heartbeats, silent[at : at + 16]))
+            group = silent[at : at + 16]
+            self._calls.append((self._send_heartbeats, group))
         self._log_complaints()
 
     def _send_heartbeats(self, streams: Iterable[Stream]) -> None:
@@ -723,8 +746,8 @@ class Relay:
             log.info("stream %d refused: %s: %s", stream.number, reason, stream.peer)
             return
         self.count(f'streams_closed_total{{reason="{reason}"}}')
-        seconds = monotonic() - stream.opened_at
-        log.info("stream %d closed: %s after %.1f s, %d events", stream.number, reason, seconds, stream.events)
+        open_s = monotonic() - stream.opened_at
+        log.info("stream %d closed: %s after %.1f s, %d events", stream.number, reason, open_s, stream.events)
 
     def _stop_feeding(self, stream: Stream) -> None:
         subscriber = stream.subscriber
@@ -739,21 +762,26 @@ class Relay:
     def _say_goodbye(self, stream: Stream, reason: str, told: str) -> None:
         """What a browser can still be told. Nothing, if it has not taken what was sent before."""
         if reason == "slow":  # what the kernel holds is not worth keeping: reset the connection
+            at_once = struct.pack("ii", 1, 0)
             with suppress(OSError):
-                stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
         if not told or stream.backlog:
             return
         last_words = farewell(told, self.settings.retry)
         if reason == "expired" and stream.state is not State.REPLAYING:
-            last_words = token_expired_frame(self._position(stream)) + last_words
-        wire = body_part(last_words, stream.chunked) + body_part(b"", stream.chunked)
+            position = self._position(stream)
+            last_words = token_expired_frame(position) + last_words
+        wire = stream.opening + body_part(last_words, stream.chunked)
         with suppress(OSError):
-            stream.sock.send(stream.opening + wire)
+            stream.sock.send(wire + body_part(b"", stream.chunked))
 
     def _position(self, stream: Stream) -> str:
         """The id up to which a stream without a backlog has been sent everything, "" if there is none."""
-        seen = stream.subscriber.seen if stream.subscriber else {}
-        return max(stream.position, *(seen.get(channel, "") for channel in stream.channels))
+        newest = stream.position
+        if stream.subscriber:
+            for channel in stream.channels:
+                newest = max(newest, stream.subscriber.seen.get(channel, ""))
+        return newest
 
     def lose(self, subscriber: Subscriber, reason: str = "redis-lost", why: str = "") -> None:
         """Close its connection. Its streams end, and come back by themselves: each new one opens a new connection."""
@@ -766,21 +794,23 @@ class Relay:
             self.subscribers.discard(subscriber)
             self._selector.unregister(subscriber.sock)
         subscriber.sock.close()
-        for stream in set[Stream]().union(*subscriber.streams.values()):
+        fed = subscriber.streams.values()
+        for stream in set[Stream]().union(*fed):
             self.end(stream, reason)
         subscriber.streams.clear()
 
     def check(self, newest: Mapping[bytes, str], mark_key: bytes) -> None:
-        """Give up subscribers that have missed a channel's newest event, or know another Redis, as `Server.watch` asks."""
+        """Give up subscribers that have missed a channel's newest event, or follow a counter that is no more."""
         for subscriber in tuple(self.subscribers):
-            forgotten = mark_key and subscriber.mark_key and subscriber.mark_key != mark_key
-            if forgotten or not subscriber.has_seen(newest):
+            is_of_another = subscriber.mark_key not in (b"", mark_key)
+            if is_of_another or not subscriber.has_seen(newest):
                 self.lose(subscriber, "missed", "it has missed events")
 
     def drain(self) -> None:
         """End every stream, one by one over at most 0.7 of the drain time; then `run` returns."""
         self.draining = True
-        spread_s = min(0.7 * self.settings.drain, 0.01 * len(self.streams))
+        most_s = 0.7 * self.settings.drain
+        spread_s = min(most_s, 0.01 * len(self.streams))
         for stream in self.streams:
             stream.expires_at = self._now + random.uniform(0, spread_s)
 
@@ -800,24 +830,26 @@ def members_of(message: bytes) -> dict[str, Any]:
         members = json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which are not JSON
         data = members["data"]
         if not isinstance(data, str):
-            members["data"] = json.dumps(data, ensure_ascii=False, allow_nan=False)
-        return dict(members)
+            data = json.dumps(data, ensure_ascii=False, allow_nan=False)
+        return {**members, "data": data}
     except (ValueError, RecursionError, TypeError, KeyError):  # no JSON, or none that we can read; no object; no data
         return {"data": text}
 
 
 def event_from(members: Mapping[str, Any]) -> Event:
     """The event that these members stand for. ValueError, the publisher's fault: one is of the wrong kind."""
-    event_type, event_id, retry = members.get("type"), members.get("id"), members.get("retry")
+    event_type = members.get("type")
+    event_id = members.get("id")
+    retry = members.get("retry")
     if not isinstance(event_type, str | None):
         raise ValueError("type must be a string")
-    if isinstance(event_id, bool) or not isinstance(event_id, str | int | None):
-        raise ValueError("id must be a string")
-    if event_id is not None:
+    if type(event_id) is int:  # as some programs number their messages
         event_id = str(event_id)
-        if len(event_id.encode()) > MAX_ID_BYTES:
-            raise ValueError(f"id must not be longer than {MAX_ID_BYTES} bytes")
-    if retry is not None and (isinstance(retry, bool) or not isinstance(retry, int) or retry < 0):
+    if not isinstance(event_id, str | None):
+        raise ValueError("id must be a string")
+    if event_id and len(event_id.encode()) > MAX_ID_BYTES:
+        raise ValueError(f"id must not be longer than {MAX_ID_BYTES} bytes")
+    if retry is not None and (type(retry) is not int or retry < 0):
         raise ValueError("retry must be a whole number of milliseconds")
     return Event(members["data"], event_type, event_id, retry)
 
@@ -837,7 +869,8 @@ class Framed(NamedTuple):
 
 def mark_of(mark_key: bytes, event_id: str, previous: str, channel: bytes) -> str:
     """What proves that an id was given by a script of ours, which alone can read the key: PUBLISH_LUA makes the same."""
-    return hashlib.sha1(mark_key + f"{event_id}{previous}".encode() + channel).hexdigest()
+    marked = mark_key + event_id.encode() + previous.encode() + channel
+    return hashlib.sha1(marked).hexdigest()
 
 
 def framed(message: bytes, channel: bytes, mark_key: bytes) -> Framed:
@@ -853,7 +886,8 @@ def framed(message: bytes, channel: bytes, mark_key: bytes) -> Framed:
         if not position:
             return Framed(frame_of(event))
         previous = str(members.get("previous", ""))
-        if mark_key and members.get("mark") != mark_of(mark_key, position, previous, channel):
+        mark = mark_of(mark_key, position, previous, channel)
+        if mark_key and members.get("mark") != mark:
             return Framed(frame_of(event._replace(id=None)))
         return Framed(frame_of(event), position, previous)
     except UnicodeDecodeError:
@@ -877,26 +911,34 @@ class Batch(NamedTuple):
 
     def after(self, position: str) -> Batch:
         """The same without those at or before a position; events without one stay."""
-        return batch_of(self.channel, [each for each in self.events if not each.position or each.position > position])
+        kept = []
+        for event in self.events:
+            if not event.position or event.position > position:
+                kept.append(event)
+        return batch_of(self.channel, kept)
 
 
 def batch_of(channel: bytes, events: Sequence[Framed]) -> Batch:
     """A batch of these events, in order."""
     plain = b"".join(event.frame for event in events)
+    chunked = body_part(plain, chunked=True)
+    batch = Batch(channel, tuple(events), plain, chunked)
     numbered = [event for event in events if event.position]
     if not numbered:
-        return Batch(channel, tuple(events), plain, body_part(plain, chunked=True))
-    is_whole = all(later.previous <= earlier.position for earlier, later in itertools.pairwise(numbered))
-    return Batch(
-        channel,
-        tuple(events),
-        plain,
-        body_part(plain, chunked=True),
-        numbered[0].previous,
-        numbered[-1].position,
-        is_whole,
-        len(numbered),
-        sum(int(event.position[:13]) / 1000 for event in numbered),
+        return batch
+    seen = numbered[0].position
+    is_whole = True
+    published_s = 0.0
+    for event in numbered:
+        is_whole = is_whole and (event is numbered[0] or event.previous <= seen)
+        seen = event.position
+        published_s += int(event.position[:13]) / 1000
+    return batch._replace(
+        previous=numbered[0].previous,
+        position=seen,
+        is_whole=is_whole,
+        numbered=len(numbered),
+        published_s=published_s,
     )
 
 
@@ -959,8 +1001,9 @@ def parse(received: bytes, mark_key: bytes, max_message: int) -> Read:
             missing = end - len(received)
             break
         else:
+            message = received[head.end() : end - 2]
             try:
-                events.append(framed(received[head.end() : end - 2], channel, mark_key))
+                events.append(framed(message, channel, mark_key))
             except ValueError as error:
                 dropped.append((channel, str(error)))
         at = end
@@ -975,10 +1018,11 @@ def parse_answer(received: bytes, at: int) -> tuple[Answer | None, int]:
     if found := CONFIRMATION.match(received, at):
         return Answer(), found.end()
     if found := REFUSAL.match(received, at):
-        return Answer(error=found[1].decode(errors="replace")), found.end()
+        error = found[1].decode(errors="replace")
+        return Answer(error), found.end()
     if found := COUNTER.match(received, at):
         newest, mark_key = found.groups(b"")
-        return Answer(counter=(newest.decode(), mark_key)), found.end()
+        return Answer("", (newest.decode(), mark_key)), found.end()
     if len(received) - at > 1024:  # no answer is as long
         raise ConnectionError("Redis sent what a subscriber cannot read")
     return None, at
@@ -986,8 +1030,11 @@ def parse_answer(received: bytes, at: int) -> tuple[Answer | None, int]:
 
 def command(*words: str | bytes) -> bytes:
     r"""A command as it goes to Redis: `command("PING")` gives `b"*1\r\n$4\r\nPING\r\n"`."""
-    encoded = [word.encode() if isinstance(word, str) else word for word in words]
-    return b"*%d\r\n" % len(encoded) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)
+    wire = b"*%d\r\n" % len(words)
+    for word in words:
+        encoded = word.encode() if isinstance(word, str) else word
+        wire += b"$%d\r\n%b\r\n" % (len(encoded), encoded)
+    return wire
 
 
 @dataclass(slots=True, eq=False)
@@ -1037,11 +1084,12 @@ class Subscriber:
         if self.waiting:
             commands.append(command("HMGET", COUNTER_KEY, "newest", "key"))
             self.asked.append((b"", []))
-        for channel in dict.fromkeys(channel for stream in self.waiting for channel in stream.channels):
-            commands.append(command("SUBSCRIBE", channel))
-            self.asked.append((channel, []))
-        if self.waiting:
-            self.asked[-1][1].extend(self.waiting)
+            wanted = [channel for stream in self.waiting for channel in stream.channels]
+            for channel in dict.fromkeys(wanted):
+                commands.append(command("SUBSCRIBE", channel))
+                self.asked.append((channel, []))
+            _, waiting_for_last = self.asked[-1]
+            waiting_for_last.extend(self.waiting)
         self.waiting.clear()
         self.unwanted.clear()
         wire = b"".join(commands)
@@ -1060,7 +1108,8 @@ class Subscriber:
             if self.mark_key and mark_key != self.mark_key:
                 raise ConnectionError("Redis has forgotten the counter")
             self.mark_key = mark_key
-        if all(stream.state is State.OPENING for stream in self.streams.get(channel, ())):
+        states = {stream.state for stream in self.streams.get(channel, ())}
+        if states <= {State.OPENING}:
             self.seen.pop(channel, None)  # what came before this answer was for nobody who is still here
         return channel, waiting
 
@@ -1071,16 +1120,17 @@ class Subscriber:
 
     def follows(self, batch: Batch) -> bool:
         """Whether nothing is missing between what was seen of its channel and this, which is then seen, too."""
-        if batch.position:
-            if not batch.is_whole or batch.previous > self.seen.get(batch.channel, batch.previous):
-                return False
-            self.seen[batch.channel] = max(batch.position, self.seen.get(batch.channel, ""))
+        if not batch.position:
+            return True
+        seen = self.seen.get(batch.channel, batch.previous)
+        if batch.previous > seen or not batch.is_whole:
+            return False
+        self.seen[batch.channel] = max(batch.position, seen)
         return True
 
     def has_seen(self, newest: Mapping[bytes, str]) -> bool:
         """Whether it has seen the newest event of each of its channels, as Redis told them a while ago."""
-        known = [channel for channel in self.seen if channel in newest]
-        return all(self.seen[channel] >= newest[channel] for channel in known)
+        return all(seen >= newest.get(channel, "") for channel, seen in self.seen.items())
 
     def read(self) -> bytes:
         """What Redis has sent since the last whole reply; b"" while one is incomplete. OSError: it is lost."""
@@ -1236,62 +1286,162 @@ return {{before, at, left}}
 """
 
 
-class RedisAway(Exception):
-    """Redis could not be asked: nothing was done."""
+class Published(int):
+    """The number of Redis subscribers that an event reached, as PUBLISH answers it."""
 
-    status = "redis-away"
-
-
-class RedisRefused(RedisAway):
-    """Redis was asked, and refused: nothing was done."""
-
-    status = "redis-refused"
+    id: str | None = None  # None without a history
+    duplicate: bool = False  # it was published before, with this id, and not again
 
 
-class Unanswered(RedisAway):
-    """Redis was asked and did not answer: what was asked may or may not have been done."""
+class Missed(NamedTuple):
+    """What to read from the history. Equal ones, of streams that miss the same, are read once."""
 
-    status = "unanswered"
-
-
-SHORT_HISTORY = "a publisher keeps only %d events per channel, and this server %d: set SSEPUSH_HISTORY for both"
-
-
-def refusal(error: str, channel: str = "") -> str:
-    """Redis's error in words that say what to do about it."""
-    if "permission" in error.lower() or error.startswith("NOPERM"):
-        if channel and "channel" in error:
-            return f"Redis refused: its user may not use channel {channel}: ACL SETUSER … &{channel}"
-        what = re.search(r"'([^']+)' command", error)
-        rule = f"+{what[1].replace('|', ' ')}" if what else "~ssepush:* +@read +@write +@scripting +info"
-        return f"Redis refused: its user lacks a right: ACL SETUSER … {rule}"
-    if (
-        "NOAUTH" in error
-        or "unauthenticated" in error
-        or "WRONGPASS" in error
-        or "uthentication" in error
-        or "invalid username" in error
-    ):
-        return "Redis refused the login: give user and password in the Redis URL, as redis://USER:PASSWORD@HOST:PORT/0"
-    return f"Redis refused: {re.sub(' script: .*', '', error)}"
+    channels: tuple[str, ...]
+    after: tuple[str, ...]  # per channel: the id up to which it is known, "" to read all that is kept
+    newest: int = 0  # if not 0: only so many of each channel, the newest
 
 
-def check_channel(channel: object) -> str:
-    """The channel, if it may be used. ValueError."""
-    if not isinstance(channel, str) or not channel.isprintable() or not 0 < len(channel.encode()) <= MAX_CHANNEL_BYTES:
-        raise ValueError(f"channel must be a name of 1 to {MAX_CHANNEL_BYTES} bytes of printable characters")
-    if channel.startswith("__"):
+def missed_since(last_event_id: str, channels: Sequence[bytes], newest: int = 0) -> Missed:
+    """What came after an id on all these channels; after "": all that is kept, or only the newest of it."""
+    names = tuple(channel.decode() for channel in channels)
+    return Missed(names, (last_event_id,) * len(names), newest)
+
+
+@dataclass(slots=True)
+class Page:
+    """A part of the history, ready to send."""
+
+    wire: bytes
+    events: int
+    position: str  # the newest of all ids, when it was read
+    reset: str = ""  # why it cannot be proved that nothing is missing
+    following: Missed | None = None  # what to read next; None: this is the last
+    readers: int = 0  # streams that have yet to take it
+
+
+class Redis:
+    """What is asked of Redis: publish, and read the history. Any thread. Each method may raise RedisAway."""
+
+    def __init__(
+        self,
+        url: str,
+        history: int,
+        history_ttl: int,
+        max_event: int = MAX_EVENT_BYTES,
+    ) -> None:
+        """history: events kept per channel (0: none), for history_ttl seconds. ValueError: the URL is wrong."""
+        self.connections = Connections(url)
+        self._complained_at = -math.inf
+        self.history = history
+        self.history_ttl = history_ttl
+        self.max_event = max_event
+
+    def _run(self, script: str, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
+        all_keys = [COUNTER_KEY, NEWEST_KEY, *keys]
+        new_mark_key = secrets.token_hex(20)
+        return self.connections.call("EVAL", script, len(all_keys), *all_keys, new_mark_key, *arguments)
+
+    def publish(
+        self,
+        data: object,
+        type: str | None,
+        channel: str,
+        retry: int | None,
+        key: str | None,
+    ) -> Published:
+        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Errors: as of `publish`."""
+        check_name("channel", channel)
+        if key is not None:
+            check_name("key", key)
+        message = message_of(data, type, retry)
+        if len(message) > self.max_event:
+            raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
+        if key and not self.history:
+            raise ValueError("key needs a history (--history)")
+        keys = [HISTORY_KEY + channel, f"{PUBLISHED_KEY}{channel}\0{key}"]
+        try:
+            if not self.history:
+                return Published(self.connections.call("PUBLISH", channel, message))
+            answer = self._run(PUBLISH_LUA, keys, channel, message, self.history, self.history_ttl, key or "")
+        except RedisRefused as error:
+            raise error.on(channel) from None
+        published = Published(answer[0])
+        published.id = answer[1].decode()
+        published.duplicate = bool(answer[2])
+        return published
+
+    def position(self) -> str | None:
+        """The newest id of all, None without a history."""
+        if not self.history:
+            return None
+        return str(self._run(POSITION_LUA, []).decode())
+
+    def page(self, missed: Missed, chunked: bool) -> Page:
+        """Read a page of the history. After the last, what is not in it and newer is live."""
+        if missed.newest:
+            starts = [self._before_newest(channel, missed.newest) for channel in missed.channels]
+            missed = missed._replace(after=tuple(starts), newest=0)
+        position, reset, read_to, messages = self._read(missed)
+        following = None
+        if reset:
+            frames = [reset_frame(reset, position)]
+        else:
+            frames = [frame_of(event_of(message)) for message in messages]
+            if read_to:
+                following = missed._replace(after=tuple(event_id.decode() for event_id in read_to))
+            else:
+                frames.append(position_frame(position))
+        events = len(messages) or len(reset[:1])
+        return Page(body_part(b"".join(frames), chunked), events, position, reset, following)
+
+    def _read(self, missed: Missed) -> tuple[str, str, list[bytes], list[bytes]]:
+        """What PAGE_LUA answers: the position, the reason for a reset or "", where to read on, messages."""
+        if not self.history:
+            return "", "history-off", [], []
+        for event_id in missed.after:
+            if event_id and not position_of(event_id):
+                return self.position() or "", "unknown-id", [], []
+        histories = [HISTORY_KEY + channel for channel in missed.channels]
+        newest, reset, kept, after, messages = self._run(PAGE_LUA, histories, *missed.after, *missed.channels)
+        if 0 < kept < self.history and monotonic() > self._complained_at + 60:
+            self._complained_at = monotonic()
+            log.warning(
+                "a publisher keeps %d events a channel, this server %d: set SSEPUSH_HISTORY", kept, self.history
+            )
+        return newest.decode(), reset.decode(), after, messages
+
+    def _before_newest(self, channel: str, number: int) -> str:
+        """The id before a channel's newest events, so many of them; "" if fewer are kept."""
+        before, at, left = b"", b"", number
+        while left:
+            before, at, left = self._run(BACK_LUA, [HISTORY_KEY + channel], at, left)
+        return before.decode()
+
+    def newest(self, channels: Sequence[bytes]) -> dict[bytes, str]:
+        """The newest id of each channel that has one."""
+        if not channels:
+            return {}
+        answers = self.connections.call("HMGET", NEWEST_KEY, *channels)
+        pairs = zip(channels, answers, strict=True)
+        return {channel: newest.decode() for channel, newest in pairs if newest}
+
+    def mark_key(self) -> bytes:
+        """What the scripts make marks with, b"" if there is no counter yet."""
+        key: bytes | None = self.connections.call("HGET", COUNTER_KEY, "key")
+        return key or b""
+
+
+# ── What may be published ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_name(what: str, name: object) -> str:
+    """A channel, or the key of a publish, if it may be used. ValueError."""
+    is_text = isinstance(name, str) and name.isprintable()
+    if not is_text or not 0 < len(str(name).encode()) <= MAX_CHANNEL_BYTES:
+        raise ValueError(f"{what} must be a name of 1 to {MAX_CHANNEL_BYTES} bytes of printable characters")
+    if what == "channel" and str(name).startswith("__"):
         raise ValueError("channels that begin with __ are Redis's own")
-    return channel
-
-
-def check_key(key: object) -> str:
-    """The key of a publish, if it may be used; "" for None. ValueError."""
-    if key is None:
-        return ""
-    if not isinstance(key, str) or not key.isprintable() or not 0 < len(key.encode()) <= MAX_KEY_BYTES:
-        raise ValueError(f"key must be text of 1 to {MAX_KEY_BYTES} bytes of printable characters")
-    return key
+    return str(name)
 
 
 def check_readable(data: object) -> None:
@@ -1328,59 +1478,75 @@ def message_of(data: object, type: str | None = None, retry: int | None = None) 
     return message
 
 
-class Published(int):
-    """The number of Redis subscribers that an event reached, as PUBLISH answers it."""
-
-    id: str | None = None  # None without a history
-    duplicate: bool = False  # it was published before, with this id, and not again
+# ── Redis: connections and errors ────────────────────────────────────────────────────────────────────────────────────
 
 
-class Missed(NamedTuple):
-    """What to read from the history. Equal ones, of streams that miss the same, are read once."""
+class RedisAway(Exception):
+    """Redis could not be asked: nothing was done."""
 
-    channels: tuple[str, ...]
-    after: tuple[str, ...]  # per channel: the id up to which it is known, "" to read all that is kept
-    newest: int = 0  # if not 0: only so many of each channel, the newest
-
-    @classmethod
-    def since(cls, last_event_id: str, channels: tuple[bytes, ...]) -> Missed:
-        """All that came after an id."""
-        return cls(tuple(map(bytes.decode, channels)), (last_event_id,) * len(channels))
-
-    @classmethod
-    def all_of(cls, channels: tuple[bytes, ...], newest: int = 0) -> Missed:
-        """All that is kept, or the newest of it."""
-        return cls.since("", channels)._replace(newest=newest)
+    status = "redis-away"
 
 
-@dataclass(slots=True)
-class Page:
-    """A part of the history, ready to send."""
+class RedisRefused(RedisAway):
+    """Redis was asked, and refused: nothing was done."""
 
-    wire: bytes
-    events: int
-    position: str  # the newest of all ids, when it was read
-    reset: str = ""  # why it cannot be proved that nothing is missing
-    following: Missed | None = None  # what to read next; None: this is the last
-    readers: int = 0  # streams that have yet to take it
+    status = "redis-refused"
+
+    def __init__(self, error: object) -> None:
+        self.error = str(error)
+        super().__init__(refusal(self.error))
+
+    def on(self, channel: str) -> RedisRefused:
+        """The same, about this channel."""
+        self.args = (refusal(self.error, channel),)
+        return self
 
 
-class Redis:
-    """Redis as the other sections see it. Any thread; it connects when first called."""
+class Unanswered(RedisAway):
+    """Redis was asked and did not answer: what was asked may or may not have been done."""
 
-    def __init__(self, url: str, history: int, history_ttl: int, max_event: int = MAX_EVENT_BYTES) -> None:
-        """history: events kept per channel (0: none), for history_ttl seconds. ValueError: the URL is wrong."""
-        self.history = history
-        self.history_ttl = history_ttl
-        self.max_event = max_event
-        self.address, self._connection_class, self._options = connection_of(url)
+    status = "unanswered"
+
+
+def refusal(error: str, channel: str = "") -> str:
+    """Redis's error in words that say what to do about it."""
+    if re.search("NOAUTH|WRONGPASS|unauthenticated|[Aa]uthentication|invalid username", error):
+        return "Redis refused the login: give user and password in the Redis URL, as redis://USER:PASSWORD@HOST:PORT/0"
+    if "permission" not in error.lower():
+        return "Redis refused: " + re.sub(" script: .*", "", error)
+    if channel and "channel" in error:
+        return f"Redis refused: its user has no permission for channel {channel}: ACL SETUSER … &{channel}"
+    command_name = re.search(r"'([^']+)' command", error)
+    if command_name:
+        return f"Redis refused: its user has no permission for a command: ACL SETUSER … +{command_name[1]}"
+    return "Redis refused: its user has no permission, and needs what deploy/redis.acl gives"
+
+
+def away(error: RedisError) -> RedisAway:
+    """What an error of redis-py means to our callers, if nothing was done."""
+    if isinstance(error, ResponseError | redis.AuthenticationError):
+        return RedisRefused(error)
+    return RedisAway(error)
+
+
+class Connections:
+    """Connections to one Redis, used again and again. Any thread; the first is made when first needed.
+
+    redis-py's own pool cannot be used: it takes a TLS connection with hiredis for broken, and costs 0.1 ms a call.
+    """
+
+    MOST = 32  # at once
+
+    def __init__(self, url: str) -> None:
+        """ValueError: the URL is wrong."""
+        self.address, self._class, self._options = connection_of(url)
         self.has_password = "password" in self._options
-        self._idle: list[Any] = []  # connections, the one that was used last at the end
-        self._free = threading.BoundedSemaphore(32)  # connections at once
+        self._idle: list[Any] = []  # the one that was used last at the end
+        self._free = threading.BoundedSemaphore(self.MOST)
 
-    def _connect(self, **changed: Any) -> Any:
-        """A new connection, which belongs to the caller. RedisAway, RedisRefused."""
-        connection = self._connection_class(**{**self._options, **changed})
+    def connect(self, **changed: Any) -> Any:
+        """A new connection, which belongs to the caller. RedisAway."""
+        connection = self._class(**{**self._options, **changed})
         try:
             connection.connect()
         except RedisError as error:
@@ -1389,15 +1555,18 @@ class Redis:
         return connection
 
     @contextmanager
-    def _connected(self) -> Iterator[Any]:
+    def _one(self) -> Iterator[Any]:
         """A connection that nobody else uses meanwhile; it is kept for the next if all went well. RedisAway."""
         if not self._free.acquire(timeout=REDIS_S):
             raise RedisAway("all connections to Redis are busy")
         try:
-            connection = self._idle.pop() if self._idle else self._connect()
-            if is_readable(connection):  # nothing was asked, so Redis has closed it
+            connection = None
+            with suppress(IndexError):
+                connection = self._idle.pop()
+            if connection and is_readable(connection._sock):  # nothing was asked, so Redis has closed it
                 connection.disconnect()
-                connection = self._connect()
+                connection = None
+            connection = connection or self.connect()
             try:
                 yield connection
             except BaseException:
@@ -1409,7 +1578,7 @@ class Redis:
 
     def call(self, *words: str | bytes | int) -> Any:
         """Redis's answer to a command. RedisAway, RedisRefused, Unanswered."""
-        with self._connected() as connection:
+        with self._one() as connection:
             try:
                 connection.send_command(*words)
                 return connection.read_response()
@@ -1418,86 +1587,9 @@ class Redis:
             except RedisError as error:
                 raise Unanswered(f"Redis did not answer: {error}") from error
 
-    def _run(self, script: str, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
-        all_keys = (COUNTER_KEY, NEWEST_KEY, *keys)
-        return self.call("EVAL", script, len(all_keys), *all_keys, secrets.token_hex(20), *arguments)
-
-    def publish(self, data: object, type: str | None, channel: str, retry: int | None, key: str | None) -> Published:
-        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Errors: as of `publish`."""
-        check_channel(channel)
-        key = check_key(key)
-        message = message_of(data, type, retry)
-        if len(message) > self.max_event:
-            raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
-        if key and not self.history:
-            raise ValueError("key needs a history (--history)")
-        try:
-            if not self.history:
-                return Published(self.call("PUBLISH", channel, message))
-            keys = [HISTORY_KEY + channel, f"{PUBLISHED_KEY}{channel}\0{key}"]
-            arguments = channel, message, self.history, self.history_ttl, key
-            receivers, event_id, duplicate = self._run(PUBLISH_LUA, keys, *arguments)
-        except RedisRefused as error:
-            raise RedisRefused(refusal(str(error.__cause__), channel)) from error
-        published = Published(receivers)
-        published.id = event_id.decode()
-        published.duplicate = bool(duplicate)
-        return published
-
-    def position(self) -> str | None:
-        """The newest id of all, None without a history. RedisAway."""
-        if not self.history:
-            return None
-        return str(self._run(POSITION_LUA, []).decode())
-
-    def page(self, missed: Missed, chunked: bool) -> Page:
-        """Read a page of the history. RedisAway."""
-        if not self.history:
-            return Page(body_part(reset_frame("history-off"), chunked), 1, "", "history-off")
-        if missed.newest:
-            after = tuple(self._before_newest(channel, missed.newest) for channel in missed.channels)
-            missed = Missed(missed.channels, after)
-        is_ours = all(not event_id or position_of(event_id) for event_id in missed.after)
-        histories = [HISTORY_KEY + channel for channel in missed.channels]
-        if not is_ours:
-            position = self.position() or ""
-            return Page(body_part(reset_frame("unknown-id", position), chunked), 1, position, "unknown-id")
-        answer = self._run(PAGE_LUA, histories, *missed.after, *missed.channels)
-        position, reset, after = answer[0].decode(), answer[1].decode(), tuple(map(bytes.decode, answer[3]))
-        if reset:
-            if 0 < answer[2] < self.history:
-                log.warning(SHORT_HISTORY, answer[2], self.history)
-            return Page(body_part(reset_frame(reset, position), chunked), 1, position, reset)
-        frames = [frame_of(event_of(message)) for message in answer[4]]
-        if not after:
-            return Page(body_part(b"".join([*frames, position_frame(position)]), chunked), len(frames), position)
-        following = Missed(missed.channels, after)
-        return Page(body_part(b"".join(frames), chunked), len(frames), position, "", following)
-
-    def _before_newest(self, channel: str, number: int) -> str:
-        """The id before a channel's newest events, so many of them; "" if fewer are kept."""
-        at, left = "", number
-        while left:
-            before, at, left = self._run(BACK_LUA, [HISTORY_KEY + channel], at, left)
-        return str(before.decode())
-
-    def newest(self, channels: Sequence[bytes]) -> dict[bytes, str]:
-        """The newest id of each channel that has one. RedisAway."""
-        answers = self.call("HMGET", NEWEST_KEY, *channels) if channels else ()
-        return {channel: answer.decode() for channel, answer in zip(channels, answers, strict=True) if answer}
-
-    def mark_key(self) -> bytes:
-        """What scripts make marks with, b"" if there is no counter yet. RedisAway."""
-        return self.call("HGET", COUNTER_KEY, "key") or b""
-
-    def max_clients(self) -> int:
-        """How many connections Redis takes, from everybody; 0 if it does not say. RedisAway."""
-        found = re.search(rb"maxclients:(\d+)", self.call("INFO", "clients"))
-        return int(found[1]) if found else 0
-
-    def connect_subscriber(self, shared: bool) -> Subscriber:
+    def subscriber(self, shared: bool) -> Subscriber:
         """A new subscriber, of nothing yet. A shared one speaks RESP3, in which a subscriber may also ask. RedisAway."""
-        connection = self._connect(protocol=3 if shared else 2)
+        connection = self.connect(protocol=3 if shared else 2)
         # redis-py has no public name for the socket. Each reply of the handshake was read: nothing is buffered.
         # It sends nothing in silence: that Redis's host vanished, redis-py's TCP keepalive tells.
         sock: socket.socket = connection._sock
@@ -1507,7 +1599,7 @@ class Redis:
 
     def ping(self) -> None:
         """Ask Redis on a new connection whether it answers within a second. RedisAway."""
-        connection = self._connect(socket_timeout=1.0, socket_connect_timeout=1.0)
+        connection = self.connect(socket_timeout=1.0, socket_connect_timeout=1.0)
         try:
             connection.send_command("PING")
             connection.read_response()
@@ -1516,32 +1608,26 @@ class Redis:
         finally:
             connection.disconnect()
 
-
-def away(error: RedisError) -> RedisAway:
-    """What an error of redis-py means to our callers."""
-    if isinstance(error, ResponseError | redis.AuthenticationError):
-        return RedisRefused(refusal(str(error)))
-    return RedisAway(str(error))
+    def max_clients(self) -> int:
+        """How many connections Redis takes, from everybody; 0 if it does not say. RedisAway."""
+        found = re.search(rb"maxclients:(\d+)", self.call("INFO", "clients"))
+        return int(found[1]) if found else 0
 
 
-def is_readable(connection: Any) -> bool:
+def is_readable(sock: socket.socket) -> bool:
     """Whether something has come that nobody asked for: the end, if anything."""
-    if connection._sock is None:
-        return False
     with DefaultSelector() as selector:
-        selector.register(connection._sock, EVENT_READ)
+        selector.register(sock, EVENT_READ)
         return bool(selector.select(0))
 
 
-_redis = functools.lru_cache(maxsize=16)(Redis)
+# ── Publishing from Python ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _redis_for_programs(redis_url: str | None, history: int | None, history_ttl: int | None, max_event: int) -> Redis:
-    """What is None comes from the environment, or else is the server's own default."""
-    url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
-    kept = environment_number("SSEPUSH_HISTORY", 100) if history is None else history
-    kept_s = environment_number("SSEPUSH_HISTORY_TTL", 86400) if history_ttl is None else history_ttl
-    return _redis(url, kept, kept_s, max_event)
+@functools.lru_cache(maxsize=16)
+def redis_at(url: str, history: int, history_ttl: int, max_event: int) -> Redis:
+    """One for each set of arguments: its connections are used again."""
+    return Redis(url, history, history_ttl, max_event)
 
 
 def publish(
@@ -1564,7 +1650,12 @@ def publish(
     subscribers reached. ValueError or TypeError: an argument cannot be sent; RedisAway: it was not published;
     Unanswered: it may or may not have been, and with a key may safely be published again.
     """
-    return _redis_for_programs(redis_url, history, history_ttl, max_event).publish(data, type, channel, retry, key)
+    url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
+    if history is None:
+        history = environment_number("SSEPUSH_HISTORY", 100)
+    if history_ttl is None:
+        history_ttl = environment_number("SSEPUSH_HISTORY_TTL", 86400)
+    return redis_at(url, history, history_ttl, max_event).publish(data, type, channel, retry, key)
 
 
 def position(redis_url: str | None = None) -> str | None:
@@ -1572,7 +1663,9 @@ def position(redis_url: str | None = None) -> str | None:
 
     None: the history is off. RedisAway.
     """
-    return _redis_for_programs(redis_url, None, None, MAX_EVENT_BYTES).position()
+    url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
+    history = environment_number("SSEPUSH_HISTORY", 100)
+    return redis_at(url, history, 86400, MAX_EVENT_BYTES).position()
 
 
 # ── Redis: its URL ───────────────────────────────────────────────────────────────────────────────────────────────────
