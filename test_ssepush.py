@@ -114,7 +114,11 @@ def test_the_tests_own_parser_agrees_with_the_specification(example: str) -> Non
 
 
 @pytest.mark.parametrize("name", AS_PUBLISHED)
-@pytest.mark.parametrize("ascii_only", [True, False], ids=["escaped", "as UTF-8"])
+@pytest.mark.parametrize(
+    "ascii_only",
+    [True, False],
+    ids=["escaped", "as UTF-8"],
+)
 def test_data_is_framed_exactly_as_it_was_published(name: str, ascii_only: bool) -> None:
     message = json.dumps({"data": AS_PUBLISHED[name]}, ensure_ascii=ascii_only).encode()
 
@@ -159,7 +163,11 @@ def test_a_frame_has_these_bytes(name: str) -> None:
 
 def nested(depth: int) -> list[Any]:
     """`[[[]]]`, as deep."""
-    return functools.reduce(lambda inner, _: [inner], range(depth), [])
+    return functools.reduce(
+        lambda inner, _: [inner],
+        range(depth),
+        [],
+    )
 
 
 UNPUBLISHABLE: dict[str, tuple[dict[str, Any], type[Exception]]] = {
@@ -216,8 +224,17 @@ def test_a_message_made_here_gives_the_event_it_was_made_of(name: str) -> None:
 
 @both_ways
 def test_redis_may_want_a_user_and_a_password(own_redis: RedisProcess, start: Start) -> None:
-    rights = {"keys": ["ssepush:*"], "channels": ["mine-*"], "categories": ["+@all"]}
-    own_redis.client.acl_setuser("pusher", enabled=True, passwords=["+s3 cret/é"], **rights)  # type: ignore[arg-type]
+    rights = {
+        "keys": ["ssepush:*"],
+        "channels": ["mine-*"],
+        "categories": ["+@all"],
+    }
+    own_redis.client.acl_setuser(
+        "pusher",
+        enabled=True,
+        passwords=["+s3 cret/é"],
+        **rights,
+    )  # type: ignore[arg-type]
     own_redis.client.acl_setuser("default", enabled=True, reset_channels=True)
     server = start(redis=f"redis://pusher:s3%20cret%2F%C3%A9@127.0.0.1:{own_redis.port}/0")
     stream = server.stream("mine-1")
@@ -330,7 +347,11 @@ def test_a_shared_subscriber_that_no_longer_answers_is_given_up_and_its_streams_
         assert server.stream(channel).position()
 
 
-def test_a_redis_that_hangs_is_told_from_one_that_answers(own_redis: RedisProcess, start: Start, channel: str) -> None:
+def test_a_redis_that_hangs_is_told_from_one_that_answers(
+    own_redis: RedisProcess,
+    start: Start,
+    channel: str,
+) -> None:
     server = start(redis=own_redis)
     own_redis.signal(signal.SIGSTOP)
 
@@ -422,7 +443,11 @@ def test_a_history_of_several_pages_is_replayed_whole_and_in_order(start: Start,
     names = [f"{channel}-{letter}" for letter in "abc"]
     server = start("--history", "1000")
     told = server.opened(*names).parser.last_event_id
-    chosen = random.Random(2).choices(names, weights=[1, 5, 20], k=700)
+    chosen = random.Random(2).choices(
+        names,
+        weights=[1, 5, 20],
+        k=700,
+    )
     padding = "x" * 5000
     ids = [
         ssepush.publish(f"{number} {padding}", channel=name, redis_url=server.redis.url, history=1000).id
@@ -471,7 +496,12 @@ def test_an_event_larger_than_the_server_passes_on_is_not_lost_in_silence(start:
     stream = server.opened(channel)
     before = stream.last_event_id
 
-    ssepush.publish("x" * 3_000_000, channel=channel, redis_url=server.redis.url, max_event=4_000_000)
+    ssepush.publish(
+        "x" * 3_000_000,
+        channel=channel,
+        redis_url=server.redis.url,
+        max_event=4_000_000,
+    )
     server.publish("last", channel)
 
     reset, last = stream.take(2)
@@ -486,13 +516,22 @@ def test_an_event_larger_than_the_server_passes_on_is_not_lost_in_silence(start:
 class Past:
     """What a page has seen of a channel, and what may happen to it while the page is away."""
 
-    def __init__(self, redis: RedisProcess, server: ServerProcess, channel: str) -> None:
+    def __init__(
+        self,
+        redis: RedisProcess,
+        server: ServerProcess,
+        channel: str,
+    ) -> None:
         self.redis, self.server, self.channel = redis, server, channel
         self.ids = [self.publish(f"seen {number}") for number in range(3)]
         self.id = self.ids[-1]
         self.missed = itertools.count()
 
-    def publish(self, data: str, channel: str = "") -> str:
+    def publish(
+        self,
+        data: str,
+        channel: str = "",
+    ) -> str:
         return str(self.server.publish_id(data, channel or self.channel))
 
     def miss(self, number: int) -> None:
@@ -650,7 +689,11 @@ FOREIGN_IDS = {
 
 
 @pytest.mark.parametrize("case", FOREIGN_IDS)
-def test_a_stream_with_an_id_that_was_never_given_is_reset(server: ServerProcess, channel: str, case: str) -> None:
+def test_a_stream_with_an_id_that_was_never_given_is_reset(
+    server: ServerProcess,
+    channel: str,
+    case: str,
+) -> None:
     with server.stream(channel, Last_Event_ID=FOREIGN_IDS[case]) as stream:
         reset = stream.next()
         live = server.publish_id("after it", channel)
@@ -911,13 +954,23 @@ def test_a_subscriber_that_redis_cut_for_its_output_buffer_costs_the_stream_noth
 
     def publish_and_see_it_cut() -> bool:
         data = f"{next(numbers)} {'x' * 9_000}"  # Valkey 9 does not count replies that it need not copy: above 16 KB
-        ssepush.publish(data, channel=channel, redis_url=own_redis.url, history=1000)
+        ssepush.publish(
+            data,
+            channel=channel,
+            redis_url=own_redis.url,
+            history=1000,
+        )
         return own_redis.subscribers(channel) == 0
 
     with stopped(server.process):
         wait_for(publish_and_see_it_cut, "Redis cut the subscriber")
     before = stream.until_end()
-    ssepush.publish("last", channel=channel, redis_url=own_redis.url, history=1000)
+    ssepush.publish(
+        "last",
+        channel=channel,
+        redis_url=own_redis.url,
+        history=1000,
+    )
 
     published = next(numbers)
     assert 0 < len(before) < published
@@ -941,10 +994,23 @@ def test_an_event_larger_than_a_backlog_may_be_is_not_lost(start: Start, channel
 
 
 def test_a_publish_that_redis_refused_is_not_in_the_history(own_redis: RedisProcess, channel: str) -> None:
-    own_redis.client.execute_command("ACL", "SETUSER", "u", "on", ">p", "~*", "+@all", "resetchannels")  # type: ignore[no-untyped-call]
+    own_redis.client.execute_command(
+        "ACL",
+        "SETUSER",
+        "u",
+        "on",
+        ">p",
+        "~*",
+        "+@all",
+        "resetchannels",
+    )  # type: ignore[no-untyped-call]
 
     with pytest.raises(ssepush.RedisAway):
-        ssepush.publish("refused", channel=channel, redis_url=own_redis.url.replace("//", "//u:p@"))
+        ssepush.publish(
+            "refused",
+            channel=channel,
+            redis_url=own_redis.url.replace("//", "//u:p@"),
+        )
 
     assert own_redis.client.xlen(ssepush.HISTORY_KEY + channel) == 0
 
@@ -985,8 +1051,15 @@ def test_notifications_publishes_the_articles_event(server: ServerProcess) -> No
     assert event.json == NEW_ANSWERS
 
 
-@pytest.mark.parametrize("type_", ["new_question", "new_answer", "新问题", "a: b"])
-def test_the_messages_type_is_the_events_type(type_: str, server: ServerProcess, channel: str) -> None:
+@pytest.mark.parametrize(
+    "type_",
+    ["new_question", "new_answer", "新问题", "a: b"],
+)
+def test_the_messages_type_is_the_events_type(
+    type_: str,
+    server: ServerProcess,
+    channel: str,
+) -> None:
     stream = server.stream(channel)
 
     server.redis.publish(channel, json.dumps({"data": {"n": 1}, "type": type_}))
@@ -1005,7 +1078,11 @@ def test_id_and_retry_of_a_message_reach_the_browser(server: ServerProcess, chan
 
 
 @pytest.mark.parametrize("name", AS_PUBLISHED)
-def test_data_arrives_exactly_as_it_was_published(name: str, server: ServerProcess, channel: str) -> None:
+def test_data_arrives_exactly_as_it_was_published(
+    name: str,
+    server: ServerProcess,
+    channel: str,
+) -> None:
     stream = server.stream(channel)
 
     server.redis.publish(channel, json.dumps({"data": AS_PUBLISHED[name]}))
@@ -1015,7 +1092,11 @@ def test_data_arrives_exactly_as_it_was_published(name: str, server: ServerProce
 
 
 @pytest.mark.parametrize("name", NO_EVENT_OBJECTS)
-def test_any_other_message_arrives_as_plain_data(name: str, server: ServerProcess, channel: str) -> None:
+def test_any_other_message_arrives_as_plain_data(
+    name: str,
+    server: ServerProcess,
+    channel: str,
+) -> None:
     stream = server.stream(channel)
 
     server.redis.publish(channel, NO_EVENT_OBJECTS[name])
@@ -1136,7 +1217,11 @@ def test_a_silent_stream_gets_comments_that_fire_nothing(start: Start, channel: 
     stream = server.stream(channel)
     began = time.monotonic()
 
-    stream.wait(lambda: len(stream.parser.comments) >= 4, "heartbeats come", 3.0)
+    stream.wait(
+        lambda: len(stream.parser.comments) >= 4,
+        "heartbeats come",
+        3.0,
+    )
 
     assert 0.7 < time.monotonic() - began < 2.0
     assert set(stream.parser.comments) == {""}
@@ -1155,7 +1240,11 @@ def test_publish_answers_the_number_of_open_streams(server: ServerProcess, chann
     for number in range(4, -1, -1):
         streams.pop().close()
         left = server.subscribers_for(number)
-        wait_for(lambda: server.redis.subscribers(channel) == left, "a subscriber less", 1.0)  # noqa: B023
+        wait_for(
+            lambda: server.redis.subscribers(channel) == left,
+            "a subscriber less",
+            1.0,
+        )  # noqa: B023
         assert server.redis.publish(channel, '{"data": 1}') == left
 
 
@@ -1181,7 +1270,11 @@ def test_streams_of_different_channels_get_their_own_events_only(server: ServerP
     assert sorted(int(event.data) for event in both.take(20)) == list(range(20))
 
 
-def leave(way: str, server: ServerProcess, channel: str) -> Callable[[], None]:
+def leave(
+    way: str,
+    server: ServerProcess,
+    channel: str,
+) -> Callable[[], None]:
     """Open a stream in this way; answers what ends it in the same way."""
     if way == "a killed curl":
         command = [program("curl"), "-sN", f"{server.url}/stream?channel={channel}"]
@@ -1218,13 +1311,21 @@ def test_whoever_leaves_leaves_nothing_behind_within_a_second_and_without_any_pu
     for end in leaving:
         end()
 
-    wait_for(lambda: server.redis.subscribers(channel) == 1, "their subscribers are gone", 1.0)
+    wait_for(
+        lambda: server.redis.subscribers(channel) == 1,
+        "their subscribers are gone",
+        1.0,
+    )
     wait_for(lambda: server.descriptors() <= descriptors, "their descriptors are gone", 1.0)
     wait_for(lambda: server.threads() <= threads, "their threads are gone", 1.0)
     assert server.redis.publish(channel, "hello") == 1
     assert stays.next()[:2] == ("hello", "message")
     stays.close()
-    wait_for(lambda: server.redis.subscribers(channel) == 0, "the last subscription is gone", 1.0)
+    wait_for(
+        lambda: server.redis.subscribers(channel) == 0,
+        "the last subscription is gone",
+        1.0,
+    )
 
 
 def test_whoever_leaves_before_the_stream_is_open_leaves_nothing_behind(server: ServerProcess, channel: str) -> None:
@@ -1260,7 +1361,11 @@ def test_a_stream_that_stops_reading_is_cut_while_all_others_get_every_event_on_
         published += 1
 
     assert published * 20_000 > 300_000
-    wait_for(lambda: server.redis.subscribers(channel) == server.subscribers_for(3), "its subscriber is gone", 1.0)
+    wait_for(
+        lambda: server.redis.subscribers(channel) == server.subscribers_for(3),
+        "its subscriber is gone",
+        1.0,
+    )
     wait_for(lambda: server.metric("backlog_bytes") == 0, "what waited for it is gone")
     whole = stalled.until_end()
     assert [int(event.data.split()[0]) for event in whole] == list(range(len(whole)))
@@ -1290,7 +1395,11 @@ def test_a_thousand_streams_get_every_message_without_a_thread_more(server: Serv
 
 
 @both_ways
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGINT],
+    ids=["SIGTERM", "Ctrl-C"],
+)
 def test_told_to_stop_it_sends_all_streams_away_with_a_time_to_come_back_and_ends_with_status_zero(
     number: signal.Signals, start: Start, channel: str
 ) -> None:
@@ -1300,7 +1409,11 @@ def test_told_to_stop_it_sends_all_streams_away_with_a_time_to_come_back_and_end
     for _ in range(40):
         server.redis.publish(f"{channel}-stalled", "x" * 20_000)
     numbers = EventStream(server.port, "/numbers")
-    idle = http.client.HTTPConnection("127.0.0.1", server.port, timeout=DEADLINE_S)
+    idle = http.client.HTTPConnection(
+        "127.0.0.1",
+        server.port,
+        timeout=DEADLINE_S,
+    )
     idle.request("GET", "/healthz")
     assert idle.getresponse().read()
     server.redis.publish(channel, "the last")
@@ -1334,7 +1447,11 @@ GROWING = {  # bodies below 1 MiB whose message or frame is larger
 
 
 @pytest.mark.parametrize("growing", GROWING)
-def test_an_event_that_is_accepted_arrives_however_it_grows(server: ServerProcess, channel: str, growing: str) -> None:
+def test_an_event_that_is_accepted_arrives_however_it_grows(
+    server: ServerProcess,
+    channel: str,
+    growing: str,
+) -> None:
     stream = server.stream(channel)
     body = json.dumps({"channel": channel, "data": GROWING[growing]}, separators=(",", ":"))
 
@@ -1366,7 +1483,11 @@ def test_pages_that_come_and_go_while_others_publish_without_pause_lose_and_doub
     wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
 
     publishers = [Publisher(server.port, str(number), *names) for number in range(3)]
-    wait_for(lambda: all(page.streams > 25 for page in pages), "each page came and went 25 times", seconds=40)
+    wait_for(
+        lambda: all(page.streams > 25 for page in pages),
+        "each page came and went 25 times",
+        seconds=40,
+    )
     for publisher in publishers:
         publisher.stop()
     for name in reversed(names):
@@ -1414,7 +1535,11 @@ def test_a_drain_closes_every_stream_in_time_spread_out_and_with_its_own_retry(
     assert min(histogram) > 15, histogram
 
 
-def test_a_drain_takes_no_new_streams(own_redis: RedisProcess, start: Start, channel: str) -> None:
+def test_a_drain_takes_no_new_streams(
+    own_redis: RedisProcess,
+    start: Start,
+    channel: str,
+) -> None:
     server = start("--drain", "5", redis=own_redis)
     streams = [server.opened(channel) for _ in range(200)]
     waiting = socket.create_connection(("127.0.0.1", server.port), DEADLINE_S)
@@ -1554,7 +1679,12 @@ while sock.recv(65536):
 class Bad:
     """Streams that do not read as they should; the context that each opens ends with the test."""
 
-    def __init__(self, server: ServerProcess, channel: str, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self,
+        server: ServerProcess,
+        channel: str,
+        stack: contextlib.ExitStack,
+    ) -> None:
         self.server, self.channel, self.stack = server, channel, stack
 
     def _stream(self) -> EventStream:
@@ -1562,9 +1692,25 @@ class Bad:
         self.stack.callback(stream.close)
         return stream
 
-    def _process(self, host: str, *wrapper: str) -> subprocess.Popen[str]:
-        command = [*wrapper, sys.executable, "-c", STALLED_CLIENT, host, str(self.server.port), self.channel]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    def _process(
+        self,
+        host: str,
+        *wrapper: str,
+    ) -> subprocess.Popen[str]:
+        command = [
+            *wrapper,
+            sys.executable,
+            "-c",
+            STALLED_CLIENT,
+            host,
+            str(self.server.port),
+            self.channel,
+        ]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.stack.callback(process.wait)
         self.stack.callback(process.kill)
         assert process.stdout
@@ -1612,7 +1758,11 @@ class Bad:
         ours, theirs = (f"{network}.{number % 64 * 4 + host}" for host in (1, 2))
 
         def ip(command: str) -> None:
-            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+            subprocess.run(
+                ["ip", *command.split()],
+                check=True,
+                capture_output=True,
+            )
 
         try:
             ip(f"netns add {namespace}")
@@ -1653,7 +1803,14 @@ def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_g
     own_redis: RedisProcess, start: Start, channel: str, case: str
 ) -> None:
     bad, number, bound_s, options = BADS[case]
-    server = start("--host", "0.0.0.0", "--heartbeat", str(HEARTBEAT_S), *options, redis=own_redis)
+    server = start(
+        "--host",
+        "0.0.0.0",
+        "--heartbeat",
+        str(HEARTBEAT_S),
+        *options,
+        redis=own_redis,
+    )
     pages = [Page(server.port, channel) for _ in range(3)]
     wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
 
@@ -1661,7 +1818,11 @@ def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_g
         bad(Bad(server, channel, stack))
         for event in range(number):
             ssepush.publish(f"{event} {'x' * 20_000}", channel=channel, redis_url=own_redis.url)
-        wait_for(lambda: server.streams() == 3, "the bad stream is gone", seconds=bound_s + 1.5)
+        wait_for(
+            lambda: server.streams() == 3,
+            "the bad stream is gone",
+            seconds=bound_s + 1.5,
+        )
     ssepush.publish("last", channel=channel, redis_url=own_redis.url)
     for page in pages:
         page.wait_for("last")
@@ -1674,7 +1835,11 @@ def test_streams_that_do_not_read_their_replay_hold_up_nobody(start: Start, chan
     server = start()
     told = server.opened(channel).parser.last_event_id
     for number in range(20):
-        ssepush.publish(f"{number} {'x' * 200_000}", channel=channel, redis_url=server.redis.url)
+        ssepush.publish(
+            f"{number} {'x' * 200_000}",
+            channel=channel,
+            redis_url=server.redis.url,
+        )
     unread = []
     for _ in range(60):
         sock = socket.create_connection(("127.0.0.1", server.port), DEADLINE_S)
@@ -1704,12 +1869,23 @@ class BadRequest(NamedTuple):
     fault: str
 
 
-def bad_lines(status: int, fault: str, rows: dict[str, str]) -> dict[str, BadRequest]:
+def bad_lines(
+    status: int,
+    fault: str,
+    rows: dict[str, str],
+) -> dict[str, BadRequest]:
     """Requests without a body, each as method and path."""
     requests = {}
     for name, line in rows.items():
         method, path = line.split(" ")
-        requests[name] = BadRequest(method, path, None, {}, status, fault)
+        requests[name] = BadRequest(
+            method,
+            path,
+            None,
+            {},
+            status,
+            fault,
+        )
     return requests
 
 
@@ -1825,7 +2001,12 @@ def test_a_bad_request_is_refused_with_its_status_and_a_line_that_names_the_faul
 ) -> None:
     bad = BAD_REQUESTS[name]
 
-    answer = server.get(bad.path, bad.method, bad.body, **bad.headers)
+    answer = server.get(
+        bad.path,
+        bad.method,
+        bad.body,
+        **bad.headers,
+    )
 
     assert answer.status == bad.status
     assert answer.headers["Content-Type"] == "application/json"
@@ -1850,14 +2031,20 @@ def test_every_other_method_is_refused_with_the_ones_that_are_allowed(path: str,
         assert answer.headers["Allow"] == ALLOW[path]
 
 
-@pytest.mark.parametrize("method", ["G", "E", "GE", "ET", "T", "POS", "OPTION", "S"])
+@pytest.mark.parametrize(
+    "method",
+    ["G", "E", "GE", "ET", "T", "POS", "OPTION", "S"],
+)
 def test_a_part_of_a_methods_name_is_another_method(method: str, server: ServerProcess) -> None:
     path = "/publish" if method in "POST" else "/"
 
     assert server.get(path, method).status == 405
 
 
-@pytest.mark.parametrize("path", ["/", "/stream", "/numbers", "/healthz", "/metrics"])
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/stream", "/numbers", "/healthz", "/metrics"],
+)
 def test_head_is_answered_like_get_without_a_body(path: str, server: ServerProcess) -> None:
     answer = server.get(path, "HEAD")
 
@@ -1879,7 +2066,11 @@ def test_options_names_the_methods(path: str, server: ServerProcess) -> None:
 
 def test_one_connection_takes_one_request_after_another(server: ServerProcess, channel: str) -> None:
     stream = server.stream(channel)
-    connection = http.client.HTTPConnection(LOOPBACK, server.port, timeout=DEADLINE_S)
+    connection = http.client.HTTPConnection(
+        LOOPBACK,
+        server.port,
+        timeout=DEADLINE_S,
+    )
     with contextlib.closing(connection):
         connection.connect()
         sock = connection.sock
@@ -1915,7 +2106,12 @@ def test_two_requests_sent_at_once_are_both_answered_without_waiting_for_more(
 def test_publish_answers_receivers_and_an_id_that_the_event_carries(server: ServerProcess, channel: str) -> None:
     stream = server.stream(channel)
 
-    answer = server.publish({"a": 1}, channel, type="greet", retry=1234)
+    answer = server.publish(
+        {"a": 1},
+        channel,
+        type="greet",
+        retry=1234,
+    )
 
     id = answer["id"]
     assert answer == {"state": "ok", "receivers": 1, "id": id}
@@ -1976,7 +2172,11 @@ class Misread(NamedTuple):
     error: str
 
 
-def misread(status: int, error: str, rows: dict[str, bytes]) -> dict[str, Misread]:
+def misread(
+    status: int,
+    error: str,
+    rows: dict[str, bytes],
+) -> dict[str, Misread]:
     """Rows that are all answered once, and like this."""
     return {name: Misread(sent, [status], error) for name, sent in rows.items()}
 
@@ -2284,7 +2484,14 @@ def test_requests_that_are_sent_at_once_are_answered_one_by_one(server: ServerPr
     event = {"channel": channel, "data": "GET /metrics HTTP/1.1\r\n\r\n"}
     body = json.dumps(event).encode()
     publish = post(b"Content-Length: %d" % len(body), body=body)
-    requests = [health(), publish, health(), publish, request(b"GET /nowhere HTTP/1.1"), health()]
+    requests = [
+        health(),
+        publish,
+        health(),
+        publish,
+        request(b"GET /nowhere HTTP/1.1"),
+        health(),
+    ]
 
     answers = answers_in(exchange(server.port, b"".join(requests)))
 
@@ -2356,7 +2563,12 @@ def guarded(redis_process: RedisProcess) -> Iterator[Callable[[str], ServerProce
         if name not in started:
             options, token = GUARDED[name]
             environment = {} if token is None else {"SSEPUSH_PUBLISH_TOKEN": token}
-            started[name] = ServerProcess(redis_process, *options, port=0, **environment)
+            started[name] = ServerProcess(
+                redis_process,
+                *options,
+                port=0,
+                **environment,
+            )
         return started[name]
 
     yield server_of
@@ -2381,17 +2593,33 @@ class Ask(NamedTuple):
 EVENT = '{"data": "attack", "channel": "guarded"}'
 
 
-def publishing(server: str, status: int, error: str, rows: dict[str, Fields]) -> dict[str, Ask]:
+def publishing(
+    server: str,
+    status: int,
+    error: str,
+    rows: dict[str, Fields],
+) -> dict[str, Ask]:
     """Publishes of JSON, with these fields besides."""
     return {name: Ask(server, "POST /publish", JSON | row, status, error, EVENT) for name, row in rows.items()}
 
 
-def posting(server: str, status: int, error: str, rows: dict[str, Fields]) -> dict[str, Ask]:
+def posting(
+    server: str,
+    status: int,
+    error: str,
+    rows: dict[str, Fields],
+) -> dict[str, Ask]:
     """Publishes with no other fields than these."""
     return {name: Ask(server, "POST /publish", row, status, error, EVENT) for name, row in rows.items()}
 
 
-def getting(server: str, path: str, status: int, error: str, rows: dict[str, Fields]) -> dict[str, Ask]:
+def getting(
+    server: str,
+    path: str,
+    status: int,
+    error: str,
+    rows: dict[str, Fields],
+) -> dict[str, Ask]:
     """Requests of this path, with these fields."""
     return {name: Ask(server, f"GET {path}", row, status, error) for name, row in rows.items()}
 
@@ -2622,7 +2850,10 @@ def ask(server: ServerProcess, asked: Ask) -> Answer:
 
 
 @pytest.mark.parametrize("attack", REFUSED)
-def test_nobody_gets_in_where_they_do_not_belong(guarded: Callable[[str], ServerProcess], attack: str) -> None:
+def test_nobody_gets_in_where_they_do_not_belong(
+    guarded: Callable[[str], ServerProcess],
+    attack: str,
+) -> None:
     asked = REFUSED[attack]
 
     answer = ask(guarded(asked.server), asked)
@@ -2706,7 +2937,10 @@ ALLOWED = {
 
 
 @pytest.mark.parametrize("asked", ALLOWED)
-def test_who_belongs_gets_in(guarded: Callable[[str], ServerProcess], asked: str) -> None:
+def test_who_belongs_gets_in(
+    guarded: Callable[[str], ServerProcess],
+    asked: str,
+) -> None:
     row = ALLOWED[asked]
 
     answer = ask(guarded(row.server), row)
@@ -2725,7 +2959,10 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_page_is_told_that_it_may_read(guarded: Callable[[str], ServerProcess], reader: str) -> None:
+def test_a_page_is_told_that_it_may_read(
+    guarded: Callable[[str], ServerProcess],
+    reader: str,
+) -> None:
     name, origin, allowed = READERS[reader]
 
     with guarded(name).stream(Origin=origin) as stream:
@@ -2749,11 +2986,19 @@ PREFLIGHTS = {
 
 
 @pytest.mark.parametrize("asked", PREFLIGHTS)
-def test_a_preflight_allows_what_will_be_allowed(guarded: Callable[[str], ServerProcess], asked: str) -> None:
+def test_a_preflight_allows_what_will_be_allowed(
+    guarded: Callable[[str], ServerProcess],
+    asked: str,
+) -> None:
     name, path, origin, allowed = PREFLIGHTS[asked]
     wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
 
-    answer = guarded(name).get(path, "OPTIONS", Origin=origin, **wanted)
+    answer = guarded(name).get(
+        path,
+        "OPTIONS",
+        Origin=origin,
+        **wanted,
+    )
 
     told = answer.headers.get("Access-Control-Allow-Origin")
     is_allowed = told in ("*", origin) and "Access-Control-Allow-Methods" in answer.headers
@@ -2765,7 +3010,11 @@ def test_a_preflight_allows_what_will_be_allowed(guarded: Callable[[str], Server
 # ── Requests: private channels ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module", params=[(), ("--shared",)], ids=["subscriber each", "shared"])
+@pytest.fixture(
+    scope="module",
+    params=[(), ("--shared",)],
+    ids=["subscriber each", "shared"],
+)
 def keeper(request: pytest.FixtureRequest, redis_process: RedisProcess) -> Iterator[ServerProcess]:
     """A server that knows a secret."""
     process = ServerProcess(redis_process, *request.param, SSEPUSH_SECRET=SECRET)
@@ -2774,7 +3023,11 @@ def keeper(request: pytest.FixtureRequest, redis_process: RedisProcess) -> Itera
     assert "Traceback" not in process.output, process.output
 
 
-def token(channel: str, ttl: int = 600, secret: str = SECRET) -> str:
+def token(
+    channel: str,
+    ttl: int = 600,
+    secret: str = SECRET,
+) -> str:
     return ssepush.sign(channel, ttl, secret)
 
 
@@ -2879,12 +3132,33 @@ def test_without_a_secret_no_private_channel_can_be_read(server: ServerProcess, 
     assert "token" in answer.error
 
 
-def test_secrets_and_tokens_appear_nowhere(tmp_path: Path, start: Start, channel: str) -> None:
+def test_secrets_and_tokens_appear_nowhere(
+    tmp_path: Path,
+    start: Start,
+    channel: str,
+) -> None:
     name, right = f"private-{channel}", {"Authorization": f"Bearer {TOKEN}"}
-    keys = [token(name), token(name, -1), token(name, secret="another")]
-    store = RedisProcess(tmp_path, "--user", "app", "on", ">opensesame-redis", "~*", "&*", "+@all")
+    keys = [
+        token(name),
+        token(name, -1),
+        token(name, secret="another"),
+    ]
+    store = RedisProcess(
+        tmp_path,
+        "--user",
+        "app",
+        "on",
+        ">opensesame-redis",
+        "~*",
+        "&*",
+        "+@all",
+    )
     url = f"redis://app:opensesame-redis@127.0.0.1:{store.port}/0"
-    secrets: dict[str, Any] = {"SSEPUSH_PUBLISH_TOKEN": TOKEN, "SSEPUSH_SECRET": SECRET, "REDIS_URL": url}
+    secrets: dict[str, Any] = {
+        "SSEPUSH_PUBLISH_TOKEN": TOKEN,
+        "SSEPUSH_SECRET": SECRET,
+        "REDIS_URL": url,
+    }
     server = start("--log-level", "debug", redis="", **secrets)
     seen: list[Any] = [Path(f"/proc/{server.process.pid}/cmdline").read_text()]
 
@@ -2896,7 +3170,11 @@ def test_secrets_and_tokens_appear_nowhere(tmp_path: Path, start: Start, channel
     store.kill()
     stream.until_end()
     seen += [server.post(EVENT, **right), stream.body]
-    seen += [server.get(f"/stream?channel={name}&token={keys[0]}"), server.get("/healthz"), server.get("/metrics")]
+    seen += [
+        server.get(f"/stream?channel={name}&token={keys[0]}"),
+        server.get("/healthz"),
+        server.get("/metrics"),
+    ]
     server.terminate()
 
     everything = f"{seen}{server.output}"
@@ -2928,15 +3206,31 @@ def on_a_machine_without_redis(test: Callable[P, None]) -> Callable[P, None]:
     """Run the test as it is where nobody listens on port 6379, else in a network namespace of its own (Linux)."""
 
     @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> None:
         if not listens(6379):
             return test(*args, **kwargs)
         unshare = [shutil.which("unshare") or "", "-rn"]
         if not unshare[0] or subprocess.run([*unshare, "true"], capture_output=True).returncode:
             pytest.fail("port 6379 is taken, and this machine gives no network of its own: stop what listens there")
-        inside = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{test.__name__}"]
+        inside = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"{__file__}::{test.__name__}",
+        ]
         command = [*unshare, sys.executable, "-c", WITH_LOOPBACK_UP, *inside]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return None
 
@@ -2948,7 +3242,14 @@ class ServerWithoutRedis:
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.port, self.log = free_port(), folder / "server.log"
-        self.command = [sys.executable, str(HERE / "ssepush.py"), "--port", str(self.port), "--retry", "100"]
+        self.command = [
+            sys.executable,
+            str(HERE / "ssepush.py"),
+            "--port",
+            str(self.port),
+            "--retry",
+            "100",
+        ]
         kept = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -3033,7 +3334,13 @@ def test_publish_prints_the_number_of_subscribers_reached(server: ServerProcess,
     streams = [server.stream(channel) for _ in range(3)]
     subscribers = server.redis.subscribers(channel)
 
-    done = run("publish", channel, "grüße", "--redis-url", server.redis.url)
+    done = run(
+        "publish",
+        channel,
+        "grüße",
+        "--redis-url",
+        server.redis.url,
+    )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{subscribers}\n", "")
     assert [stream.next().data for stream in streams] == ["grüße"] * 3
@@ -3046,7 +3353,11 @@ def test_publish_without_anyone_listening_succeeds_and_prints_zero(redis_process
 
 
 @pytest.mark.parametrize("place", ["before the command", "after the command"])
-def test_publish_takes_the_redis_url_on_either_side(server: ServerProcess, channel: str, place: str) -> None:
+def test_publish_takes_the_redis_url_on_either_side(
+    server: ServerProcess,
+    channel: str,
+    place: str,
+) -> None:
     stream = server.stream(channel)
     option, command = ["--redis-url", server.redis.url], ["publish", channel, "hi"]
 
@@ -3059,7 +3370,16 @@ def test_publish_takes_the_redis_url_on_either_side(server: ServerProcess, chann
 def test_publish_sends_type_and_retry(server: ServerProcess, channel: str) -> None:
     stream = server.stream(channel)
 
-    run("publish", channel, "hi", "--type", "greet", "--retry", "1234", REDIS_URL=server.redis.url)
+    run(
+        "publish",
+        channel,
+        "hi",
+        "--type",
+        "greet",
+        "--retry",
+        "1234",
+        REDIS_URL=server.redis.url,
+    )
 
     event = stream.next()
     assert (event.data, event.type, stream.parser.retry_ms) == ("hi", "greet", 1234)
@@ -3077,13 +3397,23 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize(("stdin", "data"), LINES.values(), ids=LINES)
+@pytest.mark.parametrize(
+    ("stdin", "data"),
+    LINES.values(),
+    ids=LINES,
+)
 def test_publish_reads_an_event_from_each_line_of_standard_input(
     server: ServerProcess, channel: str, stdin: str, data: list[str]
 ) -> None:
     stream = server.stream(channel)
 
-    done = run("publish", channel, "-", stdin=stdin, REDIS_URL=server.redis.url)
+    done = run(
+        "publish",
+        channel,
+        "-",
+        stdin=stdin,
+        REDIS_URL=server.redis.url,
+    )
 
     assert (done.returncode, done.stdout) == (0, "1\n" * len(data))
     assert stream.data(len(data)) == data
@@ -3096,7 +3426,10 @@ def test_publish_from_an_empty_pipe_publishes_nothing(redis_process: RedisProces
 
 
 @contextlib.contextmanager
-def publishing_lines(channel: str, redis_url: str) -> Iterator[subprocess.Popen[str]]:
+def publishing_lines(
+    channel: str,
+    redis_url: str,
+) -> Iterator[subprocess.Popen[str]]:
     """`publish CHANNEL -` with both pipes in the test's hands."""
     command = ssepush_command("publish", channel, "-", "--redis-url", redis_url)
     pipe, environment = subprocess.PIPE, environment_with()
@@ -3137,7 +3470,13 @@ def test_publish_ends_quietly_when_nobody_reads_what_it_prints(redis_process: Re
 def test_an_output_that_cannot_be_written_is_told_in_one_line(redis_process: RedisProcess, channel: str) -> None:
     command = ssepush_command("--redis-url", redis_process.url, "publish", channel, "hi")
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=DEADLINE_S, text=True)
+        done = subprocess.run(
+            command,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=DEADLINE_S,
+            text=True,
+        )
 
     assert done.stderr == "ssepush: [Errno 28] No space left on device\n"
     assert done.returncode == 1
@@ -3167,7 +3506,11 @@ NOT_PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "named"), NOT_PUBLISHED.values(), ids=NOT_PUBLISHED)
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    NOT_PUBLISHED.values(),
+    ids=NOT_PUBLISHED,
+)
 def test_publish_refuses_what_cannot_be_framed_in_one_line(
     redis_process: RedisProcess, channel: str, arguments: list[str], named: str
 ) -> None:
@@ -3179,7 +3522,13 @@ def test_publish_refuses_what_cannot_be_framed_in_one_line(
 
 
 def test_publish_of_bytes_that_are_not_utf_8_is_refused_in_one_line(redis_process: RedisProcess, channel: str) -> None:
-    done = run("publish", channel, "-", stdin=b"\xff\xfe\n", REDIS_URL=redis_process.url)
+    done = run(
+        "publish",
+        channel,
+        "-",
+        stdin=b"\xff\xfe\n",
+        REDIS_URL=redis_process.url,
+    )
 
     the_line(done, 2)
 
@@ -3267,7 +3616,11 @@ OUT_OF_RANGE = (
 )
 
 
-@pytest.mark.parametrize("arguments", OUT_OF_RANGE, ids=map(" ".join, OUT_OF_RANGE))
+@pytest.mark.parametrize(
+    "arguments",
+    OUT_OF_RANGE,
+    ids=map(" ".join, OUT_OF_RANGE),
+)
 def test_a_wrong_argument_is_named_with_what_would_be_right(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -3289,7 +3642,11 @@ def test_the_limits_of_an_option_are_printed_as_one_may_write_them() -> None:
     assert re.search(r" from 1 to 1[_,]?000[_,]?000\b", done.stderr)
 
 
-@pytest.mark.parametrize("arguments", [["--port", "65536"], ["publish", "sse"]], ids=["option", "argument missing"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--port", "65536"], ["publish", "sse"]],
+    ids=["option", "argument missing"],
+)
 def test_a_wrong_argument_is_told_in_one_line(arguments: list[str]) -> None:
     the_line(run(*arguments), 2)
 
@@ -3308,7 +3665,13 @@ def test_a_port_that_is_taken_is_told_with_the_ways_out(redis_process: RedisProc
 def test_a_python_that_is_too_old_is_told() -> None:
     older = "import runpy, sys; sys.version_info = (3, 10, 13); runpy.run_path('ssepush.py', run_name='__main__')"
 
-    done = subprocess.run([sys.executable, "-c", older], cwd=HERE, capture_output=True, timeout=DEADLINE_S, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", older],
+        cwd=HERE,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        text=True,
+    )
 
     assert "3.11" in the_line(done, 2)
 
@@ -3316,16 +3679,34 @@ def test_a_python_that_is_too_old_is_told() -> None:
 def test_a_missing_package_redis_is_told_with_how_to_install_it() -> None:
     bare = [sys.executable, "-I", "-S", "ssepush.py", "--version"]  # without what is installed
 
-    done = subprocess.run(bare, cwd=HERE, capture_output=True, timeout=DEADLINE_S, text=True)
+    done = subprocess.run(
+        bare,
+        cwd=HERE,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        text=True,
+    )
 
     assert "pip install redis" in the_line(done, 2)
 
 
 def test_a_missing_page_is_told(redis_process: RedisProcess, tmp_path: Path) -> None:
     shutil.copy(HERE / "ssepush.py", tmp_path)
-    alone = [sys.executable, str(tmp_path / "ssepush.py"), "--port", "0", "--redis-url", redis_process.url]
+    alone = [
+        sys.executable,
+        str(tmp_path / "ssepush.py"),
+        "--port",
+        "0",
+        "--redis-url",
+        redis_process.url,
+    ]
 
-    done = subprocess.run(alone, capture_output=True, timeout=DEADLINE_S, text=True)
+    done = subprocess.run(
+        alone,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        text=True,
+    )
 
     assert "index.html" in the_line(done, 2)
 
@@ -3347,7 +3728,11 @@ WRONG_URLS = {
 }
 
 
-@pytest.mark.parametrize(("url", "told"), WRONG_URLS.values(), ids=WRONG_URLS)
+@pytest.mark.parametrize(
+    ("url", "told"),
+    WRONG_URLS.values(),
+    ids=WRONG_URLS,
+)
 def test_a_wrong_redis_url_is_told_in_one_line_without_the_password(url: str, told: str) -> None:
     line = the_line(run("--port", "0", REDIS_URL=url), 2)
 
@@ -3372,7 +3757,11 @@ def test_a_wrong_tls_option_in_the_redis_url_is_told_in_one_line() -> None:
 PASSWORDS = {"none": "", "wrong": ":falsch@", "of an unknown user": "nobody:falsch@"}
 
 
-@pytest.mark.parametrize("password", PASSWORDS.values(), ids=PASSWORDS)
+@pytest.mark.parametrize(
+    "password",
+    PASSWORDS.values(),
+    ids=PASSWORDS,
+)
 def test_a_redis_that_wants_another_password_is_told_in_one_line(own_redis: RedisProcess, password: str) -> None:
     own_redis.client.config_set("requirepass", "geheim")
     url = own_redis.url.replace("://", f"://{password}")
@@ -3417,10 +3806,17 @@ def test_a_server_whose_named_redis_is_down_starts_and_serves_once_it_is_up(
     assert stream.next().data == "hi"
 
 
-FILES = {"hardly any": (["64:64"], []), "fewer than asked for": (["1024:1024"], ["--max-streams", "1000"])}
+FILES = {
+    "hardly any": (["64:64"], []),
+    "fewer than asked for": (["1024:1024"], ["--max-streams", "1000"]),
+}
 
 
-@pytest.mark.parametrize(("limit", "options"), FILES.values(), ids=FILES)
+@pytest.mark.parametrize(
+    ("limit", "options"),
+    FILES.values(),
+    ids=FILES,
+)
 def test_too_few_open_files_are_told_with_the_way_out(
     redis_process: RedisProcess, limit: list[str], options: list[str]
 ) -> None:
@@ -3458,7 +3854,13 @@ def test_the_printed_way_to_publish_works(start: Start, own_redis: RedisProcess)
     printed = re.search(r"publish with: (.*?)(?: {4}|$)", server.output, re.MULTILINE)
     assert printed
 
-    done = subprocess.run(shlex.split(printed[1]), capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    done = subprocess.run(
+        shlex.split(printed[1]),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
 
     assert done.stdout.strip() == "1", done
     assert stream.next().data == "hello"

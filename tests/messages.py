@@ -105,9 +105,15 @@ NEW_ANSWERS = {
 }
 
 
-def publish_all(redis_process: RedisProcess, channel: str) -> list[list[str]]:
+def publish_all(
+    redis_process: RedisProcess,
+    channel: str,
+) -> list[list[str]]:
     """Publish each row of AS_PUBLISHED, then "end"; what a client should have read: `[[type, data], …]`."""
-    rows = [*((f"type-{at}", value) for at, value in enumerate(AS_PUBLISHED.values())), ("end", "")]
+    rows = [
+        *((f"type-{at}", value) for at, value in enumerate(AS_PUBLISHED.values())),
+        ("end", ""),
+    ]
     for type_, value in rows:
         redis_process.publish(channel, json.dumps({"data": value, "type": type_}))
     return [[type_, as_read(value)] for type_, value in rows]

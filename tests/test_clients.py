@@ -41,7 +41,12 @@ def test_curl_shows_each_event_as_it_comes(server: ServerProcess, channel: str) 
 
 
 @pytest.mark.parametrize("size", [100, 900_000])
-def test_curl_publishes_small_and_large_bodies(size: int, server: ServerProcess, channel: str, tmp_path: Path) -> None:
+def test_curl_publishes_small_and_large_bodies(
+    size: int,
+    server: ServerProcess,
+    channel: str,
+    tmp_path: Path,
+) -> None:
     stream = server.stream(channel)
     body = tmp_path / "body.json"
     body.write_text(json.dumps({"data": "x" * size, "channel": channel}))
@@ -95,8 +100,21 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not HAS_TEST_EXTRA:
         pytest.skip("needs the test extra: pip install '.[test]'")
     folder = tmp_path_factory.mktemp("node")
-    command = [program("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), "eventsource@3"]
-    installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [
+        program("npm"),
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--prefix",
+        str(folder),
+        "eventsource@3",
+    ]
+    installed = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert installed.returncode == 0, installed.stderr
     return folder
 
@@ -157,7 +175,11 @@ def test_flask_sse_publishes_from_a_real_flask_app_to_a_stream_of_ours(server: S
         thread = threading.Thread(target=flask_server.serve_forever, daemon=True)
         thread.start()
         for name in FLASK_SSE_PUBLISHES:
-            connection = http.client.HTTPConnection("127.0.0.1", flask_server.port, timeout=DEADLINE_S)
+            connection = http.client.HTTPConnection(
+                "127.0.0.1",
+                flask_server.port,
+                timeout=DEADLINE_S,
+            )
             connection.request("GET", f"/publish/{name.replace(' ', '%20')}")
             assert connection.getresponse().read() == b"Message sent!"
             connection.close()

@@ -17,11 +17,26 @@ from tests.kit import HERE, Parser, Received
 # ── Fuzzing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("options", [[], ["--shared", "publish", "messages"]], ids=["subscriber each", "shared"])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--shared", "publish", "messages"]],
+    ids=["subscriber each", "shared"],
+)
 def test_two_thousand_mutants_of_each_kind_do_no_harm(options: list[str]) -> None:
-    command = [sys.executable, str(HERE / "bench" / "fuzz.py"), "--cases", "2000", *options]
+    command = [
+        sys.executable,
+        str(HERE / "bench" / "fuzz.py"),
+        "--cases",
+        "2000",
+        *options,
+    ]
 
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
     assert run.returncode == 0, run.stdout + run.stderr
     assert "no traceback, no hang, no thread or descriptor left" in run.stdout
@@ -47,7 +62,12 @@ if importlib.util.find_spec("hypothesis"):
         """The data as an event stream can carry it: each of the three line ends is one."""
         return re.sub("\r\n|\r", "\n", text)
 
-    @given(TEXT, st.none() | TEXT, st.none() | TEXT, st.none() | st.integers(0))
+    @given(
+        TEXT,
+        st.none() | TEXT,
+        st.none() | TEXT,
+        st.none() | st.integers(0),
+    )
     @example("x", "a\ndata: forged", None, None)
     @example("x", "a\rdata: forged", None, None)
     @example("x", None, "1\n\ndata: forged", None)
@@ -70,7 +90,11 @@ if importlib.util.find_spec("hypothesis"):
         assert not unsendable
         assert events_in(frame) == [Received(one_line_end(data), kind or "message", id or "")]
 
-    @given(VALUES, st.none() | TEXT, st.none() | st.integers(0))
+    @given(
+        VALUES,
+        st.none() | TEXT,
+        st.none() | st.integers(0),
+    )
     def test_what_is_published_comes_out_as_that_event_or_is_refused(
         data: Any, kind: str | None, retry: int | None
     ) -> None:
@@ -95,7 +119,10 @@ if importlib.util.find_spec("hypothesis"):
 
         assert len(events_in(frame)) == 1
 
-    @given(st.lists(st.tuples(st.sampled_from([b"a", b"b"]), st.binary(max_size=40)), max_size=8), st.data())
+    @given(
+        st.lists(st.tuples(st.sampled_from([b"a", b"b"]), st.binary(max_size=40)), max_size=8),
+        st.data(),
+    )
     def test_a_read_that_is_cut_anywhere_parses_to_the_same(
         messages: list[tuple[bytes, bytes]], draw: st.DataObject
     ) -> None:
@@ -128,7 +155,11 @@ if importlib.util.find_spec("hypothesis"):
         except ssepush.HTTPError:
             return
 
-        values = [request.path, *request.headers, *request.headers.values()]
+        values = [
+            request.path,
+            *request.headers,
+            *request.headers.values(),
+        ]
         assert not any(re.search("[\r\n\0]", value) for value in values)
 
 else:

@@ -112,10 +112,17 @@ class RelayBetween:
         self._thread.join(DEADLINE_S)
         self.redis.close()
 
-    def subscribe(self, *channels: bytes) -> tuple[ssepush.Stream, SimpleQueue[str]]:
+    def subscribe(
+        self,
+        *channels: bytes,
+    ) -> tuple[ssepush.Stream, SimpleQueue[str]]:
         """A new stream, not live yet, and where its answer comes."""
         stream = ssepush.Stream(1, "127.0.0.1", channels, chunked=False)
-        self.relay.call(self.relay.subscribe, stream, self.subscriber)
+        self.relay.call(
+            self.relay.subscribe,
+            stream,
+            self.subscriber,
+        )
         return stream, stream.answer
 
     def asked(self, command: bytes) -> None:
@@ -144,7 +151,12 @@ def test_a_redis_that_answers_what_was_not_asked_is_left_and_the_stream_told_to_
         between.asked(b"SUBSCRIBE")
         between.answer(b"subscribe")
         assert answer.get(timeout=DEADLINE_S) == ""
-        between.relay.call(between.relay.go_live, stream, ours, "")
+        between.relay.call(
+            between.relay.go_live,
+            stream,
+            ours,
+            "",
+        )
 
         between.redis.sendall(b"*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$2\r\nhi\r\n-ERR what was that\r\n")
 
@@ -183,7 +195,12 @@ def test_what_an_earlier_subscription_still_brings_is_not_for_a_new_stream() -> 
         subscribed = b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n"
         between.redis.sendall(message % 1 + unsubscribed + subscribed + message % 3)  # and 2 was between them
         assert answer.get(timeout=DEADLINE_S) == ""
-        between.relay.call(between.relay.go_live, stream, ours, "")
+        between.relay.call(
+            between.relay.go_live,
+            stream,
+            ours,
+            "",
+        )
 
         browser.settimeout(DEADLINE_S)
         assert browser.recv(100) == b"data: 3\n\n"

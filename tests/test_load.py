@@ -114,7 +114,12 @@ def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
         before = server.resident_bytes()
 
         for number in range(150):
-            ssepush.publish(f"{number} {'x' * 900_000}", channel=channel, redis_url=server.redis.url, history=1)
+            ssepush.publish(
+                f"{number} {'x' * 900_000}",
+                channel=channel,
+                redis_url=server.redis.url,
+                history=1,
+            )
             assert stream.next().data.startswith(f"{number} ")
 
         assert server.resident_bytes() - before < 80_000_000
@@ -125,10 +130,31 @@ def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
 
 @both_ways
 def test_a_short_chaos_run_loses_doubles_and_reorders_nothing(way: tuple[str, ...]) -> None:
-    options = ["--streams", "30", "--events", "800", "--seconds", "5", "--latency-seconds", "0", "--seed", "1", *way]
-    command = [sys.executable, str(HERE / "bench" / "chaos.py"), *options]
+    options = [
+        "--streams",
+        "30",
+        "--events",
+        "800",
+        "--seconds",
+        "5",
+        "--latency-seconds",
+        "0",
+        "--seed",
+        "1",
+        *way,
+    ]
+    command = [
+        sys.executable,
+        str(HERE / "bench" / "chaos.py"),
+        *options,
+    ]
 
-    chaos = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    chaos = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
 
     assert chaos.returncode == 0, chaos.stdout + chaos.stderr
     figures = dict(re.findall(r"^(lost|doubled|reordered|unannounced gaps) +(\d+)$", chaos.stdout, re.MULTILINE))
@@ -139,21 +165,33 @@ def test_a_short_chaos_run_loses_doubles_and_reorders_nothing(way: tuple[str, ..
 
 
 @pytest.mark.alone
-def test_five_thousand_silent_connections_disturb_nobody(start: Start, channel: str, many_files: None) -> None:
+def test_five_thousand_silent_connections_disturb_nobody(
+    start: Start,
+    channel: str,
+    many_files: None,
+) -> None:
     server = start()
     baseline = Baseline(server, channel)
 
     with connections(server.port, 5000) as silent:
         baseline.publish("meanwhile")
         baseline.newcomer()
-        wait_for(lambda: server.descriptors() < baseline.descriptors + 1100, "the oldest are ended", 5.0)
+        wait_for(
+            lambda: server.descriptors() < baseline.descriptors + 1100,
+            "the oldest are ended",
+            5.0,
+        )
         assert is_closed(silent[0])
 
     baseline.end()
 
 
 @pytest.mark.alone
-def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(start: Start, channel: str, many_files: None) -> None:
+def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(
+    start: Start,
+    channel: str,
+    many_files: None,
+) -> None:
     server = start()
     baseline = Baseline(server, channel)
     ended = threading.Event()
@@ -165,7 +203,11 @@ def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(start: Start, 
                     sock.send(b"a")
 
     heads = connections(server.port, 450, b"GET /stream?channel=")
-    bodies = connections(server.port, 50, post(b"Content-Length: 1000", body=b"{"))
+    bodies = connections(
+        server.port,
+        50,
+        post(b"Content-Length: 1000", body=b"{"),
+    )
     with heads as slow_heads, bodies as slow_bodies:
         sender = threading.Thread(target=trickle, args=([*slow_heads, *slow_bodies],))
         sender.start()
@@ -173,7 +215,11 @@ def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(start: Start, 
             wait_for(lambda: server.threads() >= 500, "all of them hold a thread")
             baseline.publish("meanwhile")
             baseline.newcomer()
-            wait_for(lambda: all(map(is_closed, slow_heads)), "slow heads are ended", ssepush.HEAD_S + 5)
+            wait_for(
+                lambda: all(map(is_closed, slow_heads)),
+                "slow heads are ended",
+                ssepush.HEAD_S + 5,
+            )
         finally:
             ended.set()
             sender.join()
@@ -212,7 +258,11 @@ def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, c
     server = start("--heartbeat", "0.5")
     baseline = Baseline(server, channel)
     limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (baseline.descriptors, limits[1]))
+    resource.prlimit(
+        server.process.pid,
+        resource.RLIMIT_NOFILE,
+        (baseline.descriptors, limits[1]),
+    )
     comments, used = len(baseline.stream.parser.comments), server.cpu_s()
 
     with connections(server.port, 20):
@@ -226,7 +276,11 @@ def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, c
 
 
 @pytest.mark.alone
-def test_connections_that_take_no_answer_are_ended(start: Start, channel: str, many_files: None) -> None:
+def test_connections_that_take_no_answer_are_ended(
+    start: Start,
+    channel: str,
+    many_files: None,
+) -> None:
     server = start()
     baseline = Baseline(server, channel)
 
@@ -267,7 +321,11 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
         connections(server.port, 100, request(b"GET /stream HTTP/1.1")),
     ):
         wait_for(lambda: server.threads() > threads + 100, "they wait for Redis")
-        wait_for(lambda: server.get("/metrics").status == 200, "the others are served", 2.0)
+        wait_for(
+            lambda: server.get("/metrics").status == 200,
+            "the others are served",
+            2.0,
+        )
         wait_for(lambda: server.threads() <= threads + 1, "they have been told that Redis is away")
     own_redis.signal(signal.SIGCONT)
 
@@ -291,7 +349,11 @@ def test_all_places_for_numbers_taken_leave_the_rest_alone(start: Start, channel
 
 
 @pytest.mark.alone
-def test_a_burst_of_channels_does_not_hold_up_the_others(start: Start, channel: str, many_files: None) -> None:
+def test_a_burst_of_channels_does_not_hold_up_the_others(
+    start: Start,
+    channel: str,
+    many_files: None,
+) -> None:
     server = start("--shared")
     baseline = Baseline(server, channel)
     queries = [b"&".join(b"channel=%d-%d" % (number, n) for n in range(20)) for number in range(300)]

@@ -43,7 +43,10 @@ def three(start: Start, redis_process: RedisProcess) -> list[ServerProcess]:
     return [start("--reuse-port", "--retry", "10", port=port) for _ in range(3)]
 
 
-def streams_at_all(processes: list[ServerProcess], query: str) -> list[EventStream]:
+def streams_at_all(
+    processes: list[ServerProcess],
+    query: str,
+) -> list[EventStream]:
     """As many streams as it takes until the kernel has given one to each process."""
     streams: list[EventStream] = []
 
@@ -60,7 +63,11 @@ def test_an_event_published_at_any_process_reaches_the_streams_of_all(three: lis
     at_processes, expected = 0, list[str]()
 
     while at_processes < 3:  # each counts its own publishes: the first one of each is told by its 1
-        connection = http.client.HTTPConnection("127.0.0.1", three[0].port, timeout=DEADLINE_S)
+        connection = http.client.HTTPConnection(
+            "127.0.0.1",
+            three[0].port,
+            timeout=DEADLINE_S,
+        )
         with contextlib.closing(connection):
             body = json.dumps({"channel": channel, "data": len(expected)})
             connection.request("POST", "/publish", body, {"Content-Type": "application/json"})
@@ -115,7 +122,12 @@ def unit(tmp_path: Path) -> Path:
 def test_systemd_finds_nothing_wrong_with_the_unit(unit: Path) -> None:
     analyze = program("systemd-analyze")
 
-    done = subprocess.run([analyze, "verify", str(unit)], capture_output=True, text=True, timeout=DEADLINE_S)
+    done = subprocess.run(
+        [analyze, "verify", str(unit)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
 
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
@@ -125,14 +137,27 @@ def test_systemd_finds_the_unit_hardened(unit: Path) -> None:
     instance = unit.with_name("ssepush@1.service")
     instance.write_text(unit.read_text())
 
-    done = subprocess.run([*analyze, str(instance)], capture_output=True, text=True, timeout=DEADLINE_S)
+    done = subprocess.run(
+        [*analyze, str(instance)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
 
     assert done.returncode == 0, done.stdout[-200:] + done.stderr
 
 
-def test_two_instances_of_the_unit_share_a_port(unit: Path, redis_process: RedisProcess, channel: str) -> None:
+def test_two_instances_of_the_unit_share_a_port(
+    unit: Path,
+    redis_process: RedisProcess,
+    channel: str,
+) -> None:
     port = free_port()
-    command = re.search("^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
+    command = re.search(
+        "^ExecStart=(.*)$",
+        unit.read_text(),
+        re.MULTILINE,
+    )
     assert command
     arguments = shlex.split(command[1].replace("--port 5000", f"--port {port}").replace("$SSEPUSH_OPTIONS", ""))
     environment = environment_with(REDIS_URL=redis_process.url)
@@ -159,7 +184,12 @@ def test_two_instances_of_the_unit_share_a_port(unit: Path, redis_process: Redis
 class Nginx:
     """An nginx of the test's own; http: what is inside http { }."""
 
-    def __init__(self, folder: Path, port: int, http: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        http: str,
+    ) -> None:
         temporary = "".join(f"{name}_temp_path {folder}/{name};\n" for name in self.BUFFERS)
         user = "user root;\n" if os.getuid() == 0 else ""
         (folder / "nginx.conf").write_text(
@@ -167,7 +197,15 @@ class Nginx:
             f"http {{\naccess_log off;\n{temporary}{http}\n}}\n"
         )
         self.folder, self.log = folder, folder / "error.log"
-        command = [program("nginx"), "-p", str(folder), "-c", f"{folder}/nginx.conf", "-e", str(self.log)]
+        command = [
+            program("nginx"),
+            "-p",
+            str(folder),
+            "-c",
+            f"{folder}/nginx.conf",
+            "-e",
+            str(self.log),
+        ]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         self.port = port
         wait_for(self.listens, "nginx listens")
@@ -177,7 +215,11 @@ class Nginx:
     def listens(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
         with contextlib.suppress(OSError):
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
+            connection = http.client.HTTPConnection(
+                "127.0.0.1",
+                self.port,
+                timeout=DEADLINE_S,
+            )
             with contextlib.closing(connection):
                 connection.connect()
                 return True
@@ -219,7 +261,11 @@ NGINX = {
 }
 
 
-@pytest.mark.parametrize(("directives", "encoding"), NGINX.values(), ids=NGINX)
+@pytest.mark.parametrize(
+    ("directives", "encoding"),
+    NGINX.values(),
+    ids=NGINX,
+)
 def test_events_pass_nginx_at_once(
     start: Start,
     nginx: Callable[..., Nginx],
@@ -335,7 +381,12 @@ def test_the_log_of_nginx_shows_no_tokens(
     server = start(SSEPUSH_SECRET="s3cret")
     token = ssepush.sign("private-log", 60, "s3cret")
     proxy = https(server.port)
-    connection = http.client.HTTPSConnection("localhost", proxy.port, timeout=DEADLINE_S, context=proxy.trusting())
+    connection = http.client.HTTPSConnection(
+        "localhost",
+        proxy.port,
+        timeout=DEADLINE_S,
+        context=proxy.trusting(),
+    )
 
     connection.request("HEAD", f"/stream?channel=private-log&token={token}")
     status = connection.getresponse().status
@@ -351,7 +402,12 @@ def test_a_page_behind_nginx_is_of_the_same_origin_as_what_it_publishes_to(
 ) -> None:
     server = start()
     proxy = https(server.port)
-    connection = http.client.HTTPSConnection("localhost", proxy.port, timeout=DEADLINE_S, context=proxy.trusting())
+    connection = http.client.HTTPSConnection(
+        "localhost",
+        proxy.port,
+        timeout=DEADLINE_S,
+        context=proxy.trusting(),
+    )
     statuses = []
 
     for origin in (f"https://localhost:{proxy.port}", "https://localhost", "https://evil.example"):
