@@ -1938,7 +1938,7 @@ def sign(
     expiry = int(unix_time()) + ttl
     token = str(expiry)
     for channel in channels:
-        check_channel(channel)
+        check_name("channel", channel)
         token += f".{signature(channel, expiry, secret)}"
     return token
 
@@ -2370,7 +2370,7 @@ class Handler(socketserver.BaseRequestHandler):
             raise HTTPError(400, f"unknown parameter {min(near)!r}: /stream takes channel, lastEventId, last and token")
         names = dict.fromkeys(self.asked.query.get("channel", ["sse"]))  # each once
         try:
-            channels = [check_channel(name) for name in names]
+            channels = [check_name("channel", name) for name in names]
         except ValueError as error:
             raise HTTPError(400, str(error)) from None
         if len(channels) > MAX_CHANNELS:
@@ -2382,17 +2382,17 @@ class Handler(socketserver.BaseRequestHandler):
         query = self.asked.query
         header = self.asked.header("last-event-id")
         if header:
-            return Missed.since(header, channels)
+            return missed_since(header, channels)
         if "last" in query:
             last = query["last"][-1]
             if not re.fullmatch("[0-9]{1,6}", last) or not 0 < int(last) <= 100_000:
                 raise HTTPError(400, "last must be a whole number from 1 to 100000")
-            return Missed.all_of(channels, int(last))
+            return missed_since("", channels, int(last))
         for last_event_id in query.get("lastEventId", ()):
             if last_event_id == "earliest":
-                return Missed.all_of(channels)
+                return missed_since("", channels)
             if last_event_id:
-                return Missed.since(last_event_id, channels)
+                return missed_since(last_event_id, channels)
         return None
 
 
@@ -2612,7 +2612,7 @@ class Server:
         try:
             if self.settings.shared:
                 return self._shared_subscriber()
-            return self.redis.connect_subscriber(shared=False)
+            return self.redis.connections.subscriber(shared=False)
         except RedisAway as error:
             self.relay.call(self.relay.complain, f"a stream was refused: {error}")
             if isinstance(error, RedisRefused):
@@ -2625,7 +2625,7 @@ class Server:
             raise RedisAway(ENDED["redis-away"])
         try:
             if self._shared is None or self._shared.lost:
-                self._shared = self.redis.connect_subscriber(shared=True)
+                self._shared = self.redis.connections.subscriber(shared=True)
             return self._shared
         finally:
             self._connecting.release()
@@ -2674,7 +2674,7 @@ class Server:
         alive = threading.Event()
         self.relay.call(alive.set)
         try:
-            self.redis.ping()
+            self.redis.connections.ping()
         except RedisAway:
             return "Redis does not answer"
         if not alive.wait(1.0):
@@ -2943,7 +2943,7 @@ def run_command(parser: Parser, arguments: Sequence[str] | None) -> None:
         settings.history_ttl,
         settings.max_event,
     )
-    if settings.redis_url and redis.has_password:
+    if settings.redis_url and redis.connections.has_password:
         warning = "everybody on this machine can read the password in --redis-url (ps): use REDIS_URL"
         print(f"ssepush: warning: {warning}", file=sys.stderr)
     if options.command == "publish":
@@ -2997,7 +2997,7 @@ def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
         raise ValueError(f"cannot listen on {where}: {error.strerror}{hint}") from None
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     port = server.listener.server_address[1]
-    print(f"ssepush {__version__} serves http://{host}:{port}/ from {redis.address}{embedded}")
+    print(f"ssepush {__version__} serves http://{host}:{port}/ from {redis.connections.address}{embedded}")
     print(f'publish with: {redis_cli(redis)} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
     server.run()
 
@@ -3005,31 +3005,31 @@ def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
 def redis_cli(redis: Redis) -> str:
     """How to call redis-cli for the same Redis: a password is for the reader to fill in."""
     called = "redis-cli"
-    if redis.has_password:
+    if redis.connections.has_password:
         called = f"REDISCLI_AUTH=… {called}"
-    if redis.address.startswith("unix://"):
-        path = redis.address.removeprefix("unix://")
+    if redis.connections.address.startswith("unix://"):
+        path = redis.connections.address.removeprefix("unix://")
         return f"{called} -s {path}"
-    if redis.address != DEFAULT_REDIS_URL:
-        return f"{called} -u {redis.address}"
+    if redis.connections.address != DEFAULT_REDIS_URL:
+        return f"{called} -u {redis.connections.address}"
     return called
 
 
 def find_redis(redis: Redis, may_embed: bool) -> str:
     """Ask Redis once; if nothing listens and it may, start a Valkey there, and answer what to say of it. ValueError."""
     try:
-        redis.ping()
+        redis.connections.ping()
         if not may_embed or not end_orphan(redis):
             return ""
     except RedisAway as error:
         reason = getattr(error.__cause__, "__context__", None)  # the error of the operating system behind redis-py's
         if isinstance(error, RedisRefused) or isinstance(reason, ssl.SSLError):
-            raise ValueError(f"Redis at {redis.address} refuses: {error}") from None
+            raise ValueError(f"Redis at {redis.connections.address} refuses: {error}") from None
         if not may_embed or not isinstance(reason, ConnectionRefusedError):
-            log.warning("%s does not answer, and streams are told to come back until it does: %s", redis.address, error)
+            log.warning("%s does not answer, and streams are told to come back until it does: %s", redis.connections.address, error)
             return ""
     start_valkey()
-    redis.call("SET", EMBEDDED_KEY, os.getpid())
+    redis.connections.call("SET", EMBEDDED_KEY, os.getpid())
     return " (embedded: its data ends with it)"
 
 
@@ -3056,7 +3056,7 @@ EMBEDDED_KEY = "ssepush:embedded"  # the process that an embedded Valkey belongs
 
 def end_orphan(redis: Redis) -> bool:
     """Whether what listens there was an embedded Valkey, left behind by a server that was killed. It is ended."""
-    owner = redis.call("GET", EMBEDDED_KEY)
+    owner = redis.connections.call("GET", EMBEDDED_KEY)
     if not owner:
         return False
     try:
@@ -3065,7 +3065,7 @@ def end_orphan(redis: Redis) -> bool:
         return False
     except ProcessLookupError:
         with suppress(RedisAway):
-            redis.call("SHUTDOWN", "NOSAVE")
+            redis.connections.call("SHUTDOWN", "NOSAVE")
         return True
     return False
 
@@ -3094,7 +3094,7 @@ def streams_allowed(settings: Settings, redis: Redis, room: int) -> int:
         return room
     # Strangers must not take the connections that the application needs.
     with suppress(RedisAway):
-        half = redis.max_clients() // 2
+        half = redis.connections.max_clients() // 2
         if 0 < half < room:
             log.info("at most %d streams, half of Redis's maxclients (--max-streams, or --shared)", half)
             return half
