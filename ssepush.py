@@ -105,8 +105,9 @@ MAX_CHANNEL_BYTES = 200
 MAX_KEY_BYTES = 200
 MAX_ID_BYTES = 128  # what browsers send back across origins without asking first
 MAX_EVENT_BYTES = 2**20  # unless --max-event says more: what publishers may send, and streams must pass on
-MAX_DEPTH = 200  # arrays and objects inside each other: less than any reader's stack has room for
+MAX_DEPTH = 500  # arrays and objects inside each other: less than any reader's stack has room for
 MAX_DIGITS = 4300  # of a whole number: Python reads no longer one
+TOO_LONG = 10**MAX_DIGITS
 REDIS_S = 5.0  # for Redis to answer
 READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TLS would hold what no selector can see
 SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
@@ -478,11 +479,10 @@ class Relay:
             if not stream.missed:
                 stream.position = stream.skip_to = page.position
                 self._go_live(stream)
-                stream.held = None
             self._send(stream, page.wire)
             if not stream.missed:
                 for batch in held:
-                    self._feed(stream, batch)
+                    self._deliver(batch, (stream,))
 
     def _go_live(self, stream: Stream) -> None:
         """The stream has its position, and misses nothing before it."""
@@ -1454,7 +1454,7 @@ def check_readable(data: object) -> None:
                 inner.extend(value.values())
             elif isinstance(value, list | tuple):
                 inner.extend(value)
-            elif isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+            elif isinstance(value, int) and abs(value) >= TOO_LONG:
                 raise ValueError(f"data holds a number of more than {MAX_DIGITS} digits")
         if not inner:
             return

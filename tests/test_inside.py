@@ -287,3 +287,19 @@ def test_an_error_of_ours_while_events_are_passed_on_ends_the_streams_that_they_
 
             assert b"retry: " in read_until(browser, b"retry: ")
             between.ended.get(timeout=DEADLINE_S)
+
+
+def test_all_that_was_held_during_a_replay_is_sent_after_it_in_order() -> None:
+    with RelayBetween() as between:
+        stream, browser = between.open(b"c", missed=ssepush.missed_since(OLDER, [b"c"]))
+        with browser:
+            between.is_asked(b"c")
+            between.answer(b"c")
+            streams = between.missed.get(timeout=DEADLINE_S)
+            for number in range(1, 4):
+                between.redis.sendall(resp_array(b"message", b"c", b"%d" % number))
+                wait_for(lambda number=number: len(stream.held or ()) == number, "it is held by itself")
+
+            between.relay.call(between.relay.take_page, ssepush.Page(b"data: 0\n\n", 1, OURS), streams)
+
+            assert read_until(browser, b"data: 3\n\n") == b"HEAD\n" + b"".join(b"data: %d\n\n" % n for n in range(4))
