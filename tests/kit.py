@@ -763,9 +763,11 @@ def ssepush_command(*arguments: str) -> list[str]:
 
 def environment_with(**variables: str) -> dict[str, str]:
     """The environment without what would configure ssepush, and with these."""
-    ours = ("SSEPUSH_", "REDIS_URL")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | variables
+    environment = dict(os.environ)
+    for name in os.environ:
+        if name.startswith(("SSEPUSH_", "REDIS_URL")):
+            del environment[name]
+    return environment | variables
 
 
 def run(
@@ -833,7 +835,7 @@ class ServerProcess:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        wait_for(lambda: self.said("stop with") or self.process.poll() is not None, "the server started")
+        wait_for(self._has_started_or_ended, "the server started")
         address = re.search(r"http://[^ ]*:(\d+)/", self.output)
         assert address, self.output
         self.port = int(address[1])
@@ -843,6 +845,9 @@ class ServerProcess:
         assert self.process.stdout
         for line in self.process.stdout:
             self.lines.append(line)
+
+    def _has_started_or_ended(self) -> bool:
+        return self.said("stop with") or self.process.poll() is not None
 
     @property
     def redis(self) -> RedisProcess:

@@ -82,8 +82,9 @@ def is_no_id(id: str | None) -> bool:
     """Whether an id cannot be sent, or is longer than a browser may send back."""
     if not id:
         return False
-    is_too_long = len(encoded(id)) > ssepush.MAX_ID_BYTES
-    return has_line_break(id) or "\0" in id or is_too_long
+    if len(encoded(id)) > ssepush.MAX_ID_BYTES:
+        return True
+    return has_line_break(id) or "\0" in id
 
 
 MAYBE_RETRY = st.none() | st.integers(0)
@@ -109,7 +110,7 @@ def test_a_message_is_dispatched_exactly_or_refused_and_no_field_is_forged(
         "id": id,
         "retry": retry,
     }
-    given = {name: members[name] for name in members if members[name] is not None}
+    given = {name: member for name, member in members.items() if member is not None}
     is_forging = has_line_break(type) or is_no_id(id)
     is_unsendable = is_forging or has_surrogate(data, type, id)
 
