@@ -227,6 +227,23 @@ class RedisProcess:
         """A plain PUBLISH, by somebody who knows nothing of ssepush; how many subscribers it reached."""
         return int(self.client.publish(channel, message))
 
+    def publish_event(self, channel: str, **members: Any) -> int:
+        """The same, of a JSON object: `publish_event("sse", data="hi", type="greet")`."""
+        return self.publish(channel, json.dumps(members))
+
+    def wait_for_subscribers(
+        self,
+        channel: str,
+        number: int,
+        seconds: float = DEADLINE_S,
+    ) -> None:
+        """Until so many are subscribed to the channel."""
+        wait_for(
+            lambda: self.subscribers(channel) == number,
+            f"{number} subscribers of {channel}",
+            seconds,
+        )
+
     def publish_all(
         self,
         channel: str,
@@ -715,6 +732,21 @@ def query_of(*channels: str) -> str:
     return urlencode([("channel", channel) for channel in channels])
 
 
+def numbers(first: int, end: int) -> list[str]:
+    """The data of events that were published as these numbers: `["0", "1", "2"]`."""
+    return [str(number) for number in range(first, end)]
+
+
+def first_words(events: Sequence[Received]) -> list[str]:
+    """The first word of each event's data; padding follows it."""
+    return [event.data.split()[0] for event in events]
+
+
+def next_of_each(streams: Sequence[EventStream]) -> list[str]:
+    """The data of each stream's next event."""
+    return [stream.next().data for stream in streams]
+
+
 def place_of(id: str) -> tuple[int, int]:
     """Where an id of ours stands in the order of publishing."""
     ours = re.match("([0-9]{13})-([0-9]{16})", id)
@@ -731,9 +763,11 @@ def ssepush_command(*arguments: str) -> list[str]:
 
 def environment_with(**variables: str) -> dict[str, str]:
     """The environment without what would configure ssepush, and with these."""
-    ours = ("SSEPUSH_", "REDIS_URL")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | variables
+    environment = dict(os.environ)
+    for name in os.environ:
+        if name.startswith(("SSEPUSH_", "REDIS_URL")):
+            del environment[name]
+    return environment | variables
 
 
 def run(
@@ -801,7 +835,7 @@ class ServerProcess:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        wait_for(lambda: self.said("stop with") or self.process.poll() is not None, "the server started")
+        wait_for(self._has_started_or_ended, "the server started")
         address = re.search(r"http://[^ ]*:(\d+)/", self.output)
         assert address, self.output
         self.port = int(address[1])
@@ -811,6 +845,9 @@ class ServerProcess:
         assert self.process.stdout
         for line in self.process.stdout:
             self.lines.append(line)
+
+    def _has_started_or_ended(self) -> bool:
+        return self.said("stop with") or self.process.poll() is not None
 
     @property
     def redis(self) -> RedisProcess:
