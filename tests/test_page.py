@@ -617,7 +617,7 @@ def test_the_wire_is_read_only_while_it_is_shown_and_says_so(page: OpenPage) -> 
     assert not page.is_shown("wire-side")
 
     page.show_wire()
-    assert "second request (fetch): one more receiver" in page.text("wire-side")
+    assert "second stream (fetch) while shown" in page.text("wire-side")
     assert page.attribute("show-wire", "aria-pressed") == "true"
 
     page.click("#show-wire")
