@@ -227,6 +227,23 @@ class RedisProcess:
         """A plain PUBLISH, by somebody who knows nothing of ssepush; how many subscribers it reached."""
         return int(self.client.publish(channel, message))
 
+    def publish_event(self, channel: str, **members: Any) -> int:
+        """The same, of a JSON object: `publish_event("sse", data="hi", type="greet")`."""
+        return self.publish(channel, json.dumps(members))
+
+    def wait_for_subscribers(
+        self,
+        channel: str,
+        number: int,
+        seconds: float = DEADLINE_S,
+    ) -> None:
+        """Until so many are subscribed to the channel."""
+        wait_for(
+            lambda: self.subscribers(channel) == number,
+            f"{number} subscribers of {channel}",
+            seconds,
+        )
+
     def publish_all(
         self,
         channel: str,
@@ -713,6 +730,21 @@ def ends(streams: Sequence[EventStream]) -> list[float]:
 def query_of(*channels: str) -> str:
     """`"channel=a&channel=b"`."""
     return urlencode([("channel", channel) for channel in channels])
+
+
+def numbers(first: int, end: int) -> list[str]:
+    """The data of events that were published as these numbers: `["0", "1", "2"]`."""
+    return [str(number) for number in range(first, end)]
+
+
+def first_words(events: Sequence[Received]) -> list[str]:
+    """The first word of each event's data; padding follows it."""
+    return [event.data.split()[0] for event in events]
+
+
+def next_of_each(streams: Sequence[EventStream]) -> list[str]:
+    """The data of each stream's next event."""
+    return [stream.next().data for stream in streams]
 
 
 def place_of(id: str) -> tuple[int, int]:

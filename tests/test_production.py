@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import ssl
 import subprocess
 import time
@@ -22,9 +23,13 @@ from tests.kit import (
     DEADLINE_S,
     DEPLOY,
     EventStream,
+    Page,
+    Publisher,
     RedisProcess,
     ServerProcess,
     Start,
+    assert_whole,
+    both_ways,
     certificate,
     environment_with,
     free_port,
@@ -105,6 +110,37 @@ def test_streams_of_a_process_that_ends_go_on_at_the_others(
     assert sum(stream.ended for stream in streams) == three[0].output.count(" closed: drain")
 
 
+@both_ways
+def test_a_rolling_restart_of_two_processes_on_one_port_loses_nothing(
+    own_redis: RedisProcess, start: Start, channel: str
+) -> None:
+    names, port = [f"{channel}-{letter}" for letter in "ab"], free_port()
+    options = ("--reuse-port", "--history", "100000", "--retry", "300", "--drain", "2")
+    servers = [start(*options, port=port, redis=own_redis)]
+    pages = [Page(port, *names[: 1 + number % 2]) for number in range(40)]
+    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
+    publishers = [Publisher(port, str(number), *names, pause=0.002) for number in range(2)]
+
+    for _ in range(2):
+        before = [page.streams for page in pages]
+        servers.append(start(*options, port=port, redis=own_redis))
+        servers[-2].signal(signal.SIGTERM)
+        assert servers[-2].process.wait(DEADLINE_S) == 0
+        wait_for(lambda: all(page.streams > n for page, n in zip(pages, before, strict=True)), "all pages came back")  # noqa: B023
+    wait_for(lambda: sum(len(publisher.acknowledged) for publisher in publishers) > 200, "enough was published")
+    for publisher in publishers:
+        publisher.stop()
+    for name in reversed(names):
+        wait_for(lambda: servers[-1].post({"data": "last", "channel": name}).status == 200, "the last event")  # noqa: B023
+    for page in pages:
+        page.wait_for("last")
+
+    assert sum(len(publisher.unsure) for publisher in publishers) < 10
+    for page in pages:
+        assert_whole(page, publishers)
+        assert not any(event.type == "stream-reset" for event in page.events)
+
+
 # ── systemd ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -159,7 +195,8 @@ def test_two_instances_of_the_unit_share_a_port(
         re.MULTILINE,
     )
     assert command
-    arguments = shlex.split(command[1].replace("--port 5000", f"--port {port}").replace("$SSEPUSH_OPTIONS", ""))
+    on_our_port = command[1].replace("--port 5000", f"--port {port}")
+    arguments = shlex.split(on_our_port.replace("$SSEPUSH_OPTIONS", ""))
     environment = environment_with(REDIS_URL=redis_process.url)
     pipe = subprocess.PIPE
     instances = [subprocess.Popen(arguments, stdout=pipe, text=True, env=environment) for _ in range(2)]
