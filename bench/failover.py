@@ -23,7 +23,7 @@
 Each Redis has a machine of its own, a network namespace, so this needs Linux and `unshare`; everything runs in
 namespaces that end with this program. Pages and publishers are those of chaos.py, and pages are cut at random, so that
 they come and go; how they are judged says pages.py. The masters have an append-only file, and refuse to write alone
-(`min-replicas-to-write 1`), unless --alone.
+(`min-replicas-to-write 1`), unless --alone; those of the cluster, with one replica each, always write.
 
 It prints a row for each run: seconds from the fault until something could be published and until the last page had an
 event again; acknowledged events that some page lost without a word, and in how many gaps; doubled; reordered; sent
@@ -52,7 +52,9 @@ from pathlib import Path
 
 import redis
 from pages import FAILURES, Page, Pages, Publishers, judge
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from tests.kit import ServerProcess, free_port, wait_for
 
@@ -63,6 +65,7 @@ SERVERS = 2
 SERVER_OPTIONS = ("--history", "100000", "--retry", "300", "--heartbeat", "2", "--log-level", "error")
 NETWORK = "10.99.0"
 REDIS_PORT, SENTINEL_PORT = 6379, 26379
+RESYNC_WRITES = 100  # of 1 KB, more than the backlog of 16 KB that each master keeps
 LONGEST_S = 60.0
 SETTLE_S = 30.0
 
@@ -71,7 +74,8 @@ SETTLE_S = 30.0
 
 
 def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def make_network() -> None:
@@ -92,14 +96,14 @@ class Machine:
         self.options = options
         self.processes: list[subprocess.Popen[bytes]] = []
         self.folder.mkdir()
-        port = f"port{number}"
+        self.port = f"port{number}"  # of the bridge
         ip("netns", "add", self.name)
-        ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", self.name)
-        ip("link", "set", port, "master", "bridge", "up")
+        ip("link", "add", self.port, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+        ip("link", "set", self.port, "master", "bridge", "up")
         ip("-n", self.name, "link", "set", "lo", "up")
         ip("-n", self.name, "address", "add", f"{self.address}/24", "dev", "eth0")
         ip("-n", self.name, "link", "set", "eth0", "up")
-        self.client = redis.Redis(self.address, REDIS_PORT, socket_timeout=1, decode_responses=True)
+        self.client = client_of(self.address, REDIS_PORT)
         self.start_redis()
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
@@ -133,11 +137,7 @@ class Machine:
         return self.role() != ""
 
     def role(self) -> str:
-        """Or "" if it does not answer."""
-        try:
-            return str(self.client.info("replication")["role"])
-        except (RedisError, OSError):
-            return ""
+        return role_of(self.client)
 
     def is_linked(self) -> bool:
         """Whether it is a replica, and up to date."""
@@ -166,7 +166,28 @@ class Machine:
             process.kill()
             process.wait()
         self.client.close()
+        ip("link", "delete", self.port)
         ip("netns", "delete", self.name)
+
+
+def client_of(address: str, port: int) -> redis.Redis:
+    """It tries once, and waits for half a second."""
+    return redis.Redis(
+        address,
+        port,
+        socket_timeout=0.5,
+        socket_connect_timeout=0.5,
+        retry=Retry(NoBackoff(), 0),
+        decode_responses=True,
+    )
+
+
+def role_of(client: redis.Redis) -> str:
+    """Or "" if it does not answer."""
+    try:
+        return str(client.info("replication")["role"])
+    except (RedisError, OSError):
+        return ""
 
 
 # ── Redis with replicas ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,23 +197,24 @@ class Replicated:
     """A master, two replicas, and a Sentinel beside each."""
 
     count = 3
+    wanted_replicas = 1  # without which a master writes nothing
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder = folder
         self.down_after_ms = round(1000 * options.down_after)
-        self.options = self._options(options.alone)
+        self.least_replicas = 0 if options.alone else self.wanted_replicas
+        self.options = self._options()
         self.machines: list[Machine] = []
         for number in range(self.count):
             self.machines.append(Machine(number, folder, self.options))
         self.connect_nodes()
 
-    def _options(self, may_write_alone: bool) -> list[str]:
-        """A master whose replicas say nothing stops to write well before it is taken for dead."""
+    def _options(self) -> list[str]:
+        """A master whose replicas say nothing stops writing well before it is taken for dead."""
         max_lag_s = max(1, self.down_after_ms // 1000 - 1)
         options = ["--repl-ping-replica-period", "1"]
-        if not may_write_alone:
-            options += ["--min-replicas-to-write", "1"]
-            options += ["--min-replicas-max-lag", str(max_lag_s)]
+        options += ["--min-replicas-to-write", str(self.least_replicas)]
+        options += ["--min-replicas-max-lag", str(max_lag_s)]
         return options
 
     def connect_nodes(self) -> None:
@@ -219,7 +241,7 @@ class Replicated:
         machine.start("redis-sentinel", str(config))
 
     def _sentinel(self, machine: Machine) -> redis.Redis:
-        return redis.Redis(machine.address, SENTINEL_PORT, socket_timeout=1, decode_responses=True)
+        return client_of(machine.address, SENTINEL_PORT)
 
     def _sees_all(self, machine: Machine) -> bool:
         with contextlib.suppress(RedisError, OSError), self._sentinel(machine) as sentinel:
@@ -253,6 +275,12 @@ class Replicated:
     def bystander(self) -> Machine:
         """Another node, whose loss moves nothing."""
         return self.replica()
+
+    def key_beside_ssepush_s(self, master: Machine) -> str:
+        """A key that the master of ssepush's keys holds, too."""
+        own = str(master.client.keys("*ssepush*")[0])
+        tag, brace, _ = own.partition("}")
+        return f"{tag}{brace}:failover" if brace else "failover"
 
     def switch_over(self) -> None:
         with self._sentinel(self.master()) as sentinel:
@@ -295,8 +323,15 @@ class BehindProxy(Replicated):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        client = redis.Redis("127.0.0.1", self.port, socket_timeout=1)
-        wait_for(lambda: is_answered(client), "haproxy has found the master")
+        wait_for(self._leads_to_the_master, "haproxy has found the master")
+
+    def _leads_to_the_master(self) -> bool:
+        """At first haproxy takes every node for one, and sends connections to each in turn."""
+        for _ in self.machines:
+            with client_of("127.0.0.1", self.port) as client:
+                if role_of(client) != "master":
+                    return False
+        return True
 
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
@@ -311,9 +346,10 @@ class Clustered(Replicated):
     """Three masters, each with a replica."""
 
     count = 6
+    wanted_replicas = 0  # whose only replica is lost for good would never write again
 
-    def _options(self, may_write_alone: bool) -> list[str]:
-        options = super()._options(may_write_alone)
+    def _options(self) -> list[str]:
+        options = super()._options()
         options += ["--cluster-enabled", "yes"]
         options += ["--cluster-node-timeout", str(self.down_after_ms)]
         return options
@@ -326,12 +362,16 @@ class Clustered(Replicated):
         wait_for(self._is_whole, "the cluster is whole")
 
     def _is_whole(self) -> bool:
-        roles = [machine.role() for machine in self.machines]
-        linked = [machine for machine in self.machines if machine.is_linked()]
-        return roles.count("master") == 3 and len(linked) == 3 and all(map(self._is_ok, self.machines))
-
-    def _is_ok(self, machine: Machine) -> bool:
-        return bool(machine.client.cluster("info")["cluster_state"] == "ok")
+        kinds: Counter[str] = Counter()
+        for machine in self.machines:
+            state = machine.client.cluster("info")["cluster_state"]
+            if state != "ok":
+                return False
+            if machine.role() == "master":
+                kinds["masters"] += 1
+            if machine.is_linked():
+                kinds["replicas"] += 1
+        return kinds == {"masters": 3, "replicas": 3}
 
     def url(self) -> str:
         nodes = [f"{machine.address}:{REDIS_PORT}" for machine in self.machines[:3]]
@@ -341,7 +381,7 @@ class Clustered(Replicated):
         """The master that holds ssepush's keys."""
         for machine in self.machines:
             with contextlib.suppress(RedisError, OSError):
-                if machine.role() == "master" and machine.client.keys("*ssepush*"):
+                if holds_keys(machine):
                     return machine
         return None
 
@@ -355,8 +395,10 @@ class Clustered(Replicated):
 
     def bystander(self) -> Machine:
         master = self.master()
-        others = [machine for machine in self.machines if machine is not master]
-        return next(machine for machine in others if machine.role() == "master")
+        for machine in self.machines:
+            if machine is not master and machine.role() == "master":
+                return machine
+        raise AssertionError("there is no other master")
 
     def switch_over(self) -> None:
         self.replica().client.cluster("failover")
@@ -365,9 +407,14 @@ class Clustered(Replicated):
         """An old master that cannot be asked, or does not know yet, still has the keys."""
         for other in self.machines:
             with contextlib.suppress(RedisError, OSError):
-                if other is not machine and other.role() == "master" and other.client.keys("*ssepush*"):
+                if other is not machine and holds_keys(other):
                     return True
         return False
+
+
+def holds_keys(machine: Machine) -> bool:
+    """Whether it is the master of ssepush's keys."""
+    return machine.role() == "master" and bool(machine.client.keys("*ssepush*"))
 
 
 KINDS = {"sentinel": Replicated, "haproxy": BehindProxy, "cluster": Clustered}
@@ -375,12 +422,6 @@ KINDS = {"sentinel": Replicated, "haproxy": BehindProxy, "cluster": Clustered}
 
 def program(name: str) -> str:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin") or name
-
-
-def is_answered(client: redis.Redis) -> bool:
-    with contextlib.suppress(RedisError, OSError):
-        return bool(client.ping())
-    return False
 
 
 # ── Faults ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -428,12 +469,16 @@ def switchover(world: Replicated) -> Iterator[None]:
 
 
 def resync(world: Replicated) -> Iterator[None]:
-    """More is published than the master keeps for a replica that comes back."""
+    """More is written than the master keeps for a replica that comes back."""
     master, replica = world.master(), world.replica()
     before = master.client.info("stats")["sync_full"]
     replica.redis.send_signal(signal.SIGSTOP)
     master.client.client_kill_filter(_type="replica")
-    time.sleep(min(1.0, world.down_after_ms / 2000))
+    key = world.key_beside_ssepush_s(master)
+    master.client.config_set("min-replicas-to-write", 0)
+    for _ in range(RESYNC_WRITES):
+        master.client.set(key, "x" * 1000, ex=60)
+    master.client.config_set("min-replicas-to-write", world.least_replicas)
     replica.redis.send_signal(signal.SIGCONT)
     wait_for(lambda: master.client.info("stats")["sync_full"] > before, "the replica is synchronised in full")
     yield
@@ -471,7 +516,8 @@ class Row:
     figures: Counter[str]
 
     def __str__(self) -> str:
-        cells = [f"{self.run:34}", f"{self.publishing_s:8.1f}", f"{self.streams_s:8.1f}"]
+        cells = [f"{self.run:34}"]
+        cells += [f"{self.publishing_s:8.1f}", f"{self.streams_s:8.1f}"]
         for name in COLUMNS:
             cells.append(f"{self.figures[name]:{len(name) + 2}}")
         return "".join(cells)
@@ -498,7 +544,13 @@ class Cutter(threading.Thread):
                 page.cut = True
 
 
-def play(kind: str, fault: str, mode: Sequence[str], options: argparse.Namespace, folder: Path) -> Row:
+def play(
+    kind: str,
+    fault: str,
+    mode: Sequence[str],
+    options: argparse.Namespace,
+    folder: Path,
+) -> Row:
     with contextlib.ExitStack() as stack:
         world = KINDS[kind](folder, options)
         stack.callback(world.end)
@@ -530,16 +582,20 @@ def play(kind: str, fault: str, mode: Sequence[str], options: argparse.Namespace
     figures = judge(pages.pages, publishers.outcome, forgettings)
     figures["acknowledged"] = len(publishers.outcome.acknowledged)
     published_s = publishing_again_s(publishers, began_s)
-    run = f"{kind}, {fault} {' '.join(mode)}"
-    return Row(run, published_s - began_s, streams_back_s(pages, publishers, published_s) - began_s, figures)
+    back_s = streams_back_s(pages, publishers, published_s)
+    run = " ".join([f"{kind}, {fault}", *mode])
+    return Row(run, published_s - began_s, back_s - began_s, figures)
 
 
 def publishing_again_s(publishers: Publishers, began_s: float) -> float:
     """When the longest silence ended in which nothing was acknowledged, if it was longer than a second."""
-    told = sorted(event.told_s for event in publishers.outcome.acknowledged.values())
-    after = [began_s, *(moment_s for moment_s in told if moment_s > began_s)]
-    longest_s, again_s = 1.0, began_s
-    for before_s, moment_s in itertools.pairwise(after):
+    moments = [began_s]
+    for event in publishers.outcome.acknowledged.values():
+        if event.told_s > began_s:
+            moments.append(event.told_s)
+    longest_s = 1.0
+    again_s = began_s
+    for before_s, moment_s in itertools.pairwise(sorted(moments)):
         if moment_s - before_s > longest_s:
             longest_s = moment_s - before_s
             again_s = moment_s
@@ -563,11 +619,14 @@ def streams_back_s(pages: Pages, publishers: Publishers, published_s: float) -> 
 
 def run_inside() -> int:
     """Run this program again in namespaces of its own; whatever it starts ends with it."""
-    command = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command = ["unshare", "--net", "--mount", "--pid"]
+    command += ["--fork", "--kill-child", "--mount-proc"]
     if os.geteuid() != 0:
         command += ["--user", "--map-root-user"]
     environment = {**os.environ, INSIDE: "1"}
-    return subprocess.run([*command, sys.executable, *sys.argv], env=environment, check=False).returncode
+    command += [sys.executable, *sys.argv]
+    done = subprocess.run(command, env=environment, check=False)
+    return done.returncode
 
 
 def parse_options() -> argparse.Namespace:
@@ -577,8 +636,8 @@ def parse_options() -> argparse.Namespace:
     option("--fault", action="append", choices=FAULTS, help="repeatable (all)")
     option("--mode", choices=["default", "shared"], help="one way of subscribing (both)")
     option("--streams", type=int, default=50, help="(50)")
-    option("--seconds", type=float, default=8.0, help="after the fault, and again after its end (8)")
-    option("--down-after", type=float, default=3.0, help="s of silence after which a master is taken for dead (3)")
+    option("--seconds", type=float, default=8.0, help="of events after the fault's end (8)")
+    option("--down-after", type=float, default=3.0, help="s until a master is taken for dead (3)")
     option("--alone", action="store_true", help="masters write also without a replica")
     return parser.parse_args()
 
@@ -599,17 +658,21 @@ def main() -> int:
     for kind in options.redis or KINDS:
         for fault in options.fault or FAULTS:
             for mode in [options.mode] if options.mode else modes:
-                with tempfile.TemporaryDirectory() as folder:
-                    try:
-                        row = play(kind, fault, modes[mode], options, Path(folder))
-                    except AssertionError as error:
-                        print(f"{kind}, {fault} {mode}: {str(error).strip()[-300:]}", flush=True)
-                        failed += 1
-                        continue
-                print(row, flush=True)
-                for name in FAILURES:
-                    failed += row.figures[name]
+                failed += failures(kind, fault, modes[mode], options)
     return 1 if failed else 0
+
+
+def failures(kind: str, fault: str, mode: Sequence[str], options: argparse.Namespace) -> int:
+    """Print the row of one run; the number of what should be 0 in it."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            row = play(kind, fault, mode, options, Path(folder))
+    except AssertionError as error:
+        why = str(error).strip().splitlines()
+        print(f"{kind}, {fault}: {why[-1] if why else 'failed'}", flush=True)
+        return 1
+    print(row, flush=True)
+    return sum(row.figures[name] for name in FAILURES)
 
 
 if __name__ == "__main__":
