@@ -89,7 +89,8 @@ def make_network() -> None:
 class Machine:
     """A network namespace with one Redis, and perhaps a Sentinel."""
 
-    def __init__(self, number: int, folder: Path, options: Sequence[str]) -> None:
+    def __init__(self, number: int, folder: Path, options: str) -> None:
+        """options: lines of Redis's configuration."""
         self.name = f"machine{number}"
         self.address = f"{NETWORK}.{number + 10}"
         self.folder = folder / self.name
@@ -104,6 +105,8 @@ class Machine:
         ip("-n", self.name, "address", "add", f"{self.address}/24", "dev", "eth0")
         ip("-n", self.name, "link", "set", "eth0", "up")
         self.client = client_of(self.address, REDIS_PORT)
+        self.config = self.folder / "redis.conf"
+        self.write_config()
         self.start_redis()
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
@@ -119,18 +122,21 @@ class Machine:
         self.processes.append(process)
         return process
 
-    def start_redis(self) -> None:
-        self.redis = self.start(
-            "redis-server",
-            *("--bind", self.address),
-            *("--port", str(REDIS_PORT)),
-            *("--protected-mode", "no"),
-            *("--save", ""),
-            *("--appendonly", "yes"),
-            *("--repl-backlog-size", "16kb"),
-            *("--repl-diskless-sync-delay", "0"),
-            *self.options,
+    def write_config(self) -> None:
+        """In a file, so that Sentinels and Redis itself can put into it whom it follows."""
+        self.config.write_text(
+            f"bind {self.address}\n"
+            f"port {REDIS_PORT}\n"
+            "protected-mode no\n"
+            'save ""\n'
+            "appendonly yes\n"
+            "repl-backlog-size 16kb\n"
+            "repl-diskless-sync-delay 0\n"
+            f"{self.options}"
         )
+
+    def start_redis(self) -> None:
+        self.redis = self.start("redis-server", str(self.config))
         wait_for(self.answers, f"Redis of {self.name} answers")
 
     def answers(self) -> bool:
@@ -209,13 +215,14 @@ class Replicated:
             self.machines.append(Machine(number, folder, self.options))
         self.connect_nodes()
 
-    def _options(self) -> list[str]:
+    def _options(self) -> str:
         """A master whose replicas say nothing stops writing well before it is taken for dead."""
         max_lag_s = max(1, self.down_after_ms // 1000 - 1)
-        options = ["--repl-ping-replica-period", "1"]
-        options += ["--min-replicas-to-write", str(self.least_replicas)]
-        options += ["--min-replicas-max-lag", str(max_lag_s)]
-        return options
+        return (
+            "repl-ping-replica-period 1\n"
+            f"min-replicas-to-write {self.least_replicas}\n"
+            f"min-replicas-max-lag {max_lag_s}\n"
+        )
 
     def connect_nodes(self) -> None:
         master, *replicas = self.machines
@@ -223,6 +230,7 @@ class Replicated:
             replica.client.replicaof(master.address, REDIS_PORT)
         for replica in replicas:
             wait_for(replica.is_linked, "the replica follows")
+            replica.client.config_rewrite()
         for machine in self.machines:
             self._start_sentinel(machine, master)
         for machine in self.machines:
@@ -348,11 +356,8 @@ class Clustered(Replicated):
     count = 6
     wanted_replicas = 0  # whose only replica is lost for good would never write again
 
-    def _options(self) -> list[str]:
-        options = super()._options()
-        options += ["--cluster-enabled", "yes"]
-        options += ["--cluster-node-timeout", str(self.down_after_ms)]
-        return options
+    def _options(self) -> str:
+        return f"{super()._options()}cluster-enabled yes\ncluster-node-timeout {self.down_after_ms}\n"
 
     def connect_nodes(self) -> None:
         nodes = [f"{machine.address}:{REDIS_PORT}" for machine in self.machines]
