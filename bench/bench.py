@@ -47,7 +47,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -84,7 +84,8 @@ WATCHERS = 100
 WATCHED_PER_S = 50
 MISSED_MESSAGES = 20  # by each page that returns
 BUSY_PER_S, OPENED_PER_S, POSTED_PER_S = 100, 100, 500
-HEARTBEAT_S = 4  # of the case "large": three of them fit into a short measurement
+HEARTBEAT_S = 4  # of the case "large": some of them fit into a short measurement
+HEARTBEAT = ("--heartbeat", str(HEARTBEAT_S))
 RETURN_LIMIT_S = 150
 
 Values = dict[str, float]
@@ -175,9 +176,9 @@ class CpuClock:
 
     servers: list[Process]
     redis: Process | None
-    _seen: tuple[float, float] = field(default=(0.0, 0.0), init=False)
 
     def __post_init__(self) -> None:
+        self._seen = (0.0, 0.0)
         self.lap()
 
     def lap(self) -> tuple[float, float]:
@@ -203,7 +204,8 @@ class Stage:
         self.servers = servers
         self.seconds = seconds
         redis = place.redis.process
-        self.clock = CpuClock(servers, redis if step.peer.publisher == "redis" else None)
+        takes_part = step.peer.publisher == "redis"
+        self.clock = CpuClock(servers, redis if takes_part else None)
         self.program = compiled("load.c", place.folder.parent)
         self._server_bytes = self._rss_bytes()
         self._redis_bytes = rss_bytes(redis)
@@ -212,7 +214,8 @@ class Stage:
         return sum(map(rss_bytes, self.servers))
 
     def load(self, mode: str, *arguments: object) -> Load:
-        return Load(self.program, self.place.folder, mode, self.place.port, *arguments)
+        place = self.place
+        return Load(self.program, place.folder, mode, place.port, *arguments)
 
     def streams(self, count: int, channel: str = "") -> Load:
         """A load generator that opens streams of the channel, and publishes there; "": of the one and only."""
@@ -300,7 +303,8 @@ def posted(port: int, text: str) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     with contextlib.closing(connection):
         headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/publish", json.dumps({"data": text}), headers)
+        body = json.dumps({"data": text})
+        connection.request("POST", "/publish", body, headers)
         answer = json.loads(connection.getresponse().read())
     if answer["state"] != "ok":
         raise StepError(f"POST /publish: {answer}")
@@ -347,7 +351,8 @@ def busy(stage: Stage) -> Iterator[Sample]:
     """The same events twice, without and with other work. Each kind of work has a load generator of its own."""
     pace_s = 2 * stage.seconds
     pace = f"pace {BUSY_PER_S} {SMALL_BYTES} {pace_s}"
-    with stage.streams(stage.step.streams) as load, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        load = stack.enter_context(stage.streams(stage.step.streams))
         stage.opening(load)
         load.obey(f"pace {BUSY_PER_S} {SMALL_BYTES} {WARM_UP_S}")
         quiet = load.obey(pace)
@@ -391,9 +396,10 @@ def large(stage: Stage) -> Iterator[Sample]:
 
 
 def post(stage: Stage) -> Iterator[Sample]:
+    connections = stage.step.streams
     for duration_s in (WARM_UP_S, stage.seconds):
         stage.clock.lap()
-        with stage.load("post", "/publish", stage.step.streams, 0, duration_s) as load:
+        with stage.load("post", "/publish", connections, 0, duration_s) as load:
             measured = load.answer()
         cpu_used_s = sum(stage.clock.lap())
     requests = measured["requests"]
@@ -425,7 +431,7 @@ CASES = {
     "idle": Case(idle, (5000,), first_round_only=True),
     "return": Case(None, (9000,)),
     "busy": Case(busy, (1000,)),
-    "large": Case(large, (18_000,), ("--heartbeat", str(HEARTBEAT_S))),
+    "large": Case(large, (18_000,), options=HEARTBEAT),
     "post": Case(post, (POST_CONNECTIONS,)),
 }
 
@@ -438,7 +444,8 @@ def run_step(step: Step, seconds: float, folder: Path) -> Iterator[Sample]:
         redis: Redis = stack.enter_context(running_redis(own_folder))
         place = Place(free_port(), step.streams, redis, own_folder)
         last_event_id = prepared(step.peer, place) if case.measure is None else ""
-        servers = stack.enter_context(running_server(step.peer, place, *case.options))
+        running = running_server(step.peer, place, *case.options)
+        servers = stack.enter_context(running)
         stage = Stage(step, place, servers, seconds)
         if case.measure is None:
             yield from come_back(stage, last_event_id)
@@ -558,8 +565,8 @@ def parse_options() -> argparse.Namespace:
         help=", ".join(peers),
     )
     option("--streams", metavar="N,…", type=counts, help="instead of each case's own")
-    option("--rounds", type=int, default=5, metavar="N", help="(5)")
-    option("--seconds", type=float, default=2.0, metavar="S", help="per measurement (2)")
+    option("--rounds", type=int, default=5, help="(5)")
+    option("--seconds", type=float, default=2.0, help="per measurement (2)")
     option("--save", action="store_true", help="put the figures into results.json and results.svg")
     option(
         "--quick",

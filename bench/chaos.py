@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import random
 import signal
@@ -112,7 +111,12 @@ class ForgetfulRedis(RedisProcess):
 class Forger(threading.Thread):
     """Someone who can only PUBLISH, and who has read ids that are ours."""
 
-    def __init__(self, port: int, publishers: Publishers, rng: random.Random) -> None:
+    def __init__(
+        self,
+        port: int,
+        publishers: Publishers,
+        rng: random.Random,
+    ) -> None:
         super().__init__(daemon=True)
         self.port = port
         self.publishers = publishers
@@ -148,7 +152,8 @@ class Forger(threading.Thread):
         acknowledged = list(outcome.acknowledged.values())
         if not acknowledged:
             return
-        oldest, newest = acknowledged[0].id, acknowledged[-1].id
+        oldest = acknowledged[0].id
+        newest = acknowledged[-1].id
         milliseconds, sequence = map(int, newest.split("-"))
         future = f"{milliseconds + 3000}-{sequence + 10:016}"
         for forged_id in (future, oldest):
@@ -169,7 +174,13 @@ class Forger(threading.Thread):
 class World:
     """Redis, the servers, and what may happen to them."""
 
-    def __init__(self, folder: Path, scenario: str, shared: bool, rng: random.Random) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        scenario: str,
+        shared: bool,
+        rng: random.Random,
+    ) -> None:
         self.folder = folder
         self.rng = rng
         self.is_forgetful = scenario == "forgetful"
@@ -279,11 +290,12 @@ class World:
 
 def new_pages(number: int) -> list[Page]:
     """Of each kind as many."""
-    kinds = itertools.product((True, False), FOLLOWED)
-    pages = []
-    for heeds_bare_id, channels in itertools.islice(itertools.cycle(kinds), number):
-        pages.append(Page(channels, heeds_bare_id))
-    return pages
+    pages: list[Page] = []
+    while len(pages) < number:
+        for channels in FOLLOWED:
+            pages.append(Page(channels, heeds_bare_id=True))
+            pages.append(Page(channels, heeds_bare_id=False))
+    return pages[:number]
 
 
 Played = tuple[Counter[str], list[str]]
@@ -291,9 +303,12 @@ Played = tuple[Counter[str], list[str]]
 
 def play(scenario: str, options: argparse.Namespace, folder: Path) -> Played:
     """The figures, and what pages were sent that no browser would take."""
-    rngs = [random.Random(f"{options.seed} {number}") for number in range(4)]  # threads must not share one
+    rngs = []  # threads must not share one
+    for number in range(4):
+        rngs.append(random.Random(f"{options.seed} {number}"))
     world = World(folder, scenario, options.shared, rngs[0])
-    pages = Pages(new_pages(options.streams), world.ports, rngs[1])
+    opened = new_pages(options.streams)
+    pages = Pages(opened, world.ports, rngs[1])
     wait_for(pages.all_open, "every page is open")
     publishers = Publishers(
         world.ports,

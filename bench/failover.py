@@ -62,7 +62,13 @@ INSIDE = "SSEPUSH_FAILOVER_INSIDE"  # in the environment of the program that run
 CHANNELS = ("failover-a", "failover-b")
 PER_S = 100.0
 SERVERS = 2
-SERVER_OPTIONS = ("--history", "100000", "--retry", "300", "--heartbeat", "2", "--log-level", "error")
+UNTRIMMED = 100_000  # the history's size: nothing may be trimmed, so no reset is due for that
+SERVER_OPTIONS = (
+    *("--history", str(UNTRIMMED)),
+    *("--retry", "300"),
+    *("--heartbeat", "2"),
+    *("--log-level", "error"),
+)
 NETWORK = "10.99.0"
 REDIS_PORT, SENTINEL_PORT = 6379, 26379
 RESYNC_WRITES = 100  # of 1 KB, more than the backlog of 16 KB that each master keeps
@@ -485,7 +491,10 @@ def resync(world: Replicated) -> Iterator[None]:
         master.client.set(key, "x" * 1000, ex=60)
     master.client.config_set("min-replicas-to-write", world.least_replicas)
     replica.redis.send_signal(signal.SIGCONT)
-    wait_for(lambda: master.client.info("stats")["sync_full"] > before, "the replica is synchronised in full")
+    wait_for(
+        lambda: master.client.info("stats")["sync_full"] > before,
+        "the replica is synchronised in full",
+    )
     yield
 
 
@@ -529,7 +538,7 @@ class Row:
 
 
 COLUMNS = ("acknowledged", *FAILURES, "resets", "resets without need")
-HEAD = "".join([" " * 34, f"{'publish':>8}", f"{'streams':>8}", *(f"  {name}" for name in COLUMNS)])
+HEAD = f"{'':34} publish streams  {'  '.join(COLUMNS)}"
 
 
 class Cutter(threading.Thread):
@@ -571,7 +580,14 @@ def play(
         pages = Pages(opened, ports, random.Random(1))
         stack.callback(pages.stop)
         wait_for(pages.all_open, "every page is open")
-        publishers = Publishers(ports, world.url(), CHANNELS, PER_S, 100_000, random.Random(2))
+        publishers = Publishers(
+            ports,
+            world.url(),
+            CHANNELS,
+            PER_S,
+            UNTRIMMED,
+            random.Random(2),
+        )
         cutter = Cutter(pages, random.Random(3))
         time.sleep(options.seconds / 4)
         began_s = time.monotonic()
