@@ -34,6 +34,18 @@ def test_whatever_dies_no_page_loses_doubles_or_reorders_an_event(scenario: str,
     assert chaos.returncode == 0, chaos.stdout + chaos.stderr
 
 
+# ── Failover ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("kind", "fault"), [("haproxy", "switchover"), ("haproxy", "killed")])
+def test_a_failover_leaves_no_gap_that_is_not_told(kind: str, fault: str) -> None:
+    size = ("--streams", "10", "--seconds", "3", "--down-after", "2", "--mode", "default")
+
+    failover = run_bench("failover.py", "--redis", kind, "--fault", fault, *size)
+
+    assert failover.returncode == 0, failover.stdout + failover.stderr
+
+
 # ── The judgement ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 ACKNOWLEDGED = {
