@@ -193,8 +193,10 @@ class World:
         self.options = ["--history", history, *SERVER_OPTIONS]
         if shared:
             self.options.append("--shared")
-        self.ports = []
-        self.servers = []
+        self.ports: list[int] = []
+        self.servers: list[ServerProcess] = []
+
+    def start_servers(self) -> None:
         for _ in range(SERVERS):
             port = free_port()
             self.ports.append(port)
@@ -281,7 +283,7 @@ class World:
 
     def end(self) -> None:
         for server in self.servers:
-            server.terminate()
+            server.kill()
         self.redis.kill()
 
 
@@ -301,32 +303,34 @@ def new_pages(number: int) -> list[Page]:
 Played = tuple[Counter[str], list[str]]
 
 
-def play(scenario: str, options: argparse.Namespace, folder: Path) -> Played:
+def play(scenario: str, options: argparse.Namespace) -> Played:
     """The figures, and what pages were sent that no browser would take."""
     rngs = []  # threads must not share one
     for number in range(4):
         rngs.append(random.Random(f"{options.seed} {number}"))
-    world = World(folder, scenario, options.shared, rngs[0])
-    opened = new_pages(options.streams)
-    pages = Pages(opened, world.ports, rngs[1])
-    wait_for(pages.all_open, "every page is open")
-    publishers = Publishers(
-        world.ports,
-        world.redis.url,
-        CHANNELS,
-        options.per_s,
-        SCENARIOS[scenario],
-        rngs[2],
-    )
-    forger = Forger(world.redis.port, publishers, rngs[3])
-    world.torment(pages, options.seconds)
-    forger.stop()
-    publishers.stop()
-    lasts = publishers.publish_last(SETTLE_S)
-    with contextlib.suppress(AssertionError):  # those that never get them are seen by the judgement
-        wait_for(lambda: pages.have_seen(lasts), "every page has the last events", SETTLE_S)
-    pages.stop()
-    world.end()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        world = World(Path(folder), scenario, options.shared, rngs[0])
+        stack.callback(world.end)
+        world.start_servers()
+        pages = Pages(new_pages(options.streams), world.ports, rngs[1])
+        stack.callback(pages.stop)
+        wait_for(pages.all_open, "every page is open")
+        publishers = Publishers(
+            world.ports,
+            world.redis.url,
+            CHANNELS,
+            options.per_s,
+            SCENARIOS[scenario],
+            rngs[2],
+        )
+        forger = Forger(world.redis.port, publishers, rngs[3])
+        world.torment(pages, options.seconds)
+        forger.stop()
+        publishers.stop()
+        lasts = publishers.publish_last(SETTLE_S)
+        with contextlib.suppress(AssertionError):  # those that never get them are seen by the judgement
+            wait_for(lambda: pages.have_seen(lasts), "every page has the last events", SETTLE_S)
     outcome = publishers.outcome
     figures = world.faults
     figures["events acknowledged"] = len(outcome.acknowledged)
@@ -359,8 +363,7 @@ def main() -> int:
     print(f"seed {options.seed}", flush=True)
     failed = 0
     for scenario in options.scenarios or SCENARIOS:
-        with tempfile.TemporaryDirectory() as folder:
-            figures, errors = play(scenario, options, Path(folder))
+        figures, errors = play(scenario, options)
         print(f"\n{scenario}: {options.streams} streams of {SERVERS} servers")
         for name, value in figures.items():
             print(f"{name:45} {value}")
