@@ -868,7 +868,7 @@ class Framed(NamedTuple):
 
 
 def mark_of(mark_key: bytes, event_id: str, previous: str, channel: bytes) -> str:
-    """What proves that an id was given by a script of ours, which alone can read the key: PUBLISH_LUA makes the same."""
+    """What proves that a script of ours gave an id: the key can be read by nobody else. PUBLISH_LUA makes the same."""
     marked = mark_key + event_id.encode() + previous.encode() + channel
     return hashlib.sha1(marked).hexdigest()
 
@@ -1157,9 +1157,9 @@ class Subscriber:
 # How a page that comes back proves that it missed nothing. Each entry of a channel's history holds the id before it:
 #
 #     id   previous   message          A page that was at 3 comes back. The entry after 3 is 5, and before it was 3: so
-#      3      1       one              nothing is missing between them. Then 9, after 5. The channel's newest id is 9: so
-#      5      3       two              nothing is missing at the end. Had the history lost 5, the next would be 9, before
-#      9      5       three            which was 5, and the page has not seen that: reset. 4, 6, 7, 8: other channels.
+#      3      1       one              nothing is missing between. Then 9, after 5. The channel's newest id is 9: nothing
+#      5      3       two              is missing at the end. Had the history lost 5, the next would be 9, before which
+#      9      5       three            was 5, and the page has not seen that: reset. 4, 6, 7, 8: other channels.
 
 COUNTER_KEY = "ssepush:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); key; lineage
 NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event. Emptied when too large: floor is newest then
@@ -1181,7 +1181,8 @@ local now = math.max(clock[1] * 1000 + math.floor(clock[2] / 1000), 1e12)
 local replication = redis.call('INFO', 'replication')
 local role, lineage, before = string.match(replication, 'role:(%a+).*replid:(%x+).*replid2:(%x+)')
 if role ~= 'master' then return redis.error_reply('READONLY this Redis is a replica') end
-local born, newest, floor, key, known = unpack(redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'key', 'lineage'))
+local counter = redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'key', 'lineage')
+local born, newest, floor, key, known = unpack(counter)
 if born and known ~= lineage then
   local was_promoted = string.find(before, '[^0]')
   local keeps_all = string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1')
@@ -1271,7 +1272,7 @@ return {{newest, '', 0, ids, messages}}
 """
 
 # KEYS: counter, newest, history. ARGV: key of marks, the id to start before or '', how many. Walks back through the
-# history, as far as the budget goes: answers {{id before the last one passed, that one's id, how many are still to go}}.
+# history, as far as the budget goes. Answers {{id before the last one passed, that one's id, how many are left}}.
 BACK_LUA = f"""{COUNTER_LUA}
 local at, left, before, bytes = ARGV[2], tonumber(ARGV[3]), '', 0
 while left > 0 and bytes < {REPLAY_PAGE_BYTES} do
@@ -1588,7 +1589,7 @@ class Connections:
                 raise Unanswered(f"Redis did not answer: {error}") from error
 
     def subscriber(self, shared: bool) -> Subscriber:
-        """A new subscriber, of nothing yet. A shared one speaks RESP3, in which a subscriber may also ask. RedisAway."""
+        """A new subscriber, of nothing yet. A shared one speaks RESP3, in which a subscriber may ask, too. RedisAway."""
         connection = self.connect(protocol=3 if shared else 2)
         # redis-py has no public name for the socket. Each reply of the handshake was read: nothing is buffered.
         # It sends nothing in silence: that Redis's host vanished, redis-py's TCP keepalive tells.
@@ -1944,19 +1945,15 @@ def sign(
         raise ValueError("SSEPUSH_SECRET is not set in the environment")
     if not 0 < len(channels) <= MAX_CHANNELS:
         raise ValueError(f"a token is for 1 to {MAX_CHANNELS} channels")
-    expiry = int(unix_time()) + ttl
-    token = str(expiry)
+    expiry = str(int(unix_time()) + ttl)
+    token = expiry
     for channel in channels:
         check_name("channel", channel)
         token += f".{signature(channel, expiry, secret)}"
     return token
 
 
-def signature(
-    channel: str,
-    expiry: int,
-    secret: str,
-) -> str:
+def signature(channel: str, expiry: str, secret: str) -> str:
     """What in a token stands for one channel: 43 characters."""
     key = os.fsencode(secret)
     signed = f"{expiry} {channel}".encode()
@@ -1972,11 +1969,10 @@ def token_expiry(
     """Until when (Unix time, s) a genuine token opens the channel, which may be past; 0: it is not the channel's."""
     if not secret or not TOKEN.fullmatch(token):
         return 0
-    first, *signatures = token.split(".")
-    expiry = int(first)
+    expiry, *signatures = token.split(".")
     own = signature(channel, expiry, secret)
     if any(hmac.compare_digest(own, given) for given in signatures):
-        return expiry
+        return int(expiry)
     return 0
 
 
@@ -3085,7 +3081,8 @@ def find_redis(redis: Redis, may_embed: bool) -> str:
         if isinstance(error, RedisRefused) or isinstance(reason, ssl.SSLError):
             raise ValueError(f"Redis at {redis.connections.address} refuses: {error}") from None
         if not may_embed or not isinstance(reason, ConnectionRefusedError):
-            log.warning("%s does not answer, and streams are told to come back until it does: %s", redis.connections.address, error)
+            address = redis.connections.address
+            log.warning("%s does not answer, and streams are told to come back until it does: %s", address, error)
             return ""
     start_valkey()
     redis.connections.call("SET", EMBEDDED_KEY, os.getpid())

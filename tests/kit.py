@@ -362,6 +362,7 @@ def chunks_in(wire: bytes) -> Chunks:
 
 # Whatever else came would be an attacker's.
 RESPONSE_FIELDS = {
+    "Access-Control-Allow-Credentials",
     "Access-Control-Allow-Headers",
     "Access-Control-Allow-Methods",
     "Access-Control-Allow-Origin",
@@ -1204,7 +1205,7 @@ class WithholdingProxy:
     ) -> None:
         with source, sink, contextlib.suppress(OSError):
             while received := source.recv(65536):
-                is_confirmation = received.startswith(b"*3\r\n$9\r\nsubscribe\r\n")
+                is_confirmation = b"\r\n$9\r\nsubscribe\r\n" in received
                 if is_confirmation:
                     self._then()
                 sink.sendall(received)

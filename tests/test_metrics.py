@@ -231,12 +231,12 @@ def test_why_a_stream_ended_is_counted_and_logged(
     own_redis: RedisProcess,
     reason: str,
 ) -> None:
-    server = start("--heartbeat", "0.5", SSEPUSH_SECRET="s3cret", redis=own_redis)
+    server = start("--heartbeat", "0.5", SSEPUSH_SECRET="a secret of the tests", redis=own_redis)
     channel = "private-log"
     token = ssepush.sign(
         channel,
         2 if reason == "expired" else 60,
-        "s3cret",
+        "a secret of the tests",
     )
     stream = server.stream(channel, "other", query=f"token={token}")
     server.publish("hi", channel)

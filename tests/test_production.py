@@ -417,8 +417,8 @@ def test_ten_streams_of_one_browser_are_open_at_once_over_http_2(
 def test_the_log_of_nginx_shows_no_tokens(
     start: Start, https: Callable[[int], Nginx], redis_process: RedisProcess, tmp_path: Path
 ) -> None:
-    server = start(SSEPUSH_SECRET="s3cret")
-    token = ssepush.sign("private-log", 60, "s3cret")
+    server = start(SSEPUSH_SECRET="a secret of the tests")
+    token = ssepush.sign("private-log", 60, "a secret of the tests")
     proxy = https(server.port)
     connection = http.client.HTTPSConnection(
         "localhost",
