@@ -1157,9 +1157,9 @@ class Subscriber:
 # How a page that comes back proves that it missed nothing. Each entry of a channel's history holds the id before it:
 #
 #     id   previous   message          A page that was at 3 comes back. The entry after 3 is 5, and before it was 3: so
-#      3      1       one              nothing is missing between. Then 9, after 5. The channel's newest id is 9: nothing
-#      5      3       two              is missing at the end. Had the history lost 5, the next would be 9, before which
-#      9      5       three            was 5, and the page has not seen that: reset. 4, 6, 7, 8: other channels.
+#      3      1       one              nothing is missing between. Then 9, after 5. The channel's newest id is 9, so
+#      5      3       two              nothing is missing at the end. Had the history lost 5, the next would be 9, before
+#      9      5       three            which was 5, and the page has not seen that: reset. (4, 6, 7, 8: other channels.)
 
 COUNTER_KEY = "ssepush:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); key; lineage
 NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event. Emptied when too large: floor is newest then
@@ -1589,7 +1589,7 @@ class Connections:
                 raise Unanswered(f"Redis did not answer: {error}") from error
 
     def subscriber(self, shared: bool) -> Subscriber:
-        """A new subscriber, of nothing yet. A shared one speaks RESP3, in which a subscriber may ask, too. RedisAway."""
+        """A new subscriber, of nothing yet. A shared one speaks RESP3, so that it may ask, too. RedisAway."""
         connection = self.connect(protocol=3 if shared else 2)
         # redis-py has no public name for the socket. Each reply of the handshake was read: nothing is buffered.
         # It sends nothing in silence: that Redis's host vanished, redis-py's TCP keepalive tells.

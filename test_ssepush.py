@@ -2828,7 +2828,7 @@ def token(
     ttl: int = 600,
     secret: str = SECRET,
 ) -> str:
-    return ssepush.sign(channel, ttl, secret)
+    return ssepush.sign(channel, ttl=ttl, secret=secret)
 
 
 def changed(text: str) -> str:

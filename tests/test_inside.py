@@ -191,6 +191,10 @@ class RelayBetween:
             self.redis.sendall(b"*3\r\n$9\r\nsubscribe\r\n$1\r\n%b\r\n:1\r\n" % channel)
 
 
+def wait_until_held(stream: ssepush.Stream, number: int) -> None:
+    wait_for(lambda: len(stream.held or ()) == number, f"{number} reads are held")
+
+
 def read_until(sock: socket.socket, end: bytes) -> bytes:
     received = b""
     while end not in received:
@@ -298,7 +302,7 @@ def test_all_that_was_held_during_a_replay_is_sent_after_it_in_order() -> None:
             streams = between.missed.get(timeout=DEADLINE_S)
             for number in range(1, 4):
                 between.redis.sendall(resp_array(b"message", b"c", b"%d" % number))
-                wait_for(lambda number=number: len(stream.held or ()) == number, "it is held by itself")
+                wait_until_held(stream, number)
 
             between.relay.call(between.relay.take_page, ssepush.Page(b"data: 0\n\n", 1, OURS), streams)
 

@@ -235,8 +235,8 @@ def test_why_a_stream_ended_is_counted_and_logged(
     channel = "private-log"
     token = ssepush.sign(
         channel,
-        2 if reason == "expired" else 60,
-        "a secret of the tests",
+        ttl=2 if reason == "expired" else 60,
+        secret="a secret of the tests",
     )
     stream = server.stream(channel, "other", query=f"token={token}")
     server.publish("hi", channel)

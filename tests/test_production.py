@@ -418,7 +418,7 @@ def test_the_log_of_nginx_shows_no_tokens(
     start: Start, https: Callable[[int], Nginx], redis_process: RedisProcess, tmp_path: Path
 ) -> None:
     server = start(SSEPUSH_SECRET="a secret of the tests")
-    token = ssepush.sign("private-log", 60, "a secret of the tests")
+    token = ssepush.sign("private-log", ttl=60, secret="a secret of the tests")
     proxy = https(server.port)
     connection = http.client.HTTPSConnection(
         "localhost",
