@@ -2299,7 +2299,7 @@ class Handler(socketserver.BaseRequestHandler):
         return self._respond_json(200, {"state": "ok", "id": newest})
 
     def answer_healthz(self) -> bool:
-        """End a stream that cannot be served now. Not by an error status: EventSource never tries again after one."""
+        """Whether Redis and the relay answer within a second each; on the admin's port also whether this goes on."""
         if self.server.is_admin and self.app.stopping.is_set():
             raise HTTPError(503, ENDED["drain"])
         self.app.check_health()
