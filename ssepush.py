@@ -42,6 +42,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import difflib
 import email.utils
 import enum
 import errno
@@ -1156,10 +1157,10 @@ class Subscriber:
 #
 # How a page that comes back proves that it missed nothing. Each entry of a channel's history holds the id before it:
 #
-#     id   previous   message          A page that was at 3 comes back. The entry after 3 is 5, and before it was 3: so
-#      3      1       one              nothing is missing between. Then 9, after 5. The channel's newest id is 9, so
-#      5      3       two              nothing is missing at the end. Had the history lost 5, the next would be 9, before
-#      9      5       three            which was 5, and the page has not seen that: reset. (4, 6, 7, 8: other channels.)
+#     id   previous   message        A page that was at 3 comes back. The entry after 3 is 5, and before it was 3: so
+#      3      1       one            nothing is missing between. Then 9, after 5. The channel's newest id is 9, so
+#      5      3       two            nothing is missing at the end. Had the history lost 5, the next would be 9; before
+#      9      5       three          that was 5, which the page has not seen: reset. 4, 6, 7, 8 are of other channels.
 
 COUNTER_KEY = "ssepush:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); key; lineage
 NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event. Emptied when too large: floor is newest then
@@ -2011,7 +2012,7 @@ def readable_until(
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MAX_NUMBERS = 50  # /numbers keeps a thread for each of its pages
-NEAR_MISSES = {"channels", "last_event_id", "lasteventid", "last-event-id", "tokens", "id"}  # of /stream's parameters
+STREAM_PARAMETERS = ("channel", "lastEventId", "last", "token")
 NOT_GIVEN = {  # members of what is published, beside data
     "type": None,
     "channel": "sse",
@@ -2392,10 +2393,10 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _channels(self) -> list[str]:
         """What the stream is to follow. HTTPError 400."""
-        near = self.asked.query.keys() & NEAR_MISSES
-        if near:
-            known = "channel, lastEventId, last and token"
-            raise HTTPError(400, f"unknown parameter {min(near)!r}: /stream takes {known}")
+        for name in self.asked.query.keys() - set(STREAM_PARAMETERS):  # a client's own, unless it is misspelt
+            meant = difflib.get_close_matches(name.lower(), STREAM_PARAMETERS, cutoff=0.75)
+            if meant:
+                raise HTTPError(400, f"unknown parameter {name!r}: is {meant[0]} meant?")
         names = self.asked.query.get("channel", ["sse"])
         try:
             channels = [check_name("channel", name) for name in dict.fromkeys(names)]  # each once
@@ -3052,6 +3053,7 @@ def serve(
         raise ValueError(f"cannot listen on {where}: {error.strerror}{hint}") from None
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     port = server.listener.server_address[1]
+    log.info("at most %d streams (--max-streams)", max_streams)
     print(f"ssepush {__version__} serves http://{host}:{port}/ from {redis.connections.address}{embedded}")
     print(f'publish with: {redis_cli(redis)} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
     server.run()
@@ -3156,7 +3158,6 @@ def streams_allowed(
     with suppress(RedisAway):
         half = redis.connections.max_clients() // 2
         if 0 < half < room:
-            log.info("at most %d streams, half of Redis's maxclients (--max-streams, or --shared)", half)
             return half
     return room
 
