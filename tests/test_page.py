@@ -13,22 +13,24 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.browser import state_of, text_of
-from tests.kit import DEADLINE_S, HAS_TEST_EXTRA, HERE, Received, RedisProcess, ServerProcess, Start, program, wait_for
+from tests.kit import (
+    DEADLINE_S,
+    HAS_TEST_EXTRA,
+    HERE,
+    Received,
+    RedisProcess,
+    ServerProcess,
+    Start,
+    one_way,
+    program,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
 
 # ── What the tests of the page stand on ──────────────────────────────────────────────────────────────────────────────
-
-
-# The page does not depend on how the server subscribes.
-one_way = pytest.mark.parametrize(
-    "server",
-    [()],
-    ids=["subscriber each"],
-    indirect=True,
-)
 
 
 SET = """
