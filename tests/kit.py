@@ -125,6 +125,21 @@ def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
         process.send_signal(signal.SIGCONT)
 
 
+def npm_install(folder: Path, package: str) -> Path:
+    """The folder, with this package of npm's in it."""
+    if not HAS_TEST_EXTRA:
+        pytest.skip("needs the test extra: pip install '.[test]'")
+    command = [program("npm"), "install", "--no-audit", "--no-fund"]
+    installed = subprocess.run(
+        [*command, "--prefix", str(folder), package],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert installed.returncode == 0, installed.stderr
+    return folder
+
+
 def certificate(folder: Path) -> tuple[Path, Path]:
     """A self-signed certificate for this machine, and its key."""
     pem, key = folder / "certificate.pem", folder / "key.pem"

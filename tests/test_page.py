@@ -15,12 +15,12 @@ import pytest
 from tests.browser import state_of, text_of
 from tests.kit import (
     DEADLINE_S,
-    HAS_TEST_EXTRA,
     HERE,
     Received,
     RedisProcess,
     ServerProcess,
     Start,
+    npm_install,
     one_way,
     program,
     wait_for,
@@ -501,25 +501,7 @@ def test_at_360_pixels_nothing_needs_scrolling_sideways(
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The source of npm's axe-core."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip("needs the test extra: pip install '.[test]'")
-    folder = tmp_path_factory.mktemp("axe")
-    command = [
-        program("npm"),
-        "install",
-        "--no-audit",
-        "--no-fund",
-        "--prefix",
-        str(folder),
-        "axe-core@4",
-    ]
-    installed = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert installed.returncode == 0, installed.stderr
+    folder = npm_install(tmp_path_factory.mktemp("axe"), "axe-core@4")
     return Path(folder, "node_modules", "axe-core", "axe.min.js").read_text()
 
 
