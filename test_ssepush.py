@@ -65,6 +65,7 @@ from tests.kit import (
     listens,
     next_of_each,
     numbers,
+    one_way,
     place_of,
     post,
     program,
@@ -3154,6 +3155,7 @@ def test_publish_without_anyone_listening_succeeds_and_prints_zero(redis_process
     assert (done.returncode, done.stdout) == (0, "0\n")
 
 
+@one_way
 @pytest.mark.parametrize("place", ["before the command", "after the command"])
 def test_publish_takes_the_redis_url_on_either_side(
     server: ServerProcess,
@@ -3169,6 +3171,7 @@ def test_publish_takes_the_redis_url_on_either_side(
     assert stream.next().data == "hi"
 
 
+@one_way
 def test_publish_sends_type_and_retry(server: ServerProcess, channel: str) -> None:
     stream = server.stream(channel)
 
@@ -3200,6 +3203,7 @@ LINES = {
 }
 
 
+@one_way
 @pytest.mark.parametrize(
     ("stdin", "data"),
     LINES.values(),

@@ -125,6 +125,21 @@ def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
         process.send_signal(signal.SIGCONT)
 
 
+def npm_install(folder: Path, package: str) -> Path:
+    """The folder, with this package of npm's in it."""
+    if not HAS_TEST_EXTRA:
+        pytest.skip("needs the test extra: pip install '.[test]'")
+    command = [program("npm"), "install", "--no-audit", "--no-fund"]
+    installed = subprocess.run(
+        [*command, "--prefix", str(folder), package],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert installed.returncode == 0, installed.stderr
+    return folder
+
+
 def certificate(folder: Path) -> tuple[Path, Path]:
     """A self-signed certificate for this machine, and its key."""
     pem, key = folder / "certificate.pem", folder / "key.pem"
@@ -806,6 +821,7 @@ def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
 
 WAYS = {"subscriber each": (), "shared": ("--shared",)}
 both_ways = pytest.mark.usefixtures("way")  # of subscribing; `start` starts servers in the way that is due
+one_way = pytest.mark.parametrize("server", [()], ids=["subscriber each"], indirect=True)  # where it does not matter
 IDLE_THREADS = 3  # main, accept and relay
 POOL = 32  # connections to Redis that a server keeps
 JSON = {"Content-Type": "application/json"}

@@ -13,11 +13,11 @@ import pytest
 
 from tests.kit import (
     DEADLINE_S,
-    HAS_TEST_EXTRA,
     Parser,
     Received,
     ServerProcess,
     needs_test_extra,
+    npm_install,
     program,
     running,
 )
@@ -114,26 +114,7 @@ def for_the_page(events: list[list[str]]) -> list[list[str]]:
 @pytest.fixture(scope="session")
 def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with npm's eventsource in it."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip("needs the test extra: pip install '.[test]'")
-    folder = tmp_path_factory.mktemp("node")
-    command = [
-        program("npm"),
-        "install",
-        "--no-audit",
-        "--no-fund",
-        "--prefix",
-        str(folder),
-        "eventsource@3",
-    ]
-    installed = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert installed.returncode == 0, installed.stderr
-    return folder
+    return npm_install(tmp_path_factory.mktemp("node"), "eventsource@3")
 
 
 NODE_CLIENT = """
