@@ -330,7 +330,11 @@ class Relay:
         self._waker.setblocking(False)
         self._watch(self._woken, self._woken.recv, 4096)
 
-    def call(self, function: Callable[..., object], *arguments: Any) -> None:
+    def call(
+        self,
+        function: Callable[..., object],
+        *arguments: Any,
+    ) -> None:
         """Have the relay's thread call this. Any thread."""
         self._calls.append((function, *arguments))
         with suppress(OSError):  # full: it is awake already; closed: it has ended
@@ -376,11 +380,20 @@ class Relay:
             return 0.02
         return min(1.0, self.settings.heartbeat / 4)
 
-    def _watch(self, sock: socket.socket, function: Callable[..., object], argument: object) -> None:
+    def _watch(
+        self,
+        sock: socket.socket,
+        function: Callable[..., object],
+        argument: object,
+    ) -> None:
         """Call this whenever something can be read from the socket."""
         self._selector.register(sock, EVENT_READ, (function, argument))
 
-    def _safely(self, function: Callable[..., object], *arguments: Any) -> None:
+    def _safely(
+        self,
+        function: Callable[..., object],
+        *arguments: Any,
+    ) -> None:
         try:
             function(*arguments)
         except Exception:
@@ -447,7 +460,12 @@ class Relay:
         first_block = position_frame(position) if position else b"\n"
         self._send(stream, body_part(first_block, stream.chunked))
 
-    def refuse(self, streams: Iterable[Stream], reason: str, why: str) -> None:
+    def refuse(
+        self,
+        streams: Iterable[Stream],
+        reason: str,
+        why: str,
+    ) -> None:
         """What these streams missed could not be read."""
         self.complain(f"streams were refused: {why}")
         for stream in streams:
@@ -725,7 +743,12 @@ class Relay:
 
     # What ends a stream
 
-    def end(self, stream: Stream, reason: str, told: str = "") -> None:
+    def end(
+        self,
+        stream: Stream,
+        reason: str,
+        told: str = "",
+    ) -> None:
         """End a stream, for a key of ENDED: feed it no longer, say goodbye, close. A second time does no harm."""
         if stream.state is State.ENDED:
             return
@@ -784,7 +807,12 @@ class Relay:
                 newest = max(newest, stream.subscriber.seen.get(channel, ""))
         return newest
 
-    def lose(self, subscriber: Subscriber, reason: str = "redis-lost", why: str = "") -> None:
+    def lose(
+        self,
+        subscriber: Subscriber,
+        reason: str = "redis-lost",
+        why: str = "",
+    ) -> None:
         """Close its connection. Its streams end, and come back by themselves: each new one opens a new connection."""
         if subscriber.lost:
             return
@@ -800,7 +828,11 @@ class Relay:
             self.end(stream, reason)
         subscriber.streams.clear()
 
-    def check(self, newest: Mapping[bytes, str], mark_key: bytes) -> None:
+    def check(
+        self,
+        newest: Mapping[bytes, str],
+        mark_key: bytes,
+    ) -> None:
         """Give up subscribers that have missed a channel's newest event, or follow a counter that is no more."""
         for subscriber in tuple(self.subscribers):
             is_of_another = subscriber.mark_key not in (b"", mark_key)
@@ -868,7 +900,12 @@ class Framed(NamedTuple):
     previous: str = ""  # the position of the event before it on its channel
 
 
-def mark_of(mark_key: bytes, event_id: str, previous: str, channel: bytes) -> str:
+def mark_of(
+    mark_key: bytes,
+    event_id: str,
+    previous: str,
+    channel: bytes,
+) -> str:
     """What proves that a script of ours gave an id: the key can be read by nobody else. PUBLISH_LUA makes the same."""
     marked = mark_key + event_id.encode() + previous.encode() + channel
     return hashlib.sha1(marked).hexdigest()
@@ -972,49 +1009,58 @@ def parse(received: bytes, mark_key: bytes, max_message: int) -> Read:
 
     A message of more than max_message bytes is dropped unread, and streams are told so: it may have been ours.
     """
-    parts: list[Batch | Answer] = []
+    found: list[tuple[bytes, Any]] = []  # the channel, and an event of it; or b"", and an answer
     dropped: list[tuple[bytes, str]] = []
-    events: list[Framed] = []  # successive ones, of this channel
-    channel = b""
-    at = missing = surplus = 0
-    while at < len(received):
+    at = missing = 0
+    while at < len(received) and not missing:
         head = MESSAGE.match(received, at)
-        if events and not (head and head[1] == channel):
-            parts.append(batch_of(channel, events))
-            events = []
         if not head:
-            answer, at_next = parse_answer(received, at)
+            answer, at = parse_answer(received, at)
             if answer is None:
-                missing = 1  # byte at least: the head of something is cut off
+                missing = 1  # byte at least
                 break
+            found.append((b"", answer))
             if answer.counter:
-                mark_key = answer.counter[1]
-            parts.append(answer)
-            at = at_next
+                _, mark_key = answer.counter
             continue
         channel = head[1]
         length = int(head[2])
-        end = head.end() + length + 2
+        start, end = head.end(), head.end() + length
         if length > max_message:
             dropped.append((channel, "message is too large"))
-            events.append(Framed(reset_frame("too-large")))
-        elif end > len(received):
-            missing = end - len(received)
+            found.append((channel, Framed(reset_frame("too-large"))))
+        elif end + 2 > len(received):
+            missing = end + 2 - len(received)
             break
         else:
-            message = received[head.end() : end - 2]
             try:
-                events.append(framed(message, channel, mark_key))
+                event = framed(received[start:end], channel, mark_key)
+                found.append((channel, event))
             except ValueError as error:
                 dropped.append((channel, str(error)))
-        at = end
-    if events:
-        parts.append(batch_of(channel, events))
+        at = end + 2
     surplus = max(0, at - len(received))
-    return Read(parts, dropped, received[at:], missing, surplus)
+    return Read(grouped(found), dropped, received[at:], missing, surplus)
 
 
-def parse_answer(received: bytes, at: int) -> tuple[Answer | None, int]:
+def grouped(
+    found: Iterable[tuple[bytes, Any]],
+) -> list[Batch | Answer]:
+    """Successive events of a channel as one batch, answers as they are."""
+    parts: list[Batch | Answer] = []
+    for channel, group in itertools.groupby(found, key=lambda each: each[0]):
+        values = [value for _, value in group]
+        if channel:
+            parts.append(batch_of(channel, values))
+        else:
+            parts.extend(values)
+    return parts
+
+
+def parse_answer(
+    received: bytes,
+    at: int,
+) -> tuple[Answer | None, int]:
     """The answer that begins here, None if it is cut off, and where it ends. ConnectionError: it is none."""
     if found := CONFIRMATION.match(received, at):
         return Answer(), found.end()
@@ -1303,7 +1349,11 @@ class Missed(NamedTuple):
     newest: int = 0  # if not 0: only so many of each channel, the newest
 
 
-def missed_since(last_event_id: str, channels: Sequence[bytes], newest: int = 0) -> Missed:
+def missed_since(
+    last_event_id: str,
+    channels: Sequence[bytes],
+    newest: int = 0,
+) -> Missed:
     """What came after an id on all these channels; after "": all that is kept, or only the newest of it."""
     names = tuple(channel.decode() for channel in channels)
     return Missed(names, (last_event_id,) * len(names), newest)
@@ -1338,7 +1388,12 @@ class Redis:
         self.history_ttl = history_ttl
         self.max_event = max_event
 
-    def _run(self, script: str, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
+    def _run(
+        self,
+        script: str,
+        keys: Sequence[str],
+        *arguments: str | bytes | int,
+    ) -> Any:
         all_keys = [COUNTER_KEY, NEWEST_KEY, *keys]
         new_mark_key = secrets.token_hex(20)
         return self.connections.call("EVAL", script, len(all_keys), *all_keys, new_mark_key, *arguments)
@@ -1396,7 +1451,10 @@ class Redis:
         events = len(messages) or len(reset[:1])
         return Page(body_part(b"".join(frames), chunked), events, position, reset, following)
 
-    def _read(self, missed: Missed) -> tuple[str, str, list[bytes], list[bytes]]:
+    def _read(
+        self,
+        missed: Missed,
+    ) -> tuple[str, str, list[bytes], list[bytes]]:
         """What PAGE_LUA answers: the position, the reason for a reset or "", where to read on, messages."""
         if not self.history:
             return "", "history-off", [], []
@@ -1464,7 +1522,11 @@ def check_readable(data: object) -> None:
     raise ValueError(f"data is nested too deeply: {MAX_DEPTH} levels at most")
 
 
-def message_of(data: object, type: str | None = None, retry: int | None = None) -> bytes:
+def message_of(
+    data: object,
+    type: str | None = None,
+    retry: int | None = None,
+) -> bytes:
     """The message to publish: `message_of("hi", "greet")` gives `b'{"data": "hi", "type": "greet"}'`.
 
     What streams would have to drop is refused here. ValueError: a member cannot be framed; TypeError: data is no JSON.
@@ -1543,6 +1605,8 @@ class Connections:
         """ValueError: the URL is wrong."""
         self.address, self._class, self._options = connection_of(url)
         self.has_password = "password" in self._options
+        # Where a password is, a user's name is one; alone it may be a password that was put in its place.
+        self.user: str = self._options.get("username", "") if self.has_password else ""
         self._idle: list[Any] = []  # the one that was used last at the end
         self._free = threading.BoundedSemaphore(self.MOST)
 
@@ -1627,7 +1691,12 @@ def is_readable(sock: socket.socket) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def redis_at(url: str, history: int, history_ttl: int, max_event: int) -> Redis:
+def redis_at(
+    url: str,
+    history: int,
+    history_ttl: int,
+    max_event: int,
+) -> Redis:
     """One for each set of arguments: its connections are used again."""
     return Redis(url, history, history_ttl, max_event)
 
@@ -1699,7 +1768,9 @@ def address_of(url: str) -> str:
     return f"{parts.scheme}://{host}:{port}{parts.path or '/0'}"
 
 
-def connection_of(url: str) -> tuple[str, Any, dict[str, Any]]:
+def connection_of(
+    url: str,
+) -> tuple[str, Any, dict[str, Any]]:
     """`(address, connection class, its options)`. ValueError: the URL is wrong, as of `address_of`."""
     address = address_of(url)
     options: dict[str, Any] = {
@@ -2844,7 +2915,10 @@ def page_and_policy() -> tuple[bytes, str]:
 YEAR_S = 31_536_000
 
 
-def text_like(pattern: str, what: str) -> Callable[[str], str]:
+def text_like(
+    pattern: str,
+    what: str,
+) -> Callable[[str], str]:
     """An argparse type."""
 
     def value(text: str) -> str:
@@ -2855,7 +2929,10 @@ def text_like(pattern: str, what: str) -> Callable[[str], str]:
     return value
 
 
-def number(low: float, high: float) -> Callable[[str], Any]:
+def number(
+    low: float,
+    high: float,
+) -> Callable[[str], Any]:
     """An argparse type: a whole number if low is one."""
     kind = type(low)
     what = "a number"
@@ -3054,7 +3131,10 @@ def serve(
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     port = server.listener.server_address[1]
     log.info("at most %d streams (--max-streams)", max_streams)
-    print(f"ssepush {__version__} serves http://{host}:{port}/ from {redis.connections.address}{embedded}")
+    address = redis.connections.address
+    if redis.connections.user:
+        address = address.replace("://", f"://{redis.connections.user}@")
+    print(f"ssepush {__version__} serves http://{host}:{port}/ from {address}{embedded}")
     print(f'publish with: {redis_cli(redis)} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
     server.run()
 
@@ -3064,6 +3144,8 @@ def redis_cli(redis: Redis) -> str:
     called = "redis-cli"
     if redis.connections.has_password:
         called = f"REDISCLI_AUTH=… {called}"
+    if redis.connections.user:
+        called += f" --user {redis.connections.user}"
     if redis.connections.address.startswith("unix://"):
         path = redis.connections.address.removeprefix("unix://")
         return f"{called} -s {path}"
