@@ -1,4 +1,4 @@
-"""The recipes of deploy/, run: each proxy with its deployed configuration, on a free port before a server of the tests."""
+"""The recipes of deploy/, run: each proxy with its deployed configuration, on a free port before a server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.kit import DEADLINE_S, DEPLOY, certificate, free_port, listens, program, wait_for
+from tests.kit import DEADLINE_S, DEPLOY, free_port, listens, program, wait_for
 
 Change = tuple[str, str]  # (what stands in the recipe, what stands there in the test)
 
@@ -28,6 +28,15 @@ def open_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def certificate(folder: Path, names: str, days: int) -> tuple[Path, Path]:
+    """A self-signed certificate, and its key: `certificate(folder, "DNS:localhost", 90)`."""
+    pem, key = folder / "certificate.pem", folder / "key.pem"
+    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=tests"
+    details = ["-days", str(days), "-addext", f"subjectAltName={names}", "-out", str(pem), "-keyout", str(key)]
+    subprocess.run([program("openssl"), *kind.split(), *details], check=True, capture_output=True)
+    return pem, key
+
+
 class Proxy:
     """A proxy that runs its recipe; subclasses know how it is started, and what differs on this machine."""
 
@@ -35,13 +44,20 @@ class Proxy:
     scheme = "https"
     ends_by = signal.SIGTERM
 
-    def __init__(self, folder: Path, upstream: int, changes: Sequence[Change] = ()) -> None:
-        """changes: what a test has otherwise than the recipe, each of which must be in it."""
+    def __init__(
+        self,
+        folder: Path,
+        upstream: int,
+        changes: Sequence[Change] = (),
+        names: str = "IP:127.0.0.1,DNS:localhost",
+        days: int = 90,
+    ) -> None:
+        """changes: what a test has otherwise than the recipe, each of which must be in it. names, days: certified."""
         self.folder = folder
         self.upstream = upstream
         self.port = free_port()
         self.url = f"{self.scheme}://127.0.0.1:{self.port}"
-        self.certificate, self.key = certificate(folder)
+        self.certificate, self.key = certificate(folder, names, days)
         self.both = folder / "both.pem"
         self.both.write_text(self.certificate.read_text() + self.key.read_text())
         text = (DEPLOY / self.recipe).read_text()
@@ -181,9 +197,7 @@ class Lighttpd(Proxy):
 
 class Apache(Proxy):
     recipe = "apache.conf"
-    modules = (
-        "mpm_event authz_core alias headers setenvif asis proxy proxy_http ssl http2 socache_shmcb deflate filter"
-    )
+    modules = "mpm_event authz_core alias headers setenvif asis proxy proxy_http ssl http2 socache_shmcb deflate filter"
 
     def here(self) -> list[Change]:
         return [
