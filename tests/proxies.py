@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -28,13 +29,16 @@ def open_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def certificate(folder: Path, names: str, days: int) -> tuple[Path, Path]:
-    """A self-signed certificate, and its key: `certificate(folder, "DNS:localhost", 90)`."""
-    pem, key = folder / "certificate.pem", folder / "key.pem"
+@functools.cache
+def certificate(names: str, days: int) -> tuple[str, str]:
+    """A self-signed certificate, and its key: `certificate("DNS:localhost", 90)`."""
     kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=tests"
-    details = ["-days", str(days), "-addext", f"subjectAltName={names}", "-out", str(pem), "-keyout", str(key)]
-    subprocess.run([program("openssl"), *kind.split(), *details], check=True, capture_output=True)
-    return pem, key
+    details = ["-days", str(days), "-addext", f"subjectAltName={names}"]
+    with open_folder() as folder:
+        pem, key = folder / "certificate.pem", folder / "key.pem"
+        files = ["-out", str(pem), "-keyout", str(key)]
+        subprocess.run([program("openssl"), *kind.split(), *details, *files], check=True, capture_output=True)
+        return pem.read_text(), key.read_text()
 
 
 class Proxy:
@@ -57,9 +61,13 @@ class Proxy:
         self.upstream = upstream
         self.port = free_port()
         self.url = f"{self.scheme}://127.0.0.1:{self.port}"
-        self.certificate, self.key = certificate(folder, names, days)
-        self.both = folder / "both.pem"
-        self.both.write_text(self.certificate.read_text() + self.key.read_text())
+        self.certificate = folder / "certificate.pem"
+        self.key = folder / "key.pem"
+        self.both = folder / "both.pem"  # some want them in one file
+        pem, key = certificate(names, days)
+        self.certificate.write_text(pem)
+        self.key.write_text(key)
+        self.both.write_text(pem + key)
         text = (DEPLOY / self.recipe).read_text()
         for old, new in [*changes, *self.here()]:
             assert old in text, f"{self.recipe} has no {old!r}"
