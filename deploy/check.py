@@ -17,6 +17,7 @@ import contextlib
 import email.utils
 import http.client
 import json
+import os
 import re
 import socket
 import ssl
@@ -32,8 +33,9 @@ from urllib.parse import quote, urlsplit
 ANSWER_S = 5.0  # for an answer, or the first bytes of a stream
 PROMPT_S = 0.1  # what an event may take from the publisher's answer to the page; Nagle's algorithm adds 0.2
 EXPIRY_DAYS = 14
-CLOCK_S = 30.0  # tokens expire by the server's clock
+CLOCK_S = 30.0
 HEARTBEATS = 3
+MAX_BODY_BYTES = 65536
 
 READ_TIMEOUT = (
     "make the proxy's read timeout longer than --heartbeat, twice as long for safety"
@@ -60,28 +62,52 @@ class NoStream(Fault):
     """What should be an event stream is none, so there is nothing to check on it."""
 
 
+Headers = Mapping[str, str]
+NO_HEADERS: Headers = {}
+JSON = {"Content-Type": "application/json"}
+
+
 class Answer(NamedTuple):
-    """A whole answer. Field names are in lower case; a field that came twice has both values."""
+    """An answer, or what came of it before its body. Field names are in lower case."""
 
     status: int
-    fields: Mapping[str, list[str]]
-    body: bytes
+    fields: list[tuple[str, str]]
+    body: bytes = b""
+
+    def values(self, name: str) -> list[str]:
+        """Of a header field, one for each time that it came."""
+        return [value for field, value in self.fields if field == name]
+
+    def value(self, name: str) -> str:
+        """The same where once is enough; "" if it did not come."""
+        return ", ".join(self.values(name))
+
+    def is_event_stream(self) -> bool:
+        """Whether a browser would read it as one."""
+        kind, _, _ = self.value("content-type").partition(";")
+        return self.status == 200 and kind.strip() == "text/event-stream"
 
     def error(self) -> str:
         """What ssepush says is wrong; "" if this is no error of ssepush's."""
-        with contextlib.suppress(ValueError):
+        try:
             members = json.loads(self.body)
-            if isinstance(members, dict):
-                return str(members.get("error", ""))
-        return ""
+        except ValueError:
+            return ""
+        if not isinstance(members, dict):
+            return ""
+        return str(members.get("error", ""))
 
 
-def fields_of(response: http.client.HTTPResponse) -> dict[str, list[str]]:
-    """The response's header fields."""
-    fields: dict[str, list[str]] = {}
-    for name, value in response.getheaders():
-        fields.setdefault(name.lower(), []).append(value)
-    return fields
+def head_of(response: http.client.HTTPResponse) -> Answer:
+    """The answer without its body."""
+    fields = [(name.lower(), value) for name, value in response.getheaders()]
+    return Answer(response.status, fields)
+
+
+def whole(response: http.client.HTTPResponse) -> Answer:
+    """The answer with as much of its body as can say what is wrong."""
+    body = response.read(MAX_BODY_BYTES)
+    return head_of(response)._replace(body=body)
 
 
 class Site:
@@ -90,10 +116,11 @@ class Site:
     def __init__(self, url: str) -> None:
         """ValueError: it is no URL of a site."""
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        is_web = parts.scheme in ("http", "https") and parts.hostname
+        if not is_web or parts.query or parts.fragment:
             raise ValueError(f"URL must be like https://events.example.org, not {url!r}")
         self.secure = parts.scheme == "https"
-        self.name = parts.hostname
+        self.name = str(parts.hostname)
         self.port = parts.port or (443 if self.secure else 80)
         self.host = parts.netloc.rpartition("@")[2]
         self.path = parts.path.rstrip("/")
@@ -106,58 +133,62 @@ class Site:
 
     def connect(self) -> http.client.HTTPConnection:
         """A connection as a browser without HTTP/2 makes it."""
-        connection: http.client.HTTPConnection
+        address = (self.name, self.port)
+        connection = http.client.HTTPConnection(*address, timeout=ANSWER_S)
         if self.secure:
-            connection = http.client.HTTPSConnection(self.name, self.port, timeout=ANSWER_S, context=self.context)
-        else:
-            connection = http.client.HTTPConnection(self.name, self.port, timeout=ANSWER_S)
+            connection = http.client.HTTPSConnection(*address, timeout=ANSWER_S, context=self.context)
         connection.connect()
         return connection
 
-    def ask(self, method: str, path: str, headers: Mapping[str, str] | None = None, body: str | None = None) -> Answer:
+    def ask(
+        self,
+        method: str,
+        path: str,
+        headers: Headers = NO_HEADERS,
+        body: str | None = None,
+    ) -> Answer:
         """One request with a whole answer."""
+        named = {"Host": self.host, **headers}
         with contextlib.closing(self.connect()) as connection:
-            named = {"Host": self.host, **(headers or {})}
             connection.request(method, self.path + path, body, named)
-            response = connection.getresponse()
-            return Answer(response.status, fields_of(response), response.read(65536))
+            return whole(connection.getresponse())
 
     def publish(self, channel: str, data: str, token: str) -> Answer:
         """Publish an event through the site."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
-        return self.ask("POST", "/publish", headers, json.dumps({"channel": channel, "data": data}))
+        body = json.dumps({"channel": channel, "data": data})
+        headers = {**JSON, "Authorization": f"Bearer {token}"}
+        return self.ask("POST", "/publish", headers, body)
+
+
+def stream_path(channel: str) -> str:
+    return f"/stream?channel={quote(channel)}"
 
 
 class Stream:
     """An event stream, read as it comes; close it."""
 
-    def __init__(self, site: Site, channel: str, headers: Mapping[str, str] | None = None) -> None:
-        """Fault: what is there is no event stream."""
-        self.connection = site.connect()
-        self.sock = self.connection.sock
-        named = {"Host": site.host, "Accept": "text/event-stream", "Accept-Encoding": "gzip", **(headers or {})}
-        self.connection.request("GET", f"{site.path}/stream?channel={quote(channel)}", headers=named)
+    def __init__(self, site: Site, channel: str, headers: Headers = NO_HEADERS) -> None:
+        """NoStream: what is there is none."""
+        as_browser = {"Host": site.host, "Accept": "text/event-stream", "Accept-Encoding": "gzip"}
         self.text = ""
         self.ended = False
+        self.inflate = zlib.decompressobj(wbits=31).decompress
+        self.connection = site.connect()
+        self.sock = self.connection.sock
         try:
+            self.connection.request("GET", site.path + stream_path(channel), headers={**as_browser, **headers})
             self.response = self.connection.getresponse()
+            self.head = head_of(self.response)
+            if not self.head.is_event_stream():
+                raise not_a_stream(whole(self.response), site)
         except TimeoutError:
             self.connection.close()
             raise NoStream(f"nothing came of a stream within {ANSWER_S:.0f} s", BUFFERING) from None
-        self.fields = fields_of(self.response)
-        encoding = "".join(self.fields.get("content-encoding", []))
-        self.compressed = encoding == "gzip"
-        self.inflate = zlib.decompressobj(wbits=31).decompress
-        if self.response.status != 200 or not self._is_event_stream():
-            answer = Answer(self.response.status, self.fields, self.response.read(65536))
-            self.close()
-            raise not_a_stream(answer, site)
+        except BaseException:
+            self.connection.close()
+            raise
 
-    def _is_event_stream(self) -> bool:
-        kind = "".join(self.fields.get("content-type", []))
-        return kind.partition(";")[0].strip().lower() == "text/event-stream"
-
-    def read_until(self, enough: Callable[[str], object], seconds: float) -> bool:
+    def read_until(self, enough: Callable[[str], bool], seconds: float) -> bool:
         """Whether what came so far was enough, before the stream ended and within this time."""
         deadline = time.monotonic() + seconds
         while not enough(self.text):
@@ -166,16 +197,23 @@ class Stream:
                 return False
             self.sock.settimeout(left)
             try:
-                part = self.response.read1(65536)
+                self._read()
             except TimeoutError:
                 return False
-            except (OSError, http.client.HTTPException):
-                part = b""
-            self.ended = not part
-            if self.compressed:
-                part = self.inflate(part)
-            self.text += part.decode(errors="replace")
         return True
+
+    def _read(self) -> None:
+        """Wait for the next bytes. TimeoutError: none came."""
+        try:
+            part = self.response.read1(MAX_BODY_BYTES)
+        except TimeoutError:
+            raise
+        except (OSError, http.client.HTTPException):  # cut off
+            part = b""
+        self.ended = not part
+        if self.head.value("content-encoding") == "gzip":
+            part = self.inflate(part)
+        self.text += part.decode(errors="replace")
 
     def close(self) -> None:
         """Leave, as a closed page does."""
@@ -190,7 +228,13 @@ def has(part: str) -> Callable[[str], bool]:
 
 def has_heartbeats(number: int) -> Callable[[str], bool]:
     """Whether as many heartbeats have come of a stream."""
-    return lambda text: len(re.findall("^:$", text, re.MULTILINE)) >= number
+    heartbeat = re.compile("^:$", re.MULTILINE)
+    return lambda text: len(heartbeat.findall(text)) >= number
+
+
+def nothing(text: str) -> bool:
+    """Never enough: for reading until the end."""
+    return False
 
 
 def not_a_stream(answer: Answer, site: Site) -> NoStream:
@@ -223,6 +267,7 @@ class Check(NamedTuple):
 
 # Each check yields what was found right, and raises Fault, or yields it where there may be others.
 Findings = Iterator[str | Fault]
+Found = list[str | Fault]
 
 
 def check_tls(check: Check) -> Findings:
@@ -242,7 +287,8 @@ def check_tls(check: Check) -> Findings:
         browser.verify_mode = ssl.CERT_NONE
         certificate, protocol = shake_hands(site, browser)
     if certificate:
-        days = (ssl.cert_time_to_seconds(certificate) - time.time()) / 86400
+        left_s = ssl.cert_time_to_seconds(certificate) - time.time()
+        days = left_s / 86400
         if days < EXPIRY_DAYS:
             yield Fault(f"the certificate expires in {days:.0f} days", "renew it, and see why that is not automatic")
         else:
@@ -253,14 +299,16 @@ def check_tls(check: Check) -> Findings:
         yield Fault(f"HTTP/1.1 only: {six}", "HTTP/2 (nginx: listen … http2; haproxy: alpn h2; Apache: Protocols h2)")
 
 
-def shake_hands(site: Site, context: ssl.SSLContext) -> tuple[str, str | None]:
+def shake_hands(site: Site, context: ssl.SSLContext) -> tuple[str, str]:
     """Until when the certificate is good, "" if it was not verified; and the protocol that is spoken."""
+    address = (site.name, site.port)
     with (
-        socket.create_connection((site.name, site.port), timeout=ANSWER_S) as plain,
+        socket.create_connection(address, ANSWER_S) as plain,
         context.wrap_socket(plain, server_hostname=site.name) as sock,
     ):
         certificate = sock.getpeercert() or {}
-        return str(certificate.get("notAfter", "")), sock.selected_alpn_protocol()
+        expiry = str(certificate.get("notAfter", ""))
+        return expiry, sock.selected_alpn_protocol() or ""
 
 
 def check_opening(check: Check) -> Findings:
@@ -270,7 +318,7 @@ def check_opening(check: Check) -> Findings:
         begun = stream.read_until(has("\n\n"), ANSWER_S)
         if not begun and not stream.ended:
             raise Fault(f"the first bytes of a stream are held back for more than {ANSWER_S:.0f} s", BUFFERING)
-        stream.read_until(lambda _: False, 0.2)
+        stream.read_until(nothing, 0.2)
         if stream.ended and "retry:" in stream.text:
             why = re.search("^: (.+)$", stream.text, re.MULTILINE)
             said = why[1] if why else "the proxy tells pages to come back: ssepush is away"
@@ -282,27 +330,26 @@ def check_opening(check: Check) -> Findings:
 
 def check_silence(check: Check) -> Findings:
     """A silent stream stays open, and its heartbeats come one by one."""
-    stream = Stream(check.site, check.channel)
-    with contextlib.closing(stream):
-        opened = time.monotonic()
-        came_at: list[float] = []
+    opened = time.monotonic()
+    came_at = [opened]
+    with contextlib.closing(Stream(check.site, check.channel)) as stream:
         for number in range(1, HEARTBEATS + 1):
-            left = check.wait_s - (time.monotonic() - opened)
-            before = time.monotonic()
+            left = opened + check.wait_s - time.monotonic()
             if not stream.read_until(has_heartbeats(number), left):
                 break
             came_at.append(time.monotonic())
-        now = time.monotonic()
-        if len(came_at) == HEARTBEATS and came_at[-1] - came_at[0] < 0.05:
-            raise Fault("heartbeats come in lumps, so events are held back", BUFFERING)
-        if len(came_at) == HEARTBEATS:
-            beat_s = (came_at[-1] - came_at[0]) / (HEARTBEATS - 1)
-            yield f"a silent stream stays open, with a heartbeat every {beat_s:.1f} s"
-        elif stream.ended:
-            raise Fault(f"the stream was ended after {now - before:.1f} s of silence", READ_TIMEOUT)
-        else:
-            wrong = f"{len(came_at)} of {HEARTBEATS} heartbeats came within {now - opened:.0f} s"
-            raise Fault(wrong, f"if --heartbeat is longer than a third of that, --wait longer; otherwise {BUFFERING}")
+        silence_s = time.monotonic() - came_at[-1]
+    missing = HEARTBEATS + 1 - len(came_at)
+    if missing and stream.ended:
+        raise Fault(f"the stream was ended after {silence_s:.1f} s of silence", READ_TIMEOUT)
+    if missing:
+        wrong = f"{missing} of {HEARTBEATS} heartbeats did not come within {check.wait_s:.0f} s"
+        mend = f"if --heartbeat is longer than a third of that, ask with a longer --wait; otherwise {BUFFERING}"
+        raise Fault(wrong, mend)
+    spread_s = came_at[-1] - came_at[1]
+    if spread_s < 0.05:
+        raise Fault("heartbeats come in lumps, so events are held back", BUFFERING)
+    yield f"a silent stream stays open, with a heartbeat every {spread_s / (HEARTBEATS - 1):.1f} s"
 
 
 def check_delivery(check: Check) -> Findings:
@@ -310,33 +357,34 @@ def check_delivery(check: Check) -> Findings:
     if not check.token:
         return
     delays = []
-    stream = Stream(check.site, check.channel)
-    with contextlib.closing(stream):
+    with contextlib.closing(Stream(check.site, check.channel)) as stream:
         stream.read_until(has("\n\n"), ANSWER_S)
         for number in range(5):
             mark = f"check {time.time_ns()} {number}"
             answer = check.site.publish(check.channel, mark, check.token)
-            if answer.status == 401:
-                raise Fault("the token is refused", "give the one in SSEPUSH_PUBLISH_TOKEN of the server's environment")
-            if answer.status != 200:
-                yield f"not measured, for /publish is closed here ({answer.status}): how long an event takes"
-                return
             published = time.monotonic()
+            if answer.status == 401:
+                mend = "give the one that is SSEPUSH_PUBLISH_TOKEN in the server's environment"
+                raise Fault("the token is refused", mend)
+            if answer.status != 200:
+                yield f"/publish is closed here ({answer.status}), so how long an event takes was not measured"
+                return
             if not stream.read_until(has(mark), ANSWER_S):
                 raise Fault(f"a published event did not come within {ANSWER_S:.0f} s", BUFFERING)
             delays.append(time.monotonic() - published)
             time.sleep(0.05)  # an event that follows at once would push the one before it
     delay_s = statistics.median(delays)
+    delay = f"{1000 * delay_s:.0f} ms"
     if delay_s > PROMPT_S:
         mend = "send at once (haproxy: option http-no-delay; others: TCP_NODELAY)"
-        raise Fault(f"events are held back for {1000 * delay_s:.0f} ms", mend)
-    yield f"an event takes {1000 * delay_s:.0f} ms"
+        raise Fault(f"events are held back for {delay}", mend)
+    yield f"an event takes {delay}"
 
 
 def check_return(check: Check) -> Findings:
     """Last-Event-ID reaches ssepush: an id that is none of its own is answered with a reset."""
-    stream = Stream(check.site, check.channel, {"Last-Event-ID": "check"})
-    with contextlib.closing(stream):
+    headers = {"Last-Event-ID": "check"}
+    with contextlib.closing(Stream(check.site, check.channel, headers)) as stream:
         if not stream.read_until(has("event: stream-reset\n"), ANSWER_S):
             mend = (
                 "pass the header Last-Event-ID on: without it, pages that come back miss what was published meanwhile"
@@ -350,8 +398,8 @@ def check_origin(check: Check) -> Findings:
     if not check.origin:
         return
     origin = check.origin
-    answer = check.site.ask("HEAD", f"/stream?channel={quote(check.channel)}", {"Origin": origin})
-    allowed = answer.fields.get("access-control-allow-origin", [])
+    answer = check.site.ask("HEAD", stream_path(check.channel), {"Origin": origin})
+    allowed = answer.values("access-control-allow-origin")
     if answer.status == 403:
         raise Fault(f"pages of {origin} may not read", f"start ssepush with --allow-origin {origin}")
     if len(allowed) > 1:
@@ -363,40 +411,47 @@ def check_origin(check: Check) -> Findings:
     yield f"pages of {origin} may read"
 
 
+def closing(path: str) -> str:
+    """How a path is closed to strangers."""
+    return f"close it at the proxy (nginx: location = {path} {{ return 403; }})"
+
+
 def check_strangers(check: Check) -> Findings:
-    """What is not for strangers is closed. Asks for nothing that would publish: the body lacks its data."""
-    site = check.site
-    closed = "close it at the proxy (nginx: location = {} { return 403; })"
-    for path, sign in (("/metrics", b"ssepush_"), ("/healthz", b'"state"')):
-        answer = site.ask("GET", path)
+    """What is not for strangers is closed."""
+    signs = {"/metrics": b"ssepush_", "/healthz": b'"state"'}
+    for path, sign in signs.items():
+        answer = check.site.ask("GET", path)
         if sign in answer.body:
-            yield Fault(f"strangers may read {path}", closed.replace("{}", path, 1) + ", or start ssepush with --admin")
+            yield Fault(f"strangers may read {path}", f"{closing(path)}, or start ssepush with --admin")
         else:
             yield f"{path} is closed to strangers"
+    yield publishing_by_strangers(check)
+
+
+def publishing_by_strangers(check: Check) -> str | Fault:
+    """Whether they may publish. Nothing is published by asking: the body lacks its data, which is found out last."""
+    site = check.site
+    body = json.dumps({"channel": check.channel})
     for host in (site.host, "localhost", "127.0.0.1"):
-        headers = {"Host": host, "Content-Type": "application/json"}
-        answer = site.ask("POST", "/publish", headers, json.dumps({"channel": check.channel}))
-        if answer.status in (200, 400) and answer.body.startswith(b"{"):
-            forged = "" if host == site.host else f", as {host}, which they need only claim to be"
-            mend = "set SSEPUSH_PUBLISH_TOKEN, let the proxy add X-Forwarded-For, and " + closed.replace(
-                "{}", "/publish", 1
-            )
-            yield Fault(f"strangers may publish{forged}", mend)
-            return
-    yield "/publish is closed to strangers"
+        answer = site.ask("POST", "/publish", {**JSON, "Host": host}, body)
+        if answer.status == 400 and answer.error():
+            forged = "" if host == site.host else f" if they claim to ask for {host}"
+            mend = f"set SSEPUSH_PUBLISH_TOKEN, let the proxy add X-Forwarded-For, and {closing('/publish')}"
+            return Fault(f"strangers may publish{forged}", mend)
+    return "/publish is closed to strangers"
 
 
 def check_clock(check: Check) -> Findings:
     """The server's clock and ours agree."""
     answer = check.site.ask("HEAD", "/")
-    date = "".join(answer.fields.get("date", []))
+    date = answer.value("date")
     if not date:
         return
-    ahead_s = email.utils.parsedate_to_datetime(date).timestamp() - time.time()
-    if abs(ahead_s) > CLOCK_S:
-        raise Fault(
-            f"the server's clock and this one are {abs(ahead_s):.0f} s apart", "NTP on both: tokens have an expiry"
-        )
+    theirs = email.utils.parsedate_to_datetime(date).timestamp()
+    apart_s = abs(theirs - time.time())
+    if apart_s > CLOCK_S:
+        mend = "NTP on both: tokens expire by the server's clock"
+        raise Fault(f"the server's clock and this one are {apart_s:.0f} s apart", mend)
     yield "the clocks agree"
 
 
@@ -404,9 +459,9 @@ STREAM_CHECKS = (check_silence, check_return)
 OTHER_CHECKS = (check_strangers, check_clock)
 
 
-def findings_of(ask: Callable[[Check], Findings], check: Check) -> list[str | Fault]:
+def findings_of(ask: Callable[[Check], Findings], check: Check) -> Found:
     """All that one check finds."""
-    found: list[str | Fault] = []
+    found: Found = []
     try:
         for finding in ask(check):
             found.append(finding)  # those before a fault count
@@ -417,7 +472,7 @@ def findings_of(ask: Callable[[Check], Findings], check: Check) -> list[str | Fa
     return found
 
 
-def report(findings: list[str | Fault]) -> int:
+def report(findings: Found) -> int:
     """Print them; how many are faults."""
     for finding in findings:
         label = "WRONG" if isinstance(finding, Fault) else "ok   "
@@ -430,9 +485,13 @@ def check_of(arguments: list[str]) -> Check:
     parser = argparse.ArgumentParser(description="Check the way from a browser to a deployed ssepush.")
     parser.add_argument("url", metavar="URL", help="where it is, such as https://events.example.org")
     parser.add_argument("--origin", default="", help="of pages that are to read, such as https://www.example.org")
-    parser.add_argument("--token", default="", help="SSEPUSH_PUBLISH_TOKEN: publish, and see how long an event takes")
+    parser.add_argument(
+        "--token",
+        default=os.environ.get("SSEPUSH_PUBLISH_TOKEN", ""),
+        help="publish with it, and see how long an event takes (SSEPUSH_PUBLISH_TOKEN)",
+    )
     parser.add_argument("--channel", default="sse:check", help="a silent channel that may be read (sse:check)")
-    parser.add_argument("--wait", type=float, default=60.0, help="s to wait for three heartbeats (60)")
+    parser.add_argument("--wait", type=float, default=60, help="s to wait for three heartbeats (60)")
     options = parser.parse_args(arguments)
     if options.origin and not re.fullmatch("[a-z][a-z0-9+.-]*://[^/]+", options.origin):
         parser.error(f"--origin must be like https://www.example.org, not {options.origin!r}")

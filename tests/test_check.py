@@ -15,8 +15,9 @@ from tests.kit import DEPLOY, HERE, RedisProcess, ServerProcess, environment_wit
 from tests.proxies import PROXIES, Change, Proxy, open_folder
 
 pytestmark = needs_test_extra
+CHECK = str(DEPLOY / "check.py")
 TOKEN = "a token of the tests"
-WAIT_S = 8
+WAIT_S = 12
 ORIGIN = "https://www.example.org"
 
 
@@ -176,7 +177,8 @@ def servers(redis_process: RedisProcess) -> Iterator[dict[str, int]]:
             redis_process, "--heartbeat", "1", "--host", "0.0.0.0", "--allow-host", "events.example.org"
         ),
     }
-    yield {name: server.port for name, server in started.items()} | {"away": free_port()}
+    ports = {name: server.port for name, server in started.items()}
+    yield {**ports, "away": free_port()}
     for server in started.values():
         server.end()
 
@@ -188,7 +190,9 @@ def checking(proxy: Proxy, case: Case) -> subprocess.Popen[str]:
     """check.py, asked about a proxy."""
     trusted = {"SSL_CERT_FILE": str(proxy.certificate)} if case.is_trusted else {}
     url = f"{case.scheme}://{case.host}:{proxy.port}"
-    command = [sys.executable, str(DEPLOY / "check.py"), url, *case.options, "--wait", str(WAIT_S)]
+    # A channel of its own, or what is published for one case would break the silence of another.
+    options = [*case.options, "--wait", str(WAIT_S), "--channel", f"sse:check-{proxy.port}"]
+    command = [sys.executable, CHECK, url, *options]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -204,14 +208,18 @@ def reports_on(cases: dict[str, Case], servers: dict[str, int]) -> Reports:
         proxies = {}
         for name, case in cases.items():
             folder = stack.enter_context(open_folder())
-            proxy = PROXIES[case.proxy](folder, servers[case.server], case.changes, case.names, case.days)
+            kind, upstream = PROXIES[case.proxy], servers[case.server]
+            proxy = kind(folder, upstream, case.changes, case.names, case.days)
             stack.callback(proxy.end)
             proxies[name] = proxy
         for proxy in proxies.values():
             proxy.wait()
-        running = {name: stack.enter_context(checking(proxies[name], case)) for name, case in cases.items()}
-        outputs = {name: process.communicate(timeout=60)[0] for name, process in running.items()}
-        return {name: (process.returncode, outputs[name]) for name, process in running.items()}
+        asked = {name: checking(proxies[name], case) for name, case in cases.items()}
+        reports = {}
+        for name, process in asked.items():
+            said, _ = process.communicate(timeout=60)
+            reports[name] = (process.returncode, said)
+        return reports
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +251,12 @@ def test_a_fault_is_named_and_no_other(reports: Reports, name: str) -> None:
     assert status == 1
 
 
+def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """One run of check.py, to its end."""
+    command = [sys.executable, CHECK, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -256,9 +270,7 @@ def test_a_fault_is_named_and_no_other(reports: Reports, name: str) -> None:
     ids=["no URL", "no scheme", "not HTTP", "no origin", "no time", "unknown option"],
 )
 def test_what_cannot_be_understood_ends_with_status_2(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, str(DEPLOY / "check.py"), *arguments], capture_output=True, text=True, check=False
-    )
+    done = run_check(*arguments)
 
     assert done.returncode == 2
     assert "usage" in done.stderr
@@ -268,7 +280,7 @@ def test_what_cannot_be_understood_ends_with_status_2(arguments: list[str]) -> N
 def test_an_address_where_nobody_is_has_a_fault() -> None:
     url = f"https://127.0.0.1:{free_port()}"
 
-    done = subprocess.run([sys.executable, str(DEPLOY / "check.py"), url], capture_output=True, text=True, check=False)
+    done = run_check(url)
 
     assert done.returncode == 1
     assert "Connection refused" in done.stdout
