@@ -1,0 +1,42 @@
+# ssepush behind Varnish, which has no TLS: hitch or another proxy in front does that. Change: the backend.
+# Tell ssepush the public name: --allow-host events.example.org
+vcl 4.1;
+
+backend ssepush {
+    .host = "127.0.0.1";
+    .port = "5000";
+    # Both longer than --heartbeat (15 s), which is what keeps a silent stream open here.
+    .first_byte_timeout = 60s;
+    .between_bytes_timeout = 60s;
+}
+
+sub vcl_recv {
+    # Not for strangers. Set SSEPUSH_PUBLISH_TOKEN before you take /publish out of this list.
+    if (req.url ~ "^/(publish|notifications|metrics|healthz)(\?|$)") {
+        return (synth(403));
+    }
+    return (pass);  # nothing here can be cached; Varnish adds X-Forwarded-For
+}
+
+sub vcl_backend_response {
+    # Never do_gzip for a stream: it holds everything back.
+    set beresp.do_stream = true;
+}
+
+sub vcl_backend_error {
+    # While ssepush is away, an error status would end a browser's EventSource for good. What it gets instead is a stream
+    # that says "come back in 2 s" and ends. That holds no secret, so pages of every origin may read it.
+    if (bereq.url ~ "^/stream(\?|$)") {
+        set beresp.status = 200;
+        set beresp.http.Content-Type = "text/event-stream";
+        set beresp.http.Cache-Control = "no-store";
+        if (bereq.http.Origin) {
+            set beresp.http.Access-Control-Allow-Origin = bereq.http.Origin;
+            set beresp.http.Access-Control-Allow-Credentials = "true";
+        }
+        set beresp.body = {"retry: 2000
+
+"};
+        return (deliver);
+    }
+}
