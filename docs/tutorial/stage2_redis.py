@@ -28,21 +28,15 @@ def frame_of(message):
     return frame.encode()
 
 
-def messages():
-    """What is published on the channel, message by message, for ever."""
-    pubsub = REDIS.pubsub(ignore_subscribe_messages=True)
-    pubsub.subscribe("sse")
-    for message in pubsub.listen():
-        yield message["data"]
-
-
 class Handler(stage1_digits.Handler):
     """As in stage 1, with another stream, and a way to publish."""
 
     def stream(self):
         """The obvious loop: wait for a message, write it to the browser, wait for the next."""
-        for message in messages():
-            frame = frame_of(message)
+        pubsub = REDIS.pubsub(ignore_subscribe_messages=True)
+        pubsub.subscribe("sse")
+        for message in pubsub.listen():
+            frame = frame_of(message["data"])
             self.wfile.write(frame)
 
     def do_POST(self):

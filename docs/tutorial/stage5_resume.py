@@ -10,6 +10,7 @@ import json
 import os
 import re
 from math import inf
+from socket import socket
 from time import sleep
 
 import stage4_selector
@@ -38,37 +39,37 @@ def kept_from(event_id):
     """{id: frame} of the events that are kept, from this one on."""
     frames = {}
     for entry, members in REDIS.xrange(HISTORY, min=event_id):
-        frame = frame_of(members[b"message"])
-        frames[entry.decode()] = b"id: %b\n" % entry + frame
+        event = json.loads(members[b"message"])
+        event["id"] = entry.decode()
+        frames[event["id"]] = frame_of(json.dumps(event))
     return frames
 
 
 def tell_position(event_type):
     """(frames, position): one event without data, to tell a page the newest id."""
-    position = "0-0"
-    for entry, _ in REDIS.xrevrange(HISTORY, count=1):
-        position = entry.decode()
+    newest = REDIS.xrevrange(HISTORY, count=1) or [(b"0-0", {})]
+    position = newest[0][0].decode()
     frame = f"event: {event_type}\nid: {position}\ndata:\n\n"
     return frame.encode(), position
 
 
 def replay(last_event_id):
     """(frames, position): what a page with this Last-Event-ID has missed, and the id that it is at then."""
-    if not last_event_id:
-        return tell_position("stream-position")
-    frames = {}
     if EVENT_ID.fullmatch(last_event_id):
         frames = kept_from(last_event_id)
-    if last_event_id not in frames:  # older than all that is kept, or never ours: nobody knows what is missing
-        return tell_position("stream-reset")
-    position = list(frames)[-1]
-    del frames[last_event_id]
-    return b"".join(frames.values()), position
+        if last_event_id in frames:  # so everything after it is there, too
+            position = list(frames)[-1]
+            del frames[last_event_id]
+            return b"".join(frames.values()), position
+    # The page is new; or its id is older than all that is kept, or not ours, and nobody knows what it has missed.
+    return tell_position("stream-reset" if last_event_id else "stream-position")
 
 
-class Stream(stage4_selector.Stream):
-    def __init__(self, browser):
-        super().__init__(browser)
+class Stream(socket):
+    """A browser's connection, as in stage 4, and where it is."""
+
+    def __init__(self, descriptor):
+        super().__init__(fileno=descriptor)
         self.held = []  # what comes before the replay is sent; then None
         self.replayed = []  # order of the last event of the replay
 
@@ -102,8 +103,8 @@ class Handler(stage4_selector.Handler):
     def stream(self):
         """First into the relay, then the history: what is published in between is in both, rather than in neither."""
         relay = self.relay
-        browser = self.take_socket()
-        stream = Stream(browser)
+        descriptor = self.connection.detach()
+        stream = Stream(descriptor)
         relay.call(relay.add, stream)
         sleep(PAUSE_S)
         last_event_id = self.headers.get("Last-Event-ID", "")

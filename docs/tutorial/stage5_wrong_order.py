@@ -19,8 +19,8 @@ class Handler(stage5_resume.Handler):
         frames, position = stage5_resume.replay(last_event_id)
         sleep(PAUSE_S)
         relay = self.relay
-        browser = self.take_socket()
-        stream = stage5_resume.Stream(browser)
+        descriptor = self.connection.detach()
+        stream = stage5_resume.Stream(descriptor)
         relay.call(relay.add, stream)
         relay.call(relay.go_live, stream, frames, position)
 

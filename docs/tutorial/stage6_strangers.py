@@ -48,7 +48,7 @@ class Relay(stage5_resume.Relay):
         if len(self.streams) < MAX_STREAMS:
             super().add(stream)
         else:
-            stream.browser.close()
+            stream.close()
 
     def take_message(self, message):
         try:
