@@ -31,6 +31,7 @@ from tests.kit import (
     Received,
     RedisProcess,
     free_port,
+    listens,
     program,
     wait_for,
 )
@@ -363,23 +364,37 @@ def test_each_command_in_a_page_prints_what_the_page_says(tmp_path: Path) -> Non
         each.result()
 
 
-@pytest.mark.parametrize(
-    ("output", "expected", "is_mixed", "fits"),
-    [
-        pytest.param("a\nb\n", "a\nb\n", False, True, id="the same"),
-        pytest.param("b\na\n", "a\nb\n", False, False, id="another order"),
-        pytest.param("b\na\n", "a\nb\n", True, True, id="another order, of commands at once"),
-        pytest.param("id: 12-0\n", "id: …-0\n", False, True, id="a part that differs"),
-        pytest.param("12-0\nid: 12-0\n", "…-0\nid: …-0\n", True, True, id="a pattern that fits two lines"),
-        pytest.param("a\na\n", "a\n", True, False, id="doubled"),
-        pytest.param("", "a\n", True, False, id="nothing"),
-        pytest.param("a\n", "", False, False, id="more than nothing"),
-        pytest.param("", "", False, True, id="nothing, as it should be"),
-        pytest.param("", "", True, True, id="nothing, of commands at once"),
-    ],
-)
-def test_output_is_compared_line_by_line(output: str, expected: str, is_mixed: bool, fits: bool) -> None:
-    assert is_like(output, expected, is_mixed) == fits
+FITTING = {
+    "the same": ("a\nb\n", "a\nb\n"),
+    "a part that differs": ("id: 12-0\n", "id: …-0\n"),
+    "nothing, as it should be": ("", ""),
+}
+FITTING_IF_MIXED = {
+    "another order": ("b\na\n", "a\nb\n"),
+    "a pattern that fits two lines": ("12-0\nid: 12-0\n", "…-0\nid: …-0\n"),
+    "nothing, as it should be": ("\n", ""),
+}
+UNFIT = {
+    "another order": ("b\na\n", "a\nb\n"),
+    "doubled": ("a\na\n", "a\n"),
+    "nothing": ("", "a\n"),
+    "more than nothing": ("a\n", ""),
+}
+
+
+@pytest.mark.parametrize(("output", "expected"), FITTING.values(), ids=FITTING)
+def test_output_as_expected_fits(output: str, expected: str) -> None:
+    assert is_like(output, expected)
+
+
+@pytest.mark.parametrize(("output", "expected"), FITTING_IF_MIXED.values(), ids=FITTING_IF_MIXED)
+def test_output_of_commands_at_once_fits_in_any_order(output: str, expected: str) -> None:
+    assert is_like(output, expected, is_mixed=True)
+
+
+@pytest.mark.parametrize(("output", "expected"), UNFIT.values(), ids=UNFIT)
+def test_other_output_does_not_fit(output: str, expected: str) -> None:
+    assert not is_like(output, expected)
 
 
 # ── What no command shows ────────────────────────────────────────────────────────────────────────────────────────────
@@ -436,20 +451,20 @@ def test_stage_6_tells_each_browser_another_time_to_come_back(stage_6: Stage) ->
     assert all(time and 2000 <= time <= 4000 for time in times)
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        pytest.param(b"hello", id="no JSON"),
-        pytest.param(b"\xff", id="no UTF-8"),
-        pytest.param(b"42", id="no object"),
-        pytest.param(b"{}", id="no data"),
-        pytest.param(b'{"data": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", id="nested too deeply"),
-        pytest.param(b'{"data": 1, "type": "\\ud800"}', id="half a character"),
-        pytest.param(b'{"data": 1, "type": "a\\rb"}', id="a line break in the type"),
-        pytest.param(b'{"data": 1, "id": "7"}', id="an id that is not ours"),
-        pytest.param(b'{"data": 1, "id": [1]}', id="an id of another kind"),
-    ],
-)
+BAD_MESSAGES = {
+    "no JSON": b"hello",
+    "no UTF-8": b"\xff",
+    "no object": b"42",
+    "no data": b"{}",
+    "nested too deeply": b"[" * 50_000,
+    "half a character": b'{"data": 1, "type": "\\ud800"}',
+    "a line break in the type": b'{"data": 1, "type": "a\\rb"}',
+    "an id that is not ours": b'{"data": 1, "id": "7"}',
+    "an id of another kind": b'{"data": 1, "id": [1]}',
+}
+
+
+@pytest.mark.parametrize("message", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
 def test_a_bad_message_ends_no_stream_of_stage_6(stage_6: Stage, redis_process: RedisProcess, message: bytes) -> None:
     dropped_before = stage_6.times_said("dropped a message: ")
 
@@ -522,3 +537,60 @@ def test_each_link_between_the_pages_leads_to_a_file() -> None:
         for target in targets:
             path = TUTORIAL / target
             assert path.exists(), page.name
+
+
+# ── Inside ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+INSIDE = HERE / "docs" / "inside.md"
+OTHER_NAMES = {"mypy", "pytest", "test_ssepush.py"}
+
+
+def test_names_that_inside_mentions_are_those_of_ssepush() -> None:
+    source = (HERE / "ssepush.py").read_text()
+    words = set(re.findall(r"\w+", source))
+    text = INSIDE.read_text()
+    mentioned = set(re.findall(r"`(\w+(?:\.\w+)?)`", text))
+    for name in mentioned - OTHER_NAMES:
+        assert words.issuperset(name.split(".")), name
+
+
+def changed_by_inside() -> str:
+    """ssepush.py with the changes that the page makes to add a route and an option."""
+    source = (HERE / "ssepush.py").read_text()
+    for block in blocks_of(INSIDE):
+        if block.language == "diff":
+            lines = block.text.splitlines(keepends=True)
+            before = "".join(line[1:] for line in lines if not line.startswith("+"))
+            after = "".join(line[1:] for line in lines if not line.startswith("-"))
+            assert source.count(before) == 1, block.where
+            source = source.replace(before, after)
+    return source
+
+
+def test_a_route_and_an_option_are_added_as_inside_says(redis_process: RedisProcess, tmp_path: Path) -> None:
+    program = tmp_path / "ssepush.py"
+    program.write_text(changed_by_inside())
+    page = tmp_path / "index.html"
+    page.write_bytes((HERE / "index.html").read_bytes())
+    port = free_port()
+    options = ["--port", str(port), "--redis-url", redis_process.url, "--max-channels", "1"]
+
+    with subprocess.Popen([sys.executable, program, *options]) as process:
+        try:
+            wait_for(lambda: listens(port), "it listens")
+            time_answer = answer_to(port, "/time")
+            too_many = answer_to(port, "/stream?channel=a&channel=b")
+        finally:
+            process.terminate()
+
+    assert time_answer.startswith('{"state": "ok", "time": ')
+    assert too_many == '{"state": "error", "error": "a stream follows at most 1 channels"}\n'
+
+
+def answer_to(port: int, path: str) -> str:
+    """The body of the answer."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=DEADLINE_S)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.read().decode()
