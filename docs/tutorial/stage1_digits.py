@@ -1,0 +1,64 @@
+"""Stage 1: the digits 1 to 6, round and round, one each half second.
+
+    python3 docs/tutorial/stage1_digits.py [PORT]
+
+GET /stream is the stream of events, GET / a page that shows it.
+GET /stream?article is the same with the mistake of the article.
+"""
+
+import itertools
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+PAGE = Path(__file__).with_name("page.html")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request. Each runs in a thread of its own, so one may go on for ever."""
+
+    def do_GET(self):
+        if self.path.startswith("/stream"):
+            self.start("text/event-stream")
+            self.stream()
+        else:
+            self.start("text/html; charset=utf-8")
+            page = PAGE.read_bytes()
+            self.wfile.write(page)
+
+    def start(self, content_type):
+        """Send the head of the answer. It does not say how long the body is: it lasts as long as the connection."""
+        self.send_response(200)
+        self.send_header("Content-Type", content_type)
+        self.end_headers()
+
+    def stream(self):
+        """The whole of server push: an answer that does not end."""
+        event_end = "\n\n"
+        if self.path == "/stream?article":
+            event_end = "\n"
+        for digit in itertools.cycle("123456"):
+            event = f"data: {digit}{event_end}"
+            self.wfile.write(event.encode())
+            time.sleep(0.5)
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # how many browsers may knock at the same time; if left alone, 5
+
+
+def serve(handler, port):
+    """Answer requests until Ctrl-C. A word after the file's name is the port."""
+    if len(sys.argv) > 1:
+        port = int(sys.argv[1])
+    server = Server(("127.0.0.1", port), handler)
+    print(f"open http://127.0.0.1:{server.server_port}/    stop with: Ctrl-C", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("stopped")
+
+
+if __name__ == "__main__":
+    serve(Handler, 5001)

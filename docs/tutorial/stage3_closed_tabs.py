@@ -1,0 +1,63 @@
+"""Stage 3: a closed tab is noticed, and a silent stream shows that it is alive. Still a thread for each.
+
+    python3 docs/tutorial/stage3_closed_tabs.py [PORT]
+
+GET /threads says how many threads this process has; the other requests are those of stage 2.
+HEARTBEAT_S in the environment: after how many silent seconds a stream gets a heartbeat.
+"""
+
+import os
+import socket
+import threading
+import time
+
+import stage2_redis
+from stage1_digits import serve
+from stage2_redis import REDIS, frame_of
+
+HEARTBEAT_S = float(os.environ.get("HEARTBEAT_S", "15"))
+HEARTBEAT = b":\n\n"  # a line that begins with a colon is a comment, which browsers ignore
+LOOK_S = 0.5  # how long a stream waits for Redis before it looks after its browser
+
+
+def has_left(browser):
+    """Whether the browser has closed its connection: then there is something to read, and it is nothing."""
+    try:
+        received = browser.recv(4096, socket.MSG_DONTWAIT)
+        return received == b""
+    except BlockingIOError:  # nothing to read: it is there, and listens
+        return False
+    except OSError:  # the connection is broken
+        return True
+
+
+class Handler(stage2_redis.Handler):
+    """As in stage 2, with another stream, and one more request."""
+
+    def do_GET(self):
+        if self.path == "/threads":
+            self.start("text/plain")
+            answer = f"{threading.active_count()}\n"
+            self.wfile.write(answer.encode())
+        else:
+            super().do_GET()
+
+    def stream(self):
+        """Wait for a message, but never for long: has the browser left? Is a heartbeat due?"""
+        beat_at = time.monotonic() + HEARTBEAT_S
+        with REDIS.pubsub(ignore_subscribe_messages=True) as pubsub:  # closed at the end, however that comes
+            pubsub.subscribe("sse")
+            while not has_left(self.connection):
+                message = pubsub.get_message(timeout=LOOK_S)
+                if message:
+                    frame = frame_of(message["data"])
+                elif time.monotonic() > beat_at:
+                    frame = HEARTBEAT
+                else:
+                    continue
+                self.wfile.write(frame)
+                beat_at = time.monotonic() + HEARTBEAT_S
+
+
+if __name__ == "__main__":
+    serve(Handler, 5003)
