@@ -15,6 +15,7 @@ import os
 import random
 import re
 import resource
+import selectors
 import shutil
 import signal
 import socket
@@ -351,6 +352,20 @@ def _body(headers: dict[str, str], received: bytes) -> tuple[bytes, bytes]:
     return received[:length], received[length:]
 
 
+HOST_LINE = b"Host: localhost\r\n"
+
+
+def request(line: bytes, *fields: bytes, host: bytes = HOST_LINE, body: bytes = b"") -> bytes:
+    """The bytes of a request, as they are: `request(b"GET / HTTP/1.1", b"X: y")`."""
+    lines = b"".join(field + b"\r\n" for field in fields)
+    return line + b"\r\n" + host + lines + b"\r\n" + body
+
+
+def post(*fields: bytes, body: bytes) -> bytes:
+    """The bytes of a publish, with these fields besides Host and Content-Type."""
+    return request(b"POST /publish HTTP/1.1", b"Content-Type: application/json", *fields, body=body)
+
+
 def exchange(port: int, sent: bytes, seconds: float = DEADLINE_S) -> bytes:
     """Everything that comes back on a connection on which exactly these bytes are sent."""
     received = b""
@@ -434,6 +449,15 @@ class Parser:
             self.events.append(event)
         self._data = []
         self._type = ""
+
+
+def dispatched(frame: bytes) -> Received:
+    """The one event that a browser dispatches for these bytes."""
+    parser = Parser()
+    parser.feed(frame)
+    assert len(parser.events) == 1
+    assert not parser.comments
+    return parser.events[0]
 
 
 class EventStream:
@@ -588,6 +612,23 @@ def close_with_reset(sock: socket.socket) -> None:
     linger_for_no_time = b"\x01\0\0\0\0\0\0\0"
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_no_time)
     sock.close()
+
+
+def ends(streams: Sequence[EventStream]) -> list[float]:
+    """Read all of them to their ends; when each ended."""
+    times: list[float] = []
+    deadline = time.monotonic() + DEADLINE_S
+    with selectors.DefaultSelector() as selector:
+        for stream in streams:
+            selector.register(stream.sock, selectors.EVENT_READ, stream)
+        while len(times) < len(streams):
+            assert time.monotonic() < deadline, f"only {len(times)} ended"
+            for key, _ in selector.select(1.0):
+                key.data.read()
+                if key.data.ended:
+                    times.append(time.monotonic())
+                    selector.unregister(key.fileobj)
+    return times
 
 
 def query_of(*channels: str) -> str:
