@@ -35,14 +35,25 @@ AS_PUBLISHED: dict[str, Any] = {
     "a large number": 2**64 + 1,
     "a fraction": -1.5,
     "an empty object": {},
-    "nested JSON": {"问": [1, None, {"deep": [[["x\ny"]], True]}], "e": "👍", "separator": "\u2028"},
+    "nested JSON": {
+        "问": [1, None, {"deep": [[["x\ny"]], True]}],
+        "e": "👍",
+        "separator": "\u2028",
+    },
     "500 KB": "数据 " * 71_000,
 }
 
 
 def as_read(value: Any) -> str:
     """What a browser reads when this is published as `data`: each line end is LF to it."""
-    return re.sub("\r\n|\r", "\n", value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return one_line_end(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def one_line_end(text: str) -> str:
+    """The text as an event stream can carry it: each of the three line ends is one."""
+    return re.sub("\r\n|\r", "\n", text)
 
 
 NO_EVENT_OBJECTS = {
@@ -105,9 +116,15 @@ NEW_ANSWERS = {
 }
 
 
-def publish_all(redis_process: RedisProcess, channel: str) -> list[list[str]]:
+def publish_all(
+    redis_process: RedisProcess,
+    channel: str,
+) -> list[list[str]]:
     """Publish each row of AS_PUBLISHED, then "end"; what a client should have read: `[[type, data], …]`."""
-    rows = [*((f"type-{at}", value) for at, value in enumerate(AS_PUBLISHED.values())), ("end", "")]
-    for type_, value in rows:
-        redis_process.publish(channel, json.dumps({"data": value, "type": type_}))
-    return [[type_, as_read(value)] for type_, value in rows]
+    expected = []
+    for number, value in enumerate(AS_PUBLISHED.values()):
+        type_ = f"type-{number}"
+        redis_process.publish_event(channel, data=value, type=type_)
+        expected.append([type_, as_read(value)])
+    redis_process.publish_event(channel, data="", type="end")
+    return [*expected, ["end", ""]]

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
 
-def listen(tab: WebDriver, server: ServerProcess, channel: str, types: Sequence[str] = ("message",)) -> None:
+def listen(
+    tab: WebDriver,
+    server: ServerProcess,
+    channel: str,
+    types: Sequence[str] = ("message",),
+) -> None:
     """Open an EventSource on a page of the server, and keep what it dispatches in `events`."""
     script = """
         const [channel, types, done] = arguments;
@@ -33,7 +38,10 @@ def listen(tab: WebDriver, server: ServerProcess, channel: str, types: Sequence[
     tab.execute_async_script(script, channel, list(types))
 
 
-def heard(tab: WebDriver, number: int) -> list[list[str]]:
+def heard(
+    tab: WebDriver,
+    number: int,
+) -> list[list[str]]:
     """The first events, as many, as Chromium dispatched them: `[[type, data, lastEventId], …]`."""
 
     def enough() -> bool:
@@ -55,7 +63,10 @@ def test_redis_cli_publish_alone_changes_the_page_and_prints_the_number_of_open_
 ) -> None:
     wait_for(lambda: server.redis.subscribers("sse") == 0, "the last test's streams are gone")
     from_disk = f"{(HERE / 'index.html').as_uri()}?server=http://localhost:{server.port}"
-    others = [server.stream(), server.stream("other", "sse")]
+    others = [
+        server.stream(),
+        server.stream("other", "sse"),
+    ]
     tab.get(f"{server.url}/" if where == "served" else from_disk)
     assert text_of(tab, "data") == "received pushed data"
     wait_for(lambda: state_of(tab) == "open", "the page is open")
@@ -116,7 +127,11 @@ def test_the_page_opened_from_disk_says_that_publishing_is_refused(server: Serve
     assert text_of(tab, "data") == "received pushed data"
 
 
-def test_server_closed_closes_the_page_for_good(start: Start, tab: WebDriver, channel: str) -> None:
+def test_server_closed_closes_the_page_for_good(
+    start: Start,
+    tab: WebDriver,
+    channel: str,
+) -> None:
     server = start("--retry", "100", "--heartbeat", "0.2")
     tab.get(f"{server.url}/")
     wait_for(lambda: state_of(tab) == "open", "the page is open")
@@ -131,8 +146,17 @@ def test_server_closed_closes_the_page_for_good(start: Start, tab: WebDriver, ch
     assert state_of(tab) == "closed"
 
 
-def test_chromium_reads_data_exactly_as_published(server: ServerProcess, tab: WebDriver, channel: str) -> None:
-    listen(tab, server, channel, [*(f"type-{at}" for at in range(len(AS_PUBLISHED))), "end"])
+def test_chromium_reads_data_exactly_as_published(
+    server: ServerProcess,
+    tab: WebDriver,
+    channel: str,
+) -> None:
+    listen(
+        tab,
+        server,
+        channel,
+        [*(f"type-{at}" for at in range(len(AS_PUBLISHED))), "end"],
+    )
     wait_for(lambda: server.redis.subscribers(channel), "Chromium is subscribed")
 
     published = publish_all(server.redis, channel)
@@ -141,7 +165,11 @@ def test_chromium_reads_data_exactly_as_published(server: ServerProcess, tab: We
     assert [event[:2] for event in received] == published
 
 
-def test_chromium_hears_any_other_message_and_no_poison(server: ServerProcess, tab: WebDriver, channel: str) -> None:
+def test_chromium_hears_any_other_message_and_no_poison(
+    server: ServerProcess,
+    tab: WebDriver,
+    channel: str,
+) -> None:
     listen(tab, server, channel)
     wait_for(lambda: server.redis.subscribers(channel), "Chromium is subscribed")
 
@@ -178,7 +206,12 @@ def test_chromium_comes_back_by_itself_after_redis_was_killed_and_started_again(
     own_redis.kill()
     wait_for(lambda: server.refused("redis-away") >= 3, "Chromium tries again")
     own_redis.start()
-    missed = ssepush.publish("while away", None, channel, redis_url=own_redis.url)
+    missed = ssepush.publish(
+        "while away",
+        None,
+        channel,
+        redis_url=own_redis.url,
+    )
     wait_for(lambda: own_redis.subscribers(channel), "Chromium is subscribed again")
     second = server.publish("second", channel)
 
@@ -224,7 +257,13 @@ def leaving(chromium: Any) -> Iterator[Any]:
 class ChromiumPage:
     """The page in Chromium."""
 
-    def __init__(self, driver: Any, server: ServerProcess, channel: str = "sse", types: str = "") -> None:
+    def __init__(
+        self,
+        driver: Any,
+        server: ServerProcess,
+        channel: str = "sse",
+        types: str = "",
+    ) -> None:
         self.driver = driver
         driver.get(f"{server.url}/")
         assert driver.title == "ssepush", driver.page_source
@@ -306,7 +345,11 @@ def test_a_channel_full_of_markup_shows_as_text(leaving: Any, server: ServerProc
     assert page.is_clean()
 
 
-def test_error_messages_show_as_text(leaving: Any, server: ServerProcess, channel: str) -> None:
+def test_error_messages_show_as_text(
+    leaving: Any,
+    server: ServerProcess,
+    channel: str,
+) -> None:
     page = ChromiumPage(leaving, server, f"private-{MARKUP}")
     page.wait("state", f"private-{MARKUP}")
 

@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -17,14 +17,27 @@ from tests.kit import DEADLINE_S, dispatched, resp_array, wait_for
 
 
 def test_positions_are_in_the_order_of_their_ids_and_empty_for_foreign_ones() -> None:
-    times, numbers = (1764000000000, 1764000000001, 9999999999999), (1000000000000000, 1000000000000001, 2**53 - 1)
+    times = ["1764000000000", "1764000000001", "9999999999999"]
+    sequences = ["1000000000000000", "1000000000000001", "9007199254740991"]
+    ids = [f"{time}-{sequence}" for time in times for sequence in sequences]
 
-    positions = [ssepush.position_of(f"{ms}-{seq}") for ms in times for seq in numbers]
+    positions = [ssepush.position_of(id) for id in ids]
 
     assert positions == sorted(set(positions))
     assert positions[0]
     ours = "1764000000000-1000000000000000"
-    for foreign in (None, "", "7", "1-2-3", "a" + ours[1:], "１" + ours[1:], ours + "\n", ours + "0", "0" + ours):
+    foreign_ids = [
+        None,
+        "",
+        "7",
+        "1-2-3",
+        "a" + ours[1:],
+        "１" + ours[1:],
+        ours + "\n",
+        ours + "0",
+        "0" + ours,
+    ]
+    for foreign in foreign_ids:
         assert ssepush.position_of(foreign) == ""
 
 
@@ -45,8 +58,16 @@ REPLIES = b"".join(
 )
 
 
-def parsed(chunks: Sequence[bytes]) -> tuple[list[Any], list[str], list[Any]]:
-    """Events, other replies, and what was dropped, when a subscriber reads the bytes in these chunks."""
+class Parsed(NamedTuple):
+    """Events as (channel, id, frame), other replies, and what was dropped, as (channel, reason)."""
+
+    events: list[Any]
+    replies: list[str]
+    drops: list[Any]
+
+
+def parsed(chunks: Sequence[bytes]) -> Parsed:
+    """What a subscriber understands that reads the bytes in these chunks."""
     events: list[Any] = []
     replies: list[str] = []
     drops: list[Any] = []
@@ -54,18 +75,20 @@ def parsed(chunks: Sequence[bytes]) -> tuple[list[Any], list[str], list[Any]]:
     for number, chunk in enumerate(chunks, 1):
         rest += chunk
         read = ssepush.parse(rest, 1000)
-        assert not read.missing or read.missing <= sum(map(len, chunks[number:]))
+        still_to_come = sum(map(len, chunks[number:]))
+        assert read.missing <= still_to_come
         assert bool(read.missing) == bool(read.rest)
         rest, missing = read.rest, read.missing
         for part in read.parts:
             if isinstance(part, str):
                 replies.append(part)
                 continue
-            assert part.plain == b"".join(frame for _, frame in part.events)
+            frames = [frame for _, frame in part.events]
+            assert part.plain == b"".join(frames)
             events += [(part.channel, *event) for event in part.events]
         drops += read.dropped
     assert (rest, missing) == (b"", 0)
-    return events, replies, drops
+    return Parsed(events, replies, drops)
 
 
 def test_replies_of_redis_are_the_same_however_they_are_cut_into_reads() -> None:
@@ -77,14 +100,16 @@ def test_replies_of_redis_are_the_same_however_they_are_cut_into_reads() -> None
         (b"b", "1764000000000-1000000000000000"),
         (b"a", ""),
     ]
-    assert [dispatched(frame).data for _, _, frame in events] == ["one\n$3\n*2\n", "", "二", "three"]
+    data = [dispatched(frame).data for _, _, frame in events]
+    assert data == ["one\n$3\n*2\n", "", "二", "three"]
     assert drops == [(b"b", "message is not UTF-8")]
     assert len(replies) == 3
     assert "NOPERM" in replies[1]
     for cut in range(1, len(REPLIES)):
         assert parsed([REPLIES[:cut], REPLIES[cut:]]) == whole
-    assert parsed([REPLIES[at : at + 1] for at in range(len(REPLIES))]) == whole
-    assert parsed([REPLIES[at : at + 7] for at in range(0, len(REPLIES), 7)]) == whole
+    for size in (1, 7):
+        starts = range(0, len(REPLIES), size)
+        assert parsed([REPLIES[at : at + size] for at in starts]) == whole
 
 
 # ── The relay ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -95,7 +120,8 @@ class RelayBetween:
 
     def __init__(self, *options: str) -> None:
         self.ended: SimpleQueue[ssepush.Stream] = SimpleQueue()
-        settings = ssepush.Settings(**vars(ssepush.command_line().parse_args(["--drain", "0.1", *options])))
+        parsed = ssepush.command_line().parse_args(["--drain", "0.1", *options])
+        settings = ssepush.Settings(**vars(parsed))
         self.relay = ssepush.Relay(settings, self.ended.put)
         self.redis, ours = socket.socketpair()
         self.redis.settimeout(DEADLINE_S)
@@ -112,10 +138,17 @@ class RelayBetween:
         self._thread.join(DEADLINE_S)
         self.redis.close()
 
-    def subscribe(self, *channels: bytes) -> tuple[ssepush.Stream, SimpleQueue[str]]:
+    def subscribe(
+        self,
+        *channels: bytes,
+    ) -> tuple[ssepush.Stream, SimpleQueue[str]]:
         """A new stream, not live yet, and where its answer comes."""
         stream = ssepush.Stream(1, "127.0.0.1", channels, chunked=False)
-        self.relay.call(self.relay.subscribe, stream, self.subscriber)
+        self.relay.call(
+            self.relay.subscribe,
+            stream,
+            self.subscriber,
+        )
         return stream, stream.answer
 
     def asked(self, command: bytes) -> None:
@@ -144,7 +177,12 @@ def test_a_redis_that_answers_what_was_not_asked_is_left_and_the_stream_told_to_
         between.asked(b"SUBSCRIBE")
         between.answer(b"subscribe")
         assert answer.get(timeout=DEADLINE_S) == ""
-        between.relay.call(between.relay.go_live, stream, ours, "")
+        between.relay.call(
+            between.relay.go_live,
+            stream,
+            ours,
+            "",
+        )
 
         between.redis.sendall(b"*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$2\r\nhi\r\n-ERR what was that\r\n")
 
@@ -183,7 +221,12 @@ def test_what_an_earlier_subscription_still_brings_is_not_for_a_new_stream() -> 
         subscribed = b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n"
         between.redis.sendall(message % 1 + unsubscribed + subscribed + message % 3)  # and 2 was between them
         assert answer.get(timeout=DEADLINE_S) == ""
-        between.relay.call(between.relay.go_live, stream, ours, "")
+        between.relay.call(
+            between.relay.go_live,
+            stream,
+            ours,
+            "",
+        )
 
         browser.settimeout(DEADLINE_S)
         assert browser.recv(100) == b"data: 3\n\n"
@@ -197,7 +240,10 @@ GOOD_HEADS = {
     "HTTP/1.0 closes": ("GET / HTTP/1.0\r\nHost: a", ("GET", "/", {}, False)),
     "asked to close": ("GET / HTTP/1.1\r\nHost: a\r\nConnection: Close", ("GET", "/", {}, False)),
     "a port": ("GET / HTTP/1.1\r\nHost: [::1]:80", ("GET", "/", {}, True)),
-    "a query": ("GET /s?a=%E4%B8%AD+b&c HTTP/1.1\r\nHost: a", ("GET", "/s", {"a": ["中 b"], "c": [""]}, True)),
+    "a query": (
+        "GET /s?a=%E4%B8%AD+b&c HTTP/1.1\r\nHost: a",
+        ("GET", "/s", {"a": ["中 b"], "c": [""]}, True),
+    ),
     "another method": ("PURGE /x HTTP/1.1\r\nhOST:a", ("PURGE", "/x", {}, True)),
 }
 
@@ -208,5 +254,9 @@ def test_the_head_of_a_request_is_read_like_this(name: str) -> None:
 
     request = ssepush.request_of(head)
 
-    assert (request.method, request.path, request.query, request.persistent) == expected
+    method, path, query, is_persistent = expected
+    assert request.method == method
+    assert request.path == path
+    assert request.query == query
+    assert request.persistent == is_persistent
     assert next(iter(request.headers)) == "host"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import resource
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,13 @@ from tests.kit import (
     IDLE_THREADS,
     Baseline,
     EventStream,
+    Page,
     RedisProcess,
     ServerProcess,
     Start,
     both_ways,
+    close_with_reset,
+    connect,
     connections,
     is_closed,
     post,
@@ -33,6 +38,223 @@ from tests.kit import (
     stopped,
     wait_for,
 )
+
+# ── Slow and gone ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+HEARTBEAT_S = 1.0
+
+
+STALLED_CLIENT = """
+import socket, sys
+sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+sock.sendall(f"GET /stream?channel={sys.argv[3]} HTTP/1.1\\r\\nHost: {sys.argv[1]}\\r\\n\\r\\n".encode())
+while sock.recv(65536):
+    print("read", flush=True)
+"""
+
+
+class Bad:
+    """Streams that do not read as they should; the context that each opens ends with the test."""
+
+    def __init__(
+        self,
+        server: ServerProcess,
+        channel: str,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.server, self.channel, self.stack = server, channel, stack
+
+    def _stream(self) -> EventStream:
+        stream = self.server.opened(self.channel)
+        self.stack.callback(stream.close)
+        return stream
+
+    def _process(
+        self,
+        host: str,
+        *wrapper: str,
+    ) -> subprocess.Popen[str]:
+        command = [
+            *wrapper,
+            sys.executable,
+            "-c",
+            STALLED_CLIENT,
+            host,
+            str(self.server.port),
+            self.channel,
+        ]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.stack.callback(process.wait)
+        self.stack.callback(process.kill)
+        assert process.stdout
+        self.stack.callback(process.stdout.close)
+        assert process.stdout.readline() == "read\n"
+        wait_for(lambda: self.server.streams() == 4, "the fourth stream")
+        return process
+
+    def reads_nothing(self) -> None:
+        self._stream()
+
+    def reads_1_byte_a_second(self) -> None:
+        stream, stop = self._stream(), threading.Event()
+
+        def read() -> None:
+            with contextlib.suppress(OSError):
+                while not stop.wait(1.0) and stream.sock.recv(1):
+                    pass
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        self.stack.callback(reader.join)
+        self.stack.callback(stop.set)
+
+    def is_stopped(self) -> None:
+        self._process("127.0.0.1").send_signal(signal.SIGSTOP)
+
+    def half_closes(self) -> None:
+        self._stream().sock.shutdown(socket.SHUT_WR)
+
+    def resets_when_open(self) -> None:
+        self._stream().reset()
+
+    def resets_at_connect(self) -> None:
+        whole = f"GET /stream?channel={self.channel} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+        for sent in (b"", b"GET /stream", whole):
+            sock = connect(self.server.port)
+            sock.sendall(sent)
+            close_with_reset(sock)
+
+    def vanishes(self) -> None:
+        number = random.SystemRandom().randrange(2**14)
+        namespace, outside, inside = (f"ssepush{number}{end}" for end in "nab")
+        network = f"10.231.{number // 64}"
+        ours, theirs = (f"{network}.{number % 64 * 4 + host}" for host in (1, 2))
+
+        def ip(command: str) -> None:
+            subprocess.run(
+                ["ip", *command.split()],
+                check=True,
+                capture_output=True,
+            )
+
+        try:
+            ip(f"netns add {namespace}")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs root and network namespaces: {error}")
+        self.stack.callback(ip, f"netns del {namespace}")
+        ip(f"link add {outside} type veth peer name {inside} netns {namespace}")
+        self.stack.callback(ip, f"link del {outside}")  # a namespace takes its links down later, if left to itself
+        ip(f"addr add {ours}/30 dev {outside}")
+        ip(f"link set {outside} up")
+        ip(f"-n {namespace} addr add {theirs}/30 dev {inside}")
+        ip(f"-n {namespace} link set {inside} up")
+        self._process(ours, "ip", "netns", "exec", namespace)
+        ip(f"-n {namespace} route add blackhole {ours}/32")  # whatever it sends is dropped
+
+
+STALL_S = 2 * HEARTBEAT_S
+
+
+BADS: dict[str, tuple[Callable[[Bad], None], int, float, tuple[str, ...]]] = {  # events of 20 KB, bound in s, options
+    "reads nothing": (Bad.reads_nothing, 30, STALL_S, ()),
+    "reads nothing, shared": (Bad.reads_nothing, 30, STALL_S, ("--shared",)),
+    "reads 1 byte/s": (Bad.reads_1_byte_a_second, 30, STALL_S, ()),
+    "is stopped": (Bad.is_stopped, 30, STALL_S, ()),
+    "falls behind by more than the backlog": (Bad.reads_nothing, 90, 0.0, ()),
+    "vanishes": (Bad.vanishes, 30, STALL_S, ()),
+    "vanishes, shared": (Bad.vanishes, 30, STALL_S, ("--shared",)),
+    "vanishes while nothing is published": (Bad.vanishes, 0, HEARTBEAT_S + STALL_S, ()),
+    "half-closes": (Bad.half_closes, 0, 0.0, ()),
+    "half-closes, shared": (Bad.half_closes, 0, 0.0, ("--shared",)),
+    "resets when open": (Bad.resets_when_open, 0, 0.0, ()),
+    "resets at connect": (Bad.resets_at_connect, 0, 0.0, ()),
+}
+
+
+@pytest.mark.parametrize("case", BADS)
+def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_get_everything(
+    own_redis: RedisProcess, start: Start, channel: str, case: str
+) -> None:
+    bad, number, bound_s, options = BADS[case]
+    server = start(
+        "--host",
+        "0.0.0.0",
+        "--heartbeat",
+        str(HEARTBEAT_S),
+        *options,
+        redis=own_redis,
+    )
+    pages = [Page(server.port, channel) for _ in range(3)]
+    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
+
+    with contextlib.ExitStack() as stack:
+        bad(Bad(server, channel, stack))
+        for event in range(number):
+            ssepush.publish(f"{event} {'x' * 20_000}", channel=channel, redis_url=own_redis.url)
+        wait_for(
+            lambda: server.streams() == 3,
+            "the bad stream is gone",
+            seconds=bound_s + 1.5,
+        )
+    ssepush.publish("last", channel=channel, redis_url=own_redis.url)
+    for page in pages:
+        page.wait_for("last")
+
+        assert [event.data.split()[0] for event in page.events] == [*map(str, range(number)), "last"]
+        assert page.streams == 1
+
+
+def test_streams_that_do_not_read_their_replay_hold_up_nobody(start: Start, channel: str) -> None:
+    server = start()
+    told = server.opened(channel).parser.last_event_id
+    for number in range(20):
+        ssepush.publish(
+            f"{number} {'x' * 200_000}",
+            channel=channel,
+            redis_url=server.redis.url,
+        )
+    unread = []
+    for _ in range(60):
+        sock = socket.create_connection(("127.0.0.1", server.port), DEADLINE_S)
+        request = f"GET /stream?channel={channel}&lastEventId={told} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        sock.sendall(request.encode())
+        assert sock.recv(15) == b"HTTP/1.1 200 OK"
+        unread.append(sock)
+
+    with server.opened(channel) as stream:
+        server.publish("to those who read", channel)
+        assert stream.next().data == "to those who read"
+    for sock in unread:
+        sock.close()
+
+
+# ── Many ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_thousand_streams_get_every_message_without_a_thread_more(server: ServerProcess, channel: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    wait_for(lambda: server.streams() == 0, "the streams of other tests are gone")
+    threads = server.threads()
+
+    streams = [server.stream(channel) for _ in range(1000)]
+
+    wait_for(lambda: server.threads() <= threads, "no thread stays with a stream")
+    for number in range(20):
+        assert server.redis.publish(channel, f'{{"data": {number}}}') == server.subscribers_for(1000)
+    for stream in streams:
+        assert stream.data(20) == [str(number) for number in range(20)]
+    assert server.threads() <= threads
+    assert server.streams() == 1000
+    for stream in streams:
+        stream.close()
+    wait_for(lambda: server.redis.subscribers(channel) == 0, "all subscribers are gone")
+
 
 # ── Leaks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -114,7 +336,12 @@ def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
         before = server.resident_bytes()
 
         for number in range(150):
-            ssepush.publish(f"{number} {'x' * 900_000}", channel=channel, redis_url=server.redis.url, history=1)
+            ssepush.publish(
+                f"{number} {'x' * 900_000}",
+                channel=channel,
+                redis_url=server.redis.url,
+                history=1,
+            )
             assert stream.next().data.startswith(f"{number} ")
 
         assert server.resident_bytes() - before < 80_000_000
@@ -125,10 +352,31 @@ def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
 
 @both_ways
 def test_a_short_chaos_run_loses_doubles_and_reorders_nothing(way: tuple[str, ...]) -> None:
-    options = ["--streams", "30", "--events", "800", "--seconds", "5", "--latency-seconds", "0", "--seed", "1", *way]
-    command = [sys.executable, str(HERE / "bench" / "chaos.py"), *options]
+    options = [
+        "--streams",
+        "30",
+        "--events",
+        "800",
+        "--seconds",
+        "5",
+        "--latency-seconds",
+        "0",
+        "--seed",
+        "1",
+        *way,
+    ]
+    command = [
+        sys.executable,
+        str(HERE / "bench" / "chaos.py"),
+        *options,
+    ]
 
-    chaos = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    chaos = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
 
     assert chaos.returncode == 0, chaos.stdout + chaos.stderr
     figures = dict(re.findall(r"^(lost|doubled|reordered|unannounced gaps) +(\d+)$", chaos.stdout, re.MULTILINE))
@@ -139,21 +387,33 @@ def test_a_short_chaos_run_loses_doubles_and_reorders_nothing(way: tuple[str, ..
 
 
 @pytest.mark.alone
-def test_five_thousand_silent_connections_disturb_nobody(start: Start, channel: str, many_files: None) -> None:
+def test_five_thousand_silent_connections_disturb_nobody(
+    start: Start,
+    channel: str,
+    many_files: None,
+) -> None:
     server = start()
     baseline = Baseline(server, channel)
 
     with connections(server.port, 5000) as silent:
         baseline.publish("meanwhile")
         baseline.newcomer()
-        wait_for(lambda: server.descriptors() < baseline.descriptors + 1100, "the oldest are ended", 5.0)
+        wait_for(
+            lambda: server.descriptors() < baseline.descriptors + 1100,
+            "the oldest are ended",
+            5.0,
+        )
         assert is_closed(silent[0])
 
     baseline.end()
 
 
 @pytest.mark.alone
-def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(start: Start, channel: str, many_files: None) -> None:
+def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(
+    start: Start,
+    channel: str,
+    many_files: None,
+) -> None:
     server = start()
     baseline = Baseline(server, channel)
     ended = threading.Event()
@@ -165,7 +425,11 @@ def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(start: Start, 
                     sock.send(b"a")
 
     heads = connections(server.port, 450, b"GET /stream?channel=")
-    bodies = connections(server.port, 50, post(b"Content-Length: 1000", body=b"{"))
+    bodies = connections(
+        server.port,
+        50,
+        post(b"Content-Length: 1000", body=b"{"),
+    )
     with heads as slow_heads, bodies as slow_bodies:
         sender = threading.Thread(target=trickle, args=([*slow_heads, *slow_bodies],))
         sender.start()
@@ -173,7 +437,11 @@ def test_five_hundred_slow_senders_disturb_nobody_and_end_on_time(start: Start, 
             wait_for(lambda: server.threads() >= 500, "all of them hold a thread")
             baseline.publish("meanwhile")
             baseline.newcomer()
-            wait_for(lambda: all(map(is_closed, slow_heads)), "slow heads are ended", ssepush.HEAD_S + 5)
+            wait_for(
+                lambda: all(map(is_closed, slow_heads)),
+                "slow heads are ended",
+                ssepush.HEAD_S + 5,
+            )
         finally:
             ended.set()
             sender.join()
@@ -212,7 +480,11 @@ def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, c
     server = start("--heartbeat", "0.5")
     baseline = Baseline(server, channel)
     limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (baseline.descriptors, limits[1]))
+    resource.prlimit(
+        server.process.pid,
+        resource.RLIMIT_NOFILE,
+        (baseline.descriptors, limits[1]),
+    )
     comments, used = len(baseline.stream.parser.comments), server.cpu_s()
 
     with connections(server.port, 20):
@@ -226,7 +498,11 @@ def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, c
 
 
 @pytest.mark.alone
-def test_connections_that_take_no_answer_are_ended(start: Start, channel: str, many_files: None) -> None:
+def test_connections_that_take_no_answer_are_ended(
+    start: Start,
+    channel: str,
+    many_files: None,
+) -> None:
     server = start()
     baseline = Baseline(server, channel)
 
@@ -267,7 +543,11 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
         connections(server.port, 100, request(b"GET /stream HTTP/1.1")),
     ):
         wait_for(lambda: server.threads() > threads + 100, "they wait for Redis")
-        wait_for(lambda: server.get("/metrics").status == 200, "the others are served", 2.0)
+        wait_for(
+            lambda: server.get("/metrics").status == 200,
+            "the others are served",
+            2.0,
+        )
         wait_for(lambda: server.threads() <= threads + 1, "they have been told that Redis is away")
     own_redis.signal(signal.SIGCONT)
 
@@ -291,7 +571,11 @@ def test_all_places_for_numbers_taken_leave_the_rest_alone(start: Start, channel
 
 
 @pytest.mark.alone
-def test_a_burst_of_channels_does_not_hold_up_the_others(start: Start, channel: str, many_files: None) -> None:
+def test_a_burst_of_channels_does_not_hold_up_the_others(
+    start: Start,
+    channel: str,
+    many_files: None,
+) -> None:
     server = start("--shared")
     baseline = Baseline(server, channel)
     queries = [b"&".join(b"channel=%d-%d" % (number, n) for n in range(20)) for number in range(300)]

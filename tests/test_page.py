@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 # The page does not depend on how the server subscribes.
-one_way = pytest.mark.parametrize("server", [()], ids=["subscriber each"], indirect=True)
+one_way = pytest.mark.parametrize(
+    "server",
+    [()],
+    ids=["subscriber each"],
+    indirect=True,
+)
 
 
 SET = """
@@ -75,14 +80,23 @@ AXE = """
 """
 
 
-def open_page(tab: WebDriver, server: ServerProcess, channel: str, types: str = "") -> None:
+def open_page(
+    tab: WebDriver,
+    server: ServerProcess,
+    channel: str,
+    types: str = "",
+) -> None:
     """The page, listening to a channel that it also publishes to."""
     tab.get(f"{server.url}/?channel={channel}&types={types}")
     wait_for(lambda: state_of(tab) == "open", "the page is open")
     enter(tab, "publish-channel", channel)
 
 
-def enter(tab: WebDriver, id_: str, value: str) -> None:
+def enter(
+    tab: WebDriver,
+    id_: str,
+    value: str,
+) -> None:
     """Have this value in a field."""
     tab.execute_script(SET, id_, value)
 
@@ -97,13 +111,21 @@ def rows(tab: WebDriver) -> list[str]:
     return [str(data) for data in tab.execute_script(ROWS)]
 
 
-def publish(redis_process: RedisProcess, channel: str, *events: tuple[str, str]) -> None:
+def publish(
+    redis_process: RedisProcess,
+    channel: str,
+    *events: tuple[str, str],
+) -> None:
     """Each as type and data, by a plain PUBLISH."""
     for type_, data in events:
         assert redis_process.publish(channel, json.dumps({"data": data, "type": type_})) == 1
 
 
-def wait_for_text(tab: WebDriver, id_: str, text: str) -> None:
+def wait_for_text(
+    tab: WebDriver,
+    id_: str,
+    text: str,
+) -> None:
     """Until this is all that stands there."""
     wait_for(lambda: text_of(tab, id_) == text, f"{text!r} in #{id_}")
 
@@ -179,7 +201,12 @@ def test_a_paused_page_counts_on_and_shows_what_came_meanwhile_when_resumed(
     wait_for(lambda: rows(tab) == ["before"], "it is shown")
 
     click(tab, "#pause")
-    publish(server.redis, channel, ("message", "during 1"), ("message", "during 2"))
+    publish(
+        server.redis,
+        channel,
+        ("message", "during 1"),
+        ("message", "during 2"),
+    )
     wait_for_text(tab, "count", "3")
     assert rows(tab) == ["before"]
     assert text_of(tab, "meanwhile") == ", 2 since the pause"
@@ -191,9 +218,18 @@ def test_a_paused_page_counts_on_and_shows_what_came_meanwhile_when_resumed(
 
 
 @one_way
-def test_clear_empties_the_log_and_starts_the_count_anew(server: ServerProcess, tab: WebDriver, channel: str) -> None:
+def test_clear_empties_the_log_and_starts_the_count_anew(
+    server: ServerProcess,
+    tab: WebDriver,
+    channel: str,
+) -> None:
     open_page(tab, server, channel)
-    publish(server.redis, channel, ("message", "a"), ("stream-reset", '{"reason": "told"}'))
+    publish(
+        server.redis,
+        channel,
+        ("message", "a"),
+        ("stream-reset", '{"reason": "told"}'),
+    )
     wait_for_text(tab, "count", "2")
 
     click(tab, "#clear")
@@ -209,14 +245,28 @@ def test_clear_empties_the_log_and_starts_the_count_anew(server: ServerProcess, 
 
 
 @one_way
-def test_the_log_shows_events_of_the_chosen_type_only(server: ServerProcess, tab: WebDriver, channel: str) -> None:
+def test_the_log_shows_events_of_the_chosen_type_only(
+    server: ServerProcess,
+    tab: WebDriver,
+    channel: str,
+) -> None:
     open_page(tab, server, channel, "greeting")
-    publish(server.redis, channel, ("greeting", "hello 1"), ("message", "plain 1"))
+    publish(
+        server.redis,
+        channel,
+        ("greeting", "hello 1"),
+        ("message", "plain 1"),
+    )
     wait_for(lambda: rows(tab) == ["plain 1", "hello 1"], "both are shown")
 
     click(tab, "#filter option[value=greeting]")
     assert rows(tab) == ["hello 1"]
-    publish(server.redis, channel, ("message", "plain 2"), ("greeting", "hello 2"))
+    publish(
+        server.redis,
+        channel,
+        ("message", "plain 2"),
+        ("greeting", "hello 2"),
+    )
     wait_for(lambda: rows(tab) == ["hello 2", "hello 1"], "the new one of the type is shown")
     assert text_of(tab, "count") == "4"
 
@@ -245,7 +295,11 @@ def test_a_burst_of_1200_events_is_counted_whole_logged_up_to_the_cap_and_can_be
 
 
 @one_way
-def test_the_page_shows_the_id_of_the_last_event(server: ServerProcess, tab: WebDriver, channel: str) -> None:
+def test_the_page_shows_the_id_of_the_last_event(
+    server: ServerProcess,
+    tab: WebDriver,
+    channel: str,
+) -> None:
     open_page(tab, server, channel)
     assert text_of(tab, "last-id") == "none yet"
 
@@ -356,7 +410,11 @@ def test_the_javascript_to_copy_hears_what_the_form_publishes(
 
 
 @one_way
-def test_the_page_works_by_keyboard_alone(server: ServerProcess, tab: WebDriver, channel: str) -> None:
+def test_the_page_works_by_keyboard_alone(
+    server: ServerProcess,
+    tab: WebDriver,
+    channel: str,
+) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
@@ -386,7 +444,12 @@ def looks(chromium: WebDriver) -> Iterator[Callable[[int, str], None]]:
     """Gives the page a width and a color scheme, until the test is over."""
 
     def look(width: int, scheme: str) -> None:
-        metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+        metrics = {
+            "width": width,
+            "height": 800,
+            "deviceScaleFactor": 1,
+            "mobile": width < 600,
+        }
         chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
@@ -396,14 +459,22 @@ def looks(chromium: WebDriver) -> Iterator[Callable[[int, str], None]]:
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def fill(tab: WebDriver, server: ServerProcess, channel: str) -> None:
+def fill(
+    tab: WebDriver,
+    server: ServerProcess,
+    channel: str,
+) -> None:
     """Everything that the page can show at once, and long: events, a reset, a problem, an answer."""
     open_page(tab, server, channel, "long" * 40)
     for data in ("short", "", "unbroken" * 30, "clipped" * 200, {"question": "q" * 200, "value": "v" * 200}):
         server.publish(data, channel, type="new_answers")
     server.publish("unbroken" * 30, channel, type="new_question")
     server.publish("typed", channel, type="long" * 40)
-    server.publish({"reason": "unbroken" * 30}, channel, type="stream-reset")
+    server.publish(
+        {"reason": "unbroken" * 30},
+        channel,
+        type="stream-reset",
+    )
     wait_for(lambda: len(rows(tab)) == 8, "all rows")
     enter(tab, "publish-retry", "x")
     click(tab, "#publish button")
@@ -431,8 +502,21 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not HAS_TEST_EXTRA:
         pytest.skip("needs the test extra: pip install '.[test]'")
     folder = tmp_path_factory.mktemp("axe")
-    command = [program("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), "axe-core@4"]
-    installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [
+        program("npm"),
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--prefix",
+        str(folder),
+        "axe-core@4",
+    ]
+    installed = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert installed.returncode == 0, installed.stderr
     return Path(folder, "node_modules", "axe-core", "axe.min.js").read_text()
 
@@ -478,7 +562,13 @@ def test_normal_use_leaves_no_error_in_the_browsers_console(
 ) -> None:
     console_log(tab)  # what others left
     open_page(tab, server, channel, "greeting")
-    publish(server.redis, channel, ("greeting", "hello"), ("new_answers", "no object"), ("new_answer", "an answer"))
+    publish(
+        server.redis,
+        channel,
+        ("greeting", "hello"),
+        ("new_answers", "no object"),
+        ("new_answer", "an answer"),
+    )
     click(tab, "#publish button")
     wait_for(lambda: text_of(tab, "answer").startswith("published to "), "the page says so")
     wait_for_text(tab, "count", "4")

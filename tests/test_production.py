@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import ssl
 import subprocess
 import time
@@ -22,9 +23,13 @@ from tests.kit import (
     DEADLINE_S,
     DEPLOY,
     EventStream,
+    Page,
+    Publisher,
     RedisProcess,
     ServerProcess,
     Start,
+    assert_whole,
+    both_ways,
     certificate,
     environment_with,
     free_port,
@@ -43,7 +48,10 @@ def three(start: Start, redis_process: RedisProcess) -> list[ServerProcess]:
     return [start("--reuse-port", "--retry", "10", port=port) for _ in range(3)]
 
 
-def streams_at_all(processes: list[ServerProcess], query: str) -> list[EventStream]:
+def streams_at_all(
+    processes: list[ServerProcess],
+    query: str,
+) -> list[EventStream]:
     """As many streams as it takes until the kernel has given one to each process."""
     streams: list[EventStream] = []
 
@@ -60,7 +68,11 @@ def test_an_event_published_at_any_process_reaches_the_streams_of_all(three: lis
     at_processes, expected = 0, list[str]()
 
     while at_processes < 3:  # each counts its own publishes: the first one of each is told by its 1
-        connection = http.client.HTTPConnection("127.0.0.1", three[0].port, timeout=DEADLINE_S)
+        connection = http.client.HTTPConnection(
+            "127.0.0.1",
+            three[0].port,
+            timeout=DEADLINE_S,
+        )
         with contextlib.closing(connection):
             body = json.dumps({"channel": channel, "data": len(expected)})
             connection.request("POST", "/publish", body, {"Content-Type": "application/json"})
@@ -98,6 +110,37 @@ def test_streams_of_a_process_that_ends_go_on_at_the_others(
     assert sum(stream.ended for stream in streams) == three[0].output.count(" closed: drain")
 
 
+@both_ways
+def test_a_rolling_restart_of_two_processes_on_one_port_loses_nothing(
+    own_redis: RedisProcess, start: Start, channel: str
+) -> None:
+    names, port = [f"{channel}-{letter}" for letter in "ab"], free_port()
+    options = ("--reuse-port", "--history", "100000", "--retry", "300", "--drain", "2")
+    servers = [start(*options, port=port, redis=own_redis)]
+    pages = [Page(port, *names[: 1 + number % 2]) for number in range(40)]
+    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
+    publishers = [Publisher(port, str(number), *names, pause=0.002) for number in range(2)]
+
+    for _ in range(2):
+        before = [page.streams for page in pages]
+        servers.append(start(*options, port=port, redis=own_redis))
+        servers[-2].signal(signal.SIGTERM)
+        assert servers[-2].process.wait(DEADLINE_S) == 0
+        wait_for(lambda: all(page.streams > n for page, n in zip(pages, before, strict=True)), "all pages came back")  # noqa: B023
+    wait_for(lambda: sum(len(publisher.acknowledged) for publisher in publishers) > 200, "enough was published")
+    for publisher in publishers:
+        publisher.stop()
+    for name in reversed(names):
+        wait_for(lambda: servers[-1].post({"data": "last", "channel": name}).status == 200, "the last event")  # noqa: B023
+    for page in pages:
+        page.wait_for("last")
+
+    assert sum(len(publisher.unsure) for publisher in publishers) < 10
+    for page in pages:
+        assert_whole(page, publishers)
+        assert not any(event.type == "stream-reset" for event in page.events)
+
+
 # ── systemd ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -115,7 +158,12 @@ def unit(tmp_path: Path) -> Path:
 def test_systemd_finds_nothing_wrong_with_the_unit(unit: Path) -> None:
     analyze = program("systemd-analyze")
 
-    done = subprocess.run([analyze, "verify", str(unit)], capture_output=True, text=True, timeout=DEADLINE_S)
+    done = subprocess.run(
+        [analyze, "verify", str(unit)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
 
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
@@ -125,16 +173,30 @@ def test_systemd_finds_the_unit_hardened(unit: Path) -> None:
     instance = unit.with_name("ssepush@1.service")
     instance.write_text(unit.read_text())
 
-    done = subprocess.run([*analyze, str(instance)], capture_output=True, text=True, timeout=DEADLINE_S)
+    done = subprocess.run(
+        [*analyze, str(instance)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
 
     assert done.returncode == 0, done.stdout[-200:] + done.stderr
 
 
-def test_two_instances_of_the_unit_share_a_port(unit: Path, redis_process: RedisProcess, channel: str) -> None:
+def test_two_instances_of_the_unit_share_a_port(
+    unit: Path,
+    redis_process: RedisProcess,
+    channel: str,
+) -> None:
     port = free_port()
-    command = re.search("^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
+    command = re.search(
+        "^ExecStart=(.*)$",
+        unit.read_text(),
+        re.MULTILINE,
+    )
     assert command
-    arguments = shlex.split(command[1].replace("--port 5000", f"--port {port}").replace("$SSEPUSH_OPTIONS", ""))
+    on_our_port = command[1].replace("--port 5000", f"--port {port}")
+    arguments = shlex.split(on_our_port.replace("$SSEPUSH_OPTIONS", ""))
     environment = environment_with(REDIS_URL=redis_process.url)
     pipe = subprocess.PIPE
     instances = [subprocess.Popen(arguments, stdout=pipe, text=True, env=environment) for _ in range(2)]
@@ -159,7 +221,12 @@ def test_two_instances_of_the_unit_share_a_port(unit: Path, redis_process: Redis
 class Nginx:
     """An nginx of the test's own; http: what is inside http { }."""
 
-    def __init__(self, folder: Path, port: int, http: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        http: str,
+    ) -> None:
         temporary = "".join(f"{name}_temp_path {folder}/{name};\n" for name in self.BUFFERS)
         user = "user root;\n" if os.getuid() == 0 else ""
         (folder / "nginx.conf").write_text(
@@ -167,7 +234,15 @@ class Nginx:
             f"http {{\naccess_log off;\n{temporary}{http}\n}}\n"
         )
         self.folder, self.log = folder, folder / "error.log"
-        command = [program("nginx"), "-p", str(folder), "-c", f"{folder}/nginx.conf", "-e", str(self.log)]
+        command = [
+            program("nginx"),
+            "-p",
+            str(folder),
+            "-c",
+            f"{folder}/nginx.conf",
+            "-e",
+            str(self.log),
+        ]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         self.port = port
         wait_for(self.listens, "nginx listens")
@@ -177,7 +252,11 @@ class Nginx:
     def listens(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
         with contextlib.suppress(OSError):
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
+            connection = http.client.HTTPConnection(
+                "127.0.0.1",
+                self.port,
+                timeout=DEADLINE_S,
+            )
             with contextlib.closing(connection):
                 connection.connect()
                 return True
@@ -219,7 +298,11 @@ NGINX = {
 }
 
 
-@pytest.mark.parametrize(("directives", "encoding"), NGINX.values(), ids=NGINX)
+@pytest.mark.parametrize(
+    ("directives", "encoding"),
+    NGINX.values(),
+    ids=NGINX,
+)
 def test_events_pass_nginx_at_once(
     start: Start,
     nginx: Callable[..., Nginx],
@@ -335,7 +418,12 @@ def test_the_log_of_nginx_shows_no_tokens(
     server = start(SSEPUSH_SECRET="s3cret")
     token = ssepush.sign("private-log", 60, "s3cret")
     proxy = https(server.port)
-    connection = http.client.HTTPSConnection("localhost", proxy.port, timeout=DEADLINE_S, context=proxy.trusting())
+    connection = http.client.HTTPSConnection(
+        "localhost",
+        proxy.port,
+        timeout=DEADLINE_S,
+        context=proxy.trusting(),
+    )
 
     connection.request("HEAD", f"/stream?channel=private-log&token={token}")
     status = connection.getresponse().status
@@ -351,7 +439,12 @@ def test_a_page_behind_nginx_is_of_the_same_origin_as_what_it_publishes_to(
 ) -> None:
     server = start()
     proxy = https(server.port)
-    connection = http.client.HTTPSConnection("localhost", proxy.port, timeout=DEADLINE_S, context=proxy.trusting())
+    connection = http.client.HTTPSConnection(
+        "localhost",
+        proxy.port,
+        timeout=DEADLINE_S,
+        context=proxy.trusting(),
+    )
     statuses = []
 
     for origin in (f"https://localhost:{proxy.port}", "https://localhost", "https://evil.example"):

@@ -178,7 +178,11 @@ with transaction.atomic():
 }
 
 
-def test_a_django_app_publishes_what_was_committed(server: ServerProcess, redis_url: str, tmp_path: Path) -> None:
+def test_a_django_app_publishes_what_was_committed(
+    server: ServerProcess,
+    redis_url: str,
+    tmp_path: Path,
+) -> None:
     pytest.importorskip("django")
     stream = server.stream("orders")
     (tmp_path / "shop").mkdir()
@@ -186,7 +190,12 @@ def test_a_django_app_publishes_what_was_committed(server: ServerProcess, redis_
         (tmp_path / "shop" / name).write_text(text)
     environment = environment_with(REDIS_URL=redis_url, PYTHONPATH=f"{HERE}:{tmp_path}")
 
-    subprocess.run([sys.executable, "-m", "shop.run"], check=True, timeout=DEADLINE_S, env=environment)
+    subprocess.run(
+        [sys.executable, "-m", "shop.run"],
+        check=True,
+        timeout=DEADLINE_S,
+        env=environment,
+    )
 
     events = stream.take(2)
     assert [event.type for event in events] == ["order_placed", "order_changed"]
@@ -200,13 +209,36 @@ def test_a_celery_task_publishes(
     stream = server.stream("reports")
     (tmp_path / "reports.py").write_text(CELERY_EXAMPLE)
     paths = f"{HERE}:{tmp_path}"
-    environment = environment_with(REDIS_URL=redis_url, CELERY_BROKER_URL=own_redis.url, PYTHONPATH=paths)
-    options: dict[str, Any] = {"cwd": tmp_path, "env": environment}
+    environment = environment_with(
+        REDIS_URL=redis_url,
+        CELERY_BROKER_URL=own_redis.url,
+        PYTHONPATH=paths,
+    )
+    options: dict[str, Any] = {
+        "cwd": tmp_path,
+        "env": environment,
+    }
 
-    worker = [sys.executable, "-m", "celery", "-A", "reports", "worker", "--concurrency", "2", "--loglevel", "warning"]
+    worker = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "reports",
+        "worker",
+        "--concurrency",
+        "2",
+        "--loglevel",
+        "warning",
+    ]
     with running(*worker, stderr=subprocess.STDOUT, **options) as process:
         delay = "import reports; reports.make_report.delay(3)"
-        subprocess.run([sys.executable, "-c", delay], check=True, timeout=DEADLINE_S, **options)
+        subprocess.run(
+            [sys.executable, "-c", delay],
+            check=True,
+            timeout=DEADLINE_S,
+            **options,
+        )
         events = stream.take(3)
         process.terminate()
         process.wait(DEADLINE_S)
@@ -239,7 +271,12 @@ assert not any(os.waitpid(worker, 0)[1] for worker in workers)
 """
     environment = environment_with(REDIS_URL=redis_url, PYTHONPATH=str(HERE))
 
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=DEADLINE_S, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        timeout=DEADLINE_S,
+        env=environment,
+    )
 
     events = stream.take(251)
     assert len({event.id for event in events}) == 251
@@ -251,7 +288,11 @@ def test_php_publishes_over_http_and_redis(server: ServerProcess) -> None:
     connect = f'$redis = new Redis(); $redis->connect("127.0.0.1", {server.redis.port});'
     example = PHP_EXAMPLE.replace("127.0.0.1:5000", f"127.0.0.1:{server.port}")
 
-    done = subprocess.run([program("php"), "-r", connect + example], capture_output=True, timeout=DEADLINE_S)
+    done = subprocess.run(
+        [program("php"), "-r", connect + example],
+        capture_output=True,
+        timeout=DEADLINE_S,
+    )
 
     assert (done.returncode, done.stderr) == (0, b""), done
     over_http, over_redis = stream.take(2)
@@ -283,7 +324,11 @@ def test_a_script_is_told_that_redis_is_away() -> None:
     assert re.fullmatch(r"nobody was told: [^\n]+\n", done.stderr)
 
 
-def test_a_shell_publishes_in_every_way(server: ServerProcess, redis_url: str, tmp_path: Path) -> None:
+def test_a_shell_publishes_in_every_way(
+    server: ServerProcess,
+    redis_url: str,
+    tmp_path: Path,
+) -> None:
     for name in ("redis-cli", "curl"):
         program(name)
     stream = server.stream("ops")
@@ -291,7 +336,11 @@ def test_a_shell_publishes_in_every_way(server: ServerProcess, redis_url: str, t
     script.write_text(f'#!/bin/sh\nexec {shlex.join(ssepush_command())} "$@"\n')
     script.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    environment = environment_with(REDIS_URL=redis_url, SSEPUSH=server.url, PATH=path)
+    environment = environment_with(
+        REDIS_URL=redis_url,
+        SSEPUSH=server.url,
+        PATH=path,
+    )
 
     done = subprocess.run(
         ["sh", "-ec", SHELL_EXAMPLE], capture_output=True, text=True, timeout=DEADLINE_S, env=environment

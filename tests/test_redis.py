@@ -36,11 +36,35 @@ class EncryptedRedis(RedisProcess):
         self.pem, key = certificate(self.folder)
         self.tls_port = free_port()
         self.tls_url = f"rediss://127.0.0.1:{self.tls_port}/0?ssl_ca_certs={self.pem}"
-        arguments = [program("redis-server"), "--port", str(self.port), "--tls-port"]
-        arguments += [str(self.tls_port), "--tls-cert-file", str(self.pem), "--tls-key-file", str(key)]
-        arguments += ["--tls-auth-clients", "no", "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
+        arguments = [
+            program("redis-server"),
+            "--port",
+            str(self.port),
+            "--tls-port",
+        ]
+        arguments += [
+            str(self.tls_port),
+            "--tls-cert-file",
+            str(self.pem),
+            "--tls-key-file",
+            str(key),
+        ]
+        arguments += [
+            "--tls-auth-clients",
+            "no",
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(self.folder),
+            "--save",
+            "",
+        ]
         self.log = (self.folder / "redis.log").open("ab")
-        self.process = subprocess.Popen([*arguments, *self.options], stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(
+            [*arguments, *self.options],
+            stdout=self.log,
+            stderr=self.log,
+        )
         wait_for(self.answers, "Redis answers")
 
 
@@ -51,7 +75,11 @@ def encrypted_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Encryp
     process.kill()
 
 
-@pytest.fixture(scope="module", params=[(), ("--shared",)], ids=["subscriber each", "shared"])
+@pytest.fixture(
+    scope="module",
+    params=[(), ("--shared",)],
+    ids=["subscriber each", "shared"],
+)
 def server_over_tls(request: pytest.FixtureRequest, encrypted_redis: EncryptedRedis) -> Iterator[ServerProcess]:
     """A server that knows its Redis by rediss:// alone."""
     process = ServerProcess(encrypted_redis.tls_url, *request.param)
@@ -60,7 +88,11 @@ def server_over_tls(request: pytest.FixtureRequest, encrypted_redis: EncryptedRe
     assert "Traceback" not in process.output, process.output
 
 
-def test_events_come_over_tls(server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str) -> None:
+def test_events_come_over_tls(
+    server_over_tls: ServerProcess,
+    encrypted_redis: EncryptedRedis,
+    channel: str,
+) -> None:
     stream = server_over_tls.stream(channel)
 
     server_over_tls.publish("by HTTP", channel)
@@ -76,7 +108,10 @@ def test_messages_larger_than_a_tls_record_come_whole(
     server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str
 ) -> None:
     stream = server_over_tls.stream(channel)
-    large = [*(letter * 200_000 for letter in "abcd"), "é" * 100_000]
+    large = [
+        *(letter * 200_000 for letter in "abcd"),
+        "é" * 100_000,
+    ]
 
     for data in large:
         encrypted_redis.publish(channel, json.dumps({"data": data}, ensure_ascii=False))
@@ -113,7 +148,11 @@ def test_a_stream_resumes_over_tls(
 UNTRUSTED = {"unknown authority": "", "missing file": "?ssl_ca_certs=/no/such/file.pem"}
 
 
-@pytest.mark.parametrize("query", UNTRUSTED.values(), ids=UNTRUSTED)
+@pytest.mark.parametrize(
+    "query",
+    UNTRUSTED.values(),
+    ids=UNTRUSTED,
+)
 def test_nothing_is_published_to_a_redis_whose_certificate_cannot_be_checked(
     encrypted_redis: EncryptedRedis, query: str
 ) -> None:
@@ -132,7 +171,11 @@ def test_a_redis_whose_certificate_cannot_be_checked_is_a_reason_not_to_start(en
 
 
 @both_ways
-def test_redis_is_reached_over_a_unix_socket(start: Start, redis_process: RedisProcess, channel: str) -> None:
+def test_redis_is_reached_over_a_unix_socket(
+    start: Start,
+    redis_process: RedisProcess,
+    channel: str,
+) -> None:
     url = f"unix://{redis_process.socket_path}"
     server = start(redis=url)
     first = server.publish("one", channel)
@@ -190,9 +233,17 @@ def test_the_deployed_redis_user_may_do_everything_that_is_needed(start: Start, 
 FORBIDDEN = ("KEYS *", "GET other", "SET ssepush:x 1", "FLUSHALL", "CONFIG GET *", "SUBSCRIBE other", "PSUBSCRIBE *")
 
 
-@pytest.mark.parametrize("command", [*FORBIDDEN, "HSET other a b", "XADD other * a b", "PUBLISH other hi", "ACL LIST"])
+@pytest.mark.parametrize(
+    "command",
+    [*FORBIDDEN, "HSET other a b", "XADD other * a b", "PUBLISH other hi", "ACL LIST"],
+)
 def test_the_deployed_redis_user_may_do_nothing_else(restricted_redis: RedisProcess, command: str) -> None:
-    client = redis.Redis(port=restricted_redis.port, username="ssepush", password="CHANGE-ME", protocol=2)
+    client = redis.Redis(
+        port=restricted_redis.port,
+        username="ssepush",
+        password="CHANGE-ME",
+        protocol=2,
+    )
 
     with contextlib.closing(client), pytest.raises(redis.exceptions.NoPermissionError):
         client.execute_command(*command.split())  # type: ignore[no-untyped-call]
