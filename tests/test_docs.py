@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -816,11 +816,66 @@ def test_the_reference_has_the_functions_and_classes_as_they_are() -> None:
 # ── Promises and changes ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_promises_have_every_reason_for_a_reset() -> None:
-    in_code = re.findall(r"""reset(?:_frame)?\(["']([a-z-]+)["']""", SOURCE)
+def trimmed(start: Start, redis: RedisProcess) -> EventStream:
+    server = start("--history", "1", redis=redis)
+    first = server.publish_id("one")
+    server.publish("two")
+    server.publish("three")
+    return server.stream(query=f"lastEventId={first}")
 
+
+def expired(start: Start, redis: RedisProcess) -> EventStream:
+    server = start("--history-ttl", "1", redis=redis)
+    first = server.publish_id("one")
+    server.publish("two")
+    wait_for(lambda: not redis.client.exists("ssepush:history:sse"), "the history has expired")
+    return server.stream(query=f"lastEventId={first}")
+
+
+def data_lost(start: Start, redis: RedisProcess) -> EventStream:
+    server = start(redis=redis)
+    first = server.publish_id("one")
+    redis.client.flushall()
+    return server.stream(query=f"lastEventId={first}")
+
+
+def unknown_id(start: Start, redis: RedisProcess) -> EventStream:
+    return start(redis=redis).stream(query="lastEventId=foreign")
+
+
+def history_off(start: Start, redis: RedisProcess) -> EventStream:
+    server = start("--history", "0", redis=redis)
+    return server.stream(query="lastEventId=1795542364020-1795542364019268")
+
+
+def too_large(start: Start, redis: RedisProcess) -> EventStream:
+    server = start(redis=redis)
+    stream = server.opened()
+    redis.publish("sse", "x" * 2**21)
+    return stream
+
+
+PROVOKED = [trimmed, expired, data_lost, unknown_id, history_off, too_large]
+
+
+@pytest.mark.parametrize("provoke", PROVOKED)
+def test_a_stream_is_reset_for_each_reason_that_is_promised(
+    provoke: Callable[[Start, RedisProcess], EventStream],
+    start: Start,
+    own_redis: RedisProcess,
+) -> None:
+    stream = provoke(start, own_redis)
+
+    event = stream.next()
+    assert event.type == "stream-reset"
+    assert event.json == {"reason": provoke.__name__.replace("_", "-")}
+
+
+def test_the_promises_have_every_reason_for_a_reset() -> None:
     documented = first_codes(PROMISES, "When is a stream reset?")
-    assert documented == set(in_code)
+
+    provoked = {provoke.__name__.replace("_", "-") for provoke in PROVOKED}
+    assert documented == provoked
 
 
 def test_the_changes_line_gives_the_counter_of_1_0_a_key(own_server: ServerProcess) -> None:
