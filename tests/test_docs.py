@@ -127,7 +127,10 @@ def targets_of(page: Path) -> set[Path]:
 def target_of(page: Path, link: str) -> Path:
     """The file that a link of this page means."""
     path = link.partition("#")[0]
-    return (page.parent / path).resolve() if path else page
+    if not path:
+        return page
+    target = page.parent / path
+    return target.resolve()
 
 
 # ── Running examples ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -206,8 +209,16 @@ def until(lines: Iterable[bytes], text: bytes) -> list[bytes]:
 def served(app: Any) -> Iterator[str]:
     """A Flask application on a port of its own; its address."""
     serving = pytest.importorskip("werkzeug.serving")
-    web = serving.make_server(LOOPBACK, 0, app, threaded=True)
-    thread = threading.Thread(target=web.serve_forever, daemon=True)
+    web = serving.make_server(
+        LOOPBACK,
+        0,
+        app,
+        threaded=True,
+    )
+    thread = threading.Thread(
+        target=web.serve_forever,
+        daemon=True,
+    )
     thread.start()
     yield f"http://{LOOPBACK}:{web.server_port}"
     web.shutdown()
@@ -301,8 +312,8 @@ def test_readme_shows_what_the_server_prints(own_server: ServerProcess) -> None:
 def test_the_four_lines_of_the_article_do_what_readme_says(own_server: ServerProcess) -> None:
     stream = own_server.opened()
     text = section(README, "Try it")
-    lines = examples(text, "sh")[-1].splitlines()
-    notify, subscribe, publish, answer = lines
+    block = examples(text, "sh")[-1]
+    notify, subscribe, publish, answer = block.splitlines()
 
     notified = json.loads(shell(notify, own_server))
     with reading(subscribe, own_server) as seen:
@@ -423,7 +434,8 @@ def test_a_page_that_was_rendered_with_its_position_misses_nothing(
 
     answer = app.test_client().get("/orders")
     page.write_text(answer.text)
-    own_server.publish({"number": 1, "state": "eaten"}, "orders", type="order_changed")
+    change = {"number": 1, "state": "eaten"}
+    own_server.publish(change, "orders", type="order_changed")
     tab.get(page.as_uri())
 
     wait_for(lambda: text_of(tab, "order-1") == "eaten", "the page has what came before its stream")
@@ -452,7 +464,8 @@ def test_a_stream_begins_with_what_its_url_asks_for(
     (url,) = codes(table[row][0])
     ids = [own_server.publish_id(data, "chat") for data in EVERYTHING]
 
-    stream = EventStream(own_server.port, url.replace("ID", ids[2]))
+    path = url.replace("ID", ids[2])
+    stream = EventStream(own_server.port, path)
     stream.position()
     own_server.publish("live", "chat")
 
@@ -489,7 +502,11 @@ def test_the_guides_three_lines_open_a_private_channel(
     export, serve, listen = lines
     assert serve == ".venv/bin/python ssepush.py &"
     script = f'{export}; printf %s "$SSEPUSH_SECRET"'
-    done = subprocess.run(["sh", "-ec", script], check=True, capture_output=True)
+    done = subprocess.run(
+        ["sh", "-ec", script],
+        check=True,
+        capture_output=True,
+    )
     secret = done.stdout.decode()
     server = start(redis=own_redis, SSEPUSH_SECRET=secret)
 
@@ -524,7 +541,12 @@ def test_a_cookie_that_is_renewed_loses_nothing_and_logging_out_ends_the_stream_
     app = names_in(text)["app"]
 
     with served(app) as origin:
-        server = start("--retry", "500", "--allow-origin", origin, redis=own_redis, SSEPUSH_SECRET=SECRET)
+        server = start(
+            *("--retry", "500"),
+            *("--allow-origin", origin),
+            redis=own_redis,
+            SSEPUSH_SECRET=SECRET,
+        )
         url = f'"{server.url}/stream?channel=private-7", {{ withCredentials: true }}'
         listen = example(GUIDE, heading, "js")
         listen = listen.replace('"/stream?channel=private-7"', url)
@@ -555,7 +577,11 @@ def test_a_token_in_the_url_that_is_renewed_loses_nothing(
 
     app = flask.Flask("tokens")
     app.add_url_rule("/token", view_func=token)
-    server = start("--retry", "500", redis=own_redis, SSEPUSH_SECRET=SECRET)
+    server = start(
+        *("--retry", "500"),
+        redis=own_redis,
+        SSEPUSH_SECRET=SECRET,
+    )
     listen = example(GUIDE, "How is a token in the URL renewed?", "js")
     listen = listen.replace("/stream?", f"{server.url}/stream?")
 
@@ -590,7 +616,8 @@ def test_a_key_makes_publishing_again_safe(own_server: ServerProcess) -> None:
     names = names_in(example(GUIDE, heading, "python"))
     by_command, by_curl = example(GUIDE, heading, "sh").splitlines()
 
-    again = names["publish_surely"]({"order": 7, "state": "sent"}, key="order-7-sent")
+    sent_data = {"order": 7, "state": "sent"}
+    again = names["publish_surely"](sent_data, key="order-7-sent")
     printed = shell(by_command, own_server)
     answer = json.loads(shell(by_curl, own_server))
 
@@ -602,8 +629,10 @@ def test_a_key_makes_publishing_again_safe(own_server: ServerProcess) -> None:
     assert answer["duplicate"]
     own_server.publish("last", "orders")
     sent, paid, last = stream.take(3)
-    assert (sent.json["state"], sent.id) == ("sent", again.id)
-    assert (paid.json["state"], paid.id) == ("paid", answer["id"])
+    assert sent.json == sent_data
+    assert sent.id == again.id
+    assert paid.json["state"] == "paid"
+    assert paid.id == answer["id"]
     assert last.data == "last"
 
 
@@ -807,13 +836,22 @@ def test_the_reference_has_the_functions_and_classes_as_they_are() -> None:
         (code,) = codes(row[0])
         name, parenthesis, _ = code.partition("(")
         if parenthesis:
-            documented = code.replace("1048576", "MAX_EVENT_BYTES").replace('"', "'")
+            documented = code.replace("1048576", "MAX_EVENT_BYTES")
+            documented = documented.replace('"', "'")
             assert documented == definition_of(name)
         else:
             assert inspect.isclass(getattr(ssepush, name))
 
 
 # ── Promises and changes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+Provoke = Callable[[Start, RedisProcess], EventStream]
+
+
+def reason_of(provoke: Provoke) -> str:
+    """The reason that a function provokes, which has its name."""
+    return provoke.__name__.replace("_", "-")
 
 
 def trimmed(start: Start, redis: RedisProcess) -> EventStream:
@@ -860,7 +898,7 @@ PROVOKED = [trimmed, expired, data_lost, unknown_id, history_off, too_large]
 
 @pytest.mark.parametrize("provoke", PROVOKED)
 def test_a_stream_is_reset_for_each_reason_that_is_promised(
-    provoke: Callable[[Start, RedisProcess], EventStream],
+    provoke: Provoke,
     start: Start,
     own_redis: RedisProcess,
 ) -> None:
@@ -868,14 +906,14 @@ def test_a_stream_is_reset_for_each_reason_that_is_promised(
 
     event = stream.next()
     assert event.type == "stream-reset"
-    assert event.json == {"reason": provoke.__name__.replace("_", "-")}
+    assert event.json == {"reason": reason_of(provoke)}
 
 
 def test_the_promises_have_every_reason_for_a_reset() -> None:
     documented = first_codes(PROMISES, "When is a stream reset?")
 
-    provoked = {provoke.__name__.replace("_", "-") for provoke in PROVOKED}
-    assert documented == provoked
+    provoked = map(reason_of, PROVOKED)
+    assert documented == set(provoked)
 
 
 def test_the_changes_line_gives_the_counter_of_1_0_a_key(own_server: ServerProcess) -> None:
@@ -905,7 +943,10 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))
+PAGE_NAMES = [str(page.relative_to(HERE)) for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
 def test_every_link_leads_somewhere(page: Path) -> None:
     broken = []
 
