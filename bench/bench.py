@@ -1,6 +1,6 @@
-"""Measures ssepush and its peers side by side, in turn, in one run: `python bench/bench.py`.
+"""Measures ssepush, its release 1.0 and its peers side by side, in turn, in one run: `python bench/bench.py`.
 
-Each step starts a Redis of its own and one server (servers.py), lets the load generator (load.c, compiled on the spot)
+Each step starts a Redis of its own and one server (servers.py), lets load generators (load.c, compiled on the spot)
 open streams and publish, and ends them all:
 
     load generator ── streams ──▶ server ── SUBSCRIBE ──▶ Redis ◀── PUBLISH ── load generator
@@ -8,18 +8,34 @@ open streams and publish, and ends them all:
 Rounds interleave the servers (A B C, A B C), because machines have moods, and every ratio is taken within a round; what
 is printed is the median over rounds. A peer that is not installed is left out, and the table says so. The Python peers
 are looked for in the environment of the Python that runs this (`pip install -r bench/requirements.txt`), the others on
-PATH. All is on loopback, and ends by itself. Results: results.json and results.svg beside this file (report.py), and
-results.json.tmp while it runs.
+PATH; 1.0 comes from git. Mercure and Centrifugo are no peers: no package of PyPI, npm or Debian holds their servers.
+All is on loopback, and ends by itself.
 
-What is counted: a delivery is one message received on one stream. CPU is user and system time from /proc, summed over a
-server's processes, and Redis's. Memory is what a server's processes hold with the streams open, less what they held
-before, per stream.
+    python bench/bench.py --save                                  everything; replaces results.json and results.svg
+    python bench/bench.py --only open --rounds 2 --seconds 0.5    one case, in a minute; --save replaces its line
+    python bench/bench.py --only deliver --streams 500 --peers ssepush,1.0
+
+| case | what is measured |
+| --- | --- |
+| deliver | deliveries with so many streams open, one message at a time, and ten outstanding |
+| open | opening 5,000 streams |
+| idle | CPU time of 5,000 idle streams, in the first round |
+| return | 9,000 pages return at once after a restart, and have missed events; meanwhile 100 watch another channel |
+| busy | latency of 100 events/s on 1,000 streams: quiet, and beside 100 opened/s and 500 posts/s |
+| large | 18,000 streams: memory, how their heartbeats delay the events of 100 others, CPU per delivery against 500 |
+| post | POST /publish over kept-alive connections |
+
+A delivery is one message received on one stream. CPU is user and system time from /proc, summed over a server's
+processes, and Redis's. Memory is what a server's processes hold with the streams open, less what they held before, per
+stream. Latency is from just before a message is published to when a stream has read it. Every single sample is kept in
+results.raw.jsonl beside this file, which git ignores.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import platform
@@ -30,7 +46,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -38,6 +54,7 @@ from types import FrameType
 import report
 from report import Sample
 from servers import (
+    CHANNEL,
     DETAIL_STREAMS,
     HERE,
     PEERS,
@@ -46,6 +63,7 @@ from servers import (
     Peer,
     Place,
     Process,
+    Redis,
     StepError,
     compiled,
     cpu_s,
@@ -56,12 +74,19 @@ from servers import (
     running_server,
 )
 
-STREAM_COUNTS = (100, 500, 2000, 9000)
+RAW = HERE / "results.raw.jsonl"
 OUTSTANDING = (1, 10)
 SMALL_BYTES, LARGE_BYTES = 64, 4096
-OPEN_STREAMS = 5000
-IDLE_S = 60.0
 WARM_UP_S = 0.3
+IDLE_FACTOR = 30  # idle streams are watched for so many times --seconds
+WATCHED = "watched"
+WATCHERS = 100
+WATCHED_PER_S = 50
+MISSED_MESSAGES = 20  # by each page that returns
+BUSY_PER_S, OPENED_PER_S, POSTED_PER_S = 100, 100, 500
+HEARTBEAT_S = 4  # of the case "large": some of them fit into a short measurement
+HEARTBEAT = ("--heartbeat", str(HEARTBEAT_S))
+RETURN_LIMIT_S = 150
 
 Values = dict[str, float]
 
@@ -71,27 +96,31 @@ class Step:
     """One server, started once, and what is measured on it."""
 
     round: int
-    case: str  # "stream", "open" (and idle) or "post"
+    case: str
     peer: Peer
     streams: int
 
     def __str__(self) -> str:
-        what = f"POST on {POST_CONNECTIONS} connections" if self.case == "post" else ""
-        what = what or f"{'opening ' * (self.case == 'open')}{self.streams:,} streams"
-        return f"round {self.round}: {self.peer.label}, {what}"
+        what = report.case_text(f"{self.case} {self.streams} 1x64")
+        return f"round {self.round}: {self.peer.label}; {what}"
+
+    def sample(self, values: Values, messages: str = "") -> Sample:
+        case = f"{self.case} {self.streams} {messages}".strip()
+        return Sample(self.round, self.peer.name, case, values)
 
 
 # ---- The load generator -----------------------------------------------------------------------
 
 
 class Load:
-    """The load generator with its streams open; ends with the `with` block."""
+    """A load generator, which ends with the `with` block; it also ends by itself when it takes too long."""
 
-    def __init__(self, program: Path, peer: Peer, place: Place) -> None:
-        command = [str(program), "streams", str(place.port), peer.stream_path, str(place.streams)]
-        self._errors = (place.folder / "load.log").open("w+")
+    def __init__(self, program: Path, folder: Path, *arguments: object) -> None:
+        command = [str(program), *map(str, arguments)]
+        self._log = folder / f"load-{time.monotonic_ns()}.log"
+        self._errors = self._log.open("w")
         self._popen = subprocess.Popen(
-            [*command, peer.publisher_argument(place)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -108,23 +137,37 @@ class Load:
         self._errors.close()
 
     def answer(self) -> Values:
-        """The next line; load.c ends by itself when it takes too long."""
+        """The next line."""
         line = self._popen.stdout.readline() if self._popen.stdout else ""
         if not line:
-            self._errors.seek(0)
-            raise StepError(self._errors.read().strip()[-200:] or "the load generator gave up")
+            said = self._log.read_text().strip()
+            raise StepError(said[-200:] or "the load generator gave up")
         values: Values = json.loads(line)
         return values
 
-    def obey(self, command: str) -> Values:
+    def tell(self, command: str) -> None:
         if self._popen.stdin:
             with contextlib.suppress(BrokenPipeError):
-                self._popen.stdin.write(command + "\n")
+                self._popen.stdin.write(f"{command}\n")
                 self._popen.stdin.flush()
+
+    def obey(self, command: str) -> Values:
+        self.tell(command)
         return self.answer()
 
 
-# ---- Steps ------------------------------------------------------------------------------------
+def latency_ms(measured: Values, prefix: str = "") -> Values:
+    values = {}
+    for name in ("p50", "p99", "p999", "max"):
+        values[f"{prefix}{name}_ms"] = measured[f"latency_{name}_us"] / 1000
+    return values
+
+
+def lost_in(measured: Values) -> float:
+    return measured["missing"] + measured["publish_errors"]
+
+
+# ---- One server, and the tools to measure it --------------------------------------------------
 
 
 @dataclass
@@ -139,92 +182,275 @@ class CpuClock:
         self.lap()
 
     def lap(self) -> tuple[float, float]:
-        now = (sum(map(cpu_s, self.servers)), cpu_s(self.redis) if self.redis else 0.0)
-        before, self._seen = self._seen, now
-        return now[0] - before[0], now[1] - before[1]
+        server_s = sum(map(cpu_s, self.servers))
+        redis_s = cpu_s(self.redis) if self.redis else 0.0
+        server_before_s, redis_before_s = self._seen
+        self._seen = (server_s, redis_s)
+        return server_s - server_before_s, redis_s - redis_before_s
 
 
-def run_step(step: Step, options: argparse.Namespace, folder: Path) -> Iterator[Sample]:
+class Stage:
+    """The server of a step, while it runs, and its Redis."""
+
+    def __init__(
+        self,
+        step: Step,
+        place: Place,
+        servers: list[Process],
+        seconds: float,
+    ) -> None:
+        self.step = step
+        self.place = place
+        self.servers = servers
+        self.seconds = seconds
+        redis = place.redis.process
+        takes_part = step.peer.publisher == "redis"
+        self.clock = CpuClock(servers, redis if takes_part else None)
+        self.program = compiled("load.c", place.folder.parent)
+        self._server_bytes = self._rss_bytes()
+        self._redis_bytes = rss_bytes(redis)
+
+    def _rss_bytes(self) -> int:
+        return sum(map(rss_bytes, self.servers))
+
+    def load(self, mode: str, *arguments: object) -> Load:
+        place = self.place
+        return Load(self.program, place.folder, mode, place.port, *arguments)
+
+    def streams(self, count: int, channel: str = "") -> Load:
+        """A load generator that opens streams of the channel, and publishes there; "": of the one and only."""
+        peer = self.step.peer
+        path = peer.stream_path
+        if channel:
+            path = f"{path}?channel={channel}"
+        publisher = peer.publisher_argument(self.place, channel or CHANNEL)
+        return self.load("streams", path, count, publisher)
+
+    def watchers(self) -> Load:
+        return self.streams(WATCHERS, WATCHED)
+
+    def opening(self, load: Load) -> Values:
+        """What it cost to open the streams of a load generator."""
+        self.clock.lap()
+        opened = load.answer()
+        server_cpu_s, redis_cpu_s = self.clock.lap()
+        number = opened["reached"]
+        if number == 0:
+            raise StepError(f"no stream opened, {opened['refused']:.0f} refused")
+        server_bytes = self._rss_bytes() - self._server_bytes
+        redis_bytes = rss_bytes(self.place.redis.process) - self._redis_bytes
+        return {
+            "not_opened": opened["streams"] - number,
+            "opened_per_s": number / opened["open_s"],
+            "kb_per_stream": server_bytes / number / 1024,
+            "redis_kb_per_stream": redis_bytes / number / 1024,
+            "open_cpu_us": (server_cpu_s + redis_cpu_s) / number * 1e6,
+        }
+
+    def run(self, load: Load, outstanding: int, payload_bytes: int) -> Values:
+        """Deliveries, as fast as they are taken."""
+        self.clock.lap()
+        measured = load.obey(f"run {outstanding} {payload_bytes} {self.seconds}")
+        server_cpu_s, redis_cpu_s = self.clock.lap()
+        deliveries = measured["deliveries"]
+        if not deliveries:
+            raise StepError("nothing was delivered")
+        return {
+            "deliveries_per_s": deliveries / measured["elapsed_s"],
+            "server_cpu_us": server_cpu_s / deliveries * 1e6,
+            "redis_cpu_us": redis_cpu_s / deliveries * 1e6,
+            "cpu_us": (server_cpu_s + redis_cpu_s) / deliveries * 1e6,
+            "load_busy": measured["load_cpu_s"] / measured["elapsed_s"],
+            "lost": lost_in(measured),
+            **latency_ms(measured),
+        }
+
+
+# ---- The cases --------------------------------------------------------------------------------
+
+
+def deliver(stage: Stage) -> Iterator[Sample]:
+    step = stage.step
+    with stage.streams(step.streams) as load:
+        memory = stage.opening(load)["kb_per_stream"]
+        load.obey(f"run 1 {SMALL_BYTES} {WARM_UP_S}")
+        sizes = [SMALL_BYTES]
+        if step.streams == DETAIL_STREAMS:
+            sizes.append(LARGE_BYTES)
+        for payload_bytes in sizes:
+            for outstanding in OUTSTANDING:
+                values = stage.run(load, outstanding, payload_bytes)
+                values["kb_per_stream"] = memory
+                yield step.sample(values, f"{outstanding}x{payload_bytes}")
+
+
+def open_streams(stage: Stage) -> Iterator[Sample]:
+    with stage.streams(stage.step.streams) as load:
+        yield stage.step.sample(stage.opening(load))
+
+
+def idle(stage: Stage) -> Iterator[Sample]:
+    with stage.streams(stage.step.streams) as load:
+        stage.opening(load)
+        stage.clock.lap()
+        values = load.obey(f"idle {IDLE_FACTOR * stage.seconds}")
+        values["server_cpu_s"], values["redis_cpu_s"] = stage.clock.lap()
+        yield stage.step.sample(values)
+
+
+def posted(port: int, text: str) -> str:
+    """The id of an event that is published over HTTP, on the channel that streams have by default."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    with contextlib.closing(connection):
+        headers = {"Content-Type": "application/json"}
+        body = json.dumps({"data": text})
+        connection.request("POST", "/publish", body, headers)
+        answer = json.loads(connection.getresponse().read())
+    if answer["state"] != "ok":
+        raise StepError(f"POST /publish: {answer}")
+    return str(answer["id"])
+
+
+def prepared(peer: Peer, place: Place) -> str:
+    """Publish what pages will have missed; the id before it. The server that did so has ended afterwards."""
+    with running_server(peer, place):
+        before = posted(place.port, "seen by all pages")
+        for number in range(1, MISSED_MESSAGES + 1):
+            posted(place.port, f"missed #{number:010}")
+    return before
+
+
+def come_back(stage: Stage, last_event_id: str) -> Iterator[Sample]:
+    """Measured by two load generators: one for the pages that return, and one for the watchers."""
+    number = stage.step.streams
+    with stage.watchers() as watchers:
+        watchers.answer()
+        watchers.tell(f"pace {WATCHED_PER_S} {SMALL_BYTES} {RETURN_LIMIT_S}")
+        time.sleep(WARM_UP_S)
+        stage.clock.lap()
+        with stage.load("return", "/stream", number, last_event_id, MISSED_MESSAGES) as pages:
+            returned = pages.answer()
+            cpu_used_s = sum(stage.clock.lap())
+            watchers.tell("stop")
+            watched = watchers.answer()
+    if returned["back"] < number:
+        raise StepError(f"only {returned['back']:.0f} came back")
+    values = {
+        "back_s": returned["back_s"],
+        "half_back_s": returned["latency_p50_us"] / 1e6,
+        "again": returned["again"],
+        "wrong_replays": returned["uneven_streams"],
+        "open_cpu_us": cpu_used_s / number * 1e6,
+        "lost": lost_in(watched),
+        **latency_ms(watched),
+    }
+    yield stage.step.sample(values)
+
+
+def busy(stage: Stage) -> Iterator[Sample]:
+    """The same events twice, without and with other work. Each kind of work has a load generator of its own."""
+    pace_s = 2 * stage.seconds
+    pace = f"pace {BUSY_PER_S} {SMALL_BYTES} {pace_s}"
+    with contextlib.ExitStack() as stack:
+        load = stack.enter_context(stage.streams(stage.step.streams))
+        stage.opening(load)
+        load.obey(f"pace {BUSY_PER_S} {SMALL_BYTES} {WARM_UP_S}")
+        quiet = load.obey(pace)
+        values = {"lost": lost_in(quiet), **latency_ms(quiet, "quiet_")}
+        if stage.step.peer.is_ssepush:
+            others_s = pace_s + 2 * WARM_UP_S
+            path = "/stream?channel=newcomers"
+            newcomers = stage.load("newcomers", path, OPENED_PER_S, others_s)
+            stack.enter_context(newcomers)
+            posters = stage.load("post", "/publish", POST_CONNECTIONS, POSTED_PER_S, others_s)
+            stack.enter_context(posters)
+            time.sleep(WARM_UP_S)
+            beside = load.obey(pace)
+            opened = newcomers.answer()
+            answered = posters.answer()
+            values |= latency_ms(beside, "busy_")
+            values["lost"] += lost_in(beside)
+            values["open_p99_ms"] = opened["latency_p99_us"] / 1000
+            values["not_opened"] = opened["streams"] - opened["opened"]
+            values["posts_per_s"] = answered["requests"] / answered["elapsed_s"]
+    yield stage.step.sample(values)
+
+
+def large(stage: Stage) -> Iterator[Sample]:
+    with stage.streams(DETAIL_STREAMS) as few:
+        few.answer()
+        few.obey(f"run 1 {SMALL_BYTES} {WARM_UP_S}")
+        few_cpu_us = stage.run(few, 1, SMALL_BYTES)["cpu_us"]
+    with stage.streams(stage.step.streams) as load:
+        values = stage.opening(load)
+        pace_s = 2.5 * HEARTBEAT_S
+        with stage.watchers() as watchers:
+            watchers.answer()
+            watched = watchers.obey(f"pace {BUSY_PER_S} {SMALL_BYTES} {pace_s}")
+        ran = stage.run(load, 1, SMALL_BYTES)
+    values |= latency_ms(watched)
+    values["cpu_us"] = ran["cpu_us"]
+    values["few_cpu_us"] = few_cpu_us
+    values["lost"] = ran["lost"] + lost_in(watched)
+    yield stage.step.sample(values)
+
+
+def post(stage: Stage) -> Iterator[Sample]:
+    connections = stage.step.streams
+    for duration_s in (WARM_UP_S, stage.seconds):
+        stage.clock.lap()
+        with stage.load("post", "/publish", connections, 0, duration_s) as load:
+            measured = load.answer()
+        cpu_used_s = sum(stage.clock.lap())
+    requests = measured["requests"]
+    if not requests:
+        raise StepError(f"no POST succeeded, {measured['failed']:.0f} failed")
+    values = {
+        "requests_per_s": requests / measured["elapsed_s"],
+        "cpu_us": cpu_used_s / requests * 1e6,
+        "failed": measured["failed"],
+        **latency_ms(measured),
+    }
+    yield stage.step.sample(values)
+
+
+Measure = Callable[[Stage], Iterator[Sample]]
+
+
+@dataclass(frozen=True)
+class Case:
+    measure: Measure | None  # None: come_back, which needs more
+    streams: tuple[int, ...]
+    options: tuple[str, ...] = ()  # of ssepush
+    first_round_only: bool = False
+
+
+CASES = {
+    "deliver": Case(deliver, report.DELIVER_STREAMS),
+    "open": Case(open_streams, (5000,)),
+    "idle": Case(idle, (5000,), first_round_only=True),
+    "return": Case(None, (9000,)),
+    "busy": Case(busy, (1000,)),
+    "large": Case(large, (18_000,), options=HEARTBEAT),
+    "post": Case(post, (POST_CONNECTIONS,)),
+}
+
+
+def run_step(step: Step, seconds: float, folder: Path) -> Iterator[Sample]:
+    case = CASES[step.case]
     with contextlib.ExitStack() as stack:
         own_folder = Path(tempfile.mkdtemp(dir=folder))
         stack.callback(shutil.rmtree, own_folder, ignore_errors=True)
-        redis = stack.enter_context(running_redis(own_folder))
+        redis: Redis = stack.enter_context(running_redis(own_folder))
         place = Place(free_port(), step.streams, redis, own_folder)
-        servers = stack.enter_context(running_server(step.peer, place))
-        clock = CpuClock(servers, redis.process if step.peer.publisher == "redis" else None)
-        program = compiled("load.c", folder)
-        if step.case == "post":
-            yield post(step, place, program, clock, options.seconds)
-            return
-        server_bytes, redis_bytes = sum(map(rss_bytes, servers)), rss_bytes(redis.process)
-        load = stack.enter_context(Load(program, step.peer, place))
-        opened = load.answer()
-        server_cpu_s, redis_cpu_s = clock.lap()
-        if opened["reached"] == 0:
-            raise StepError(f"no stream opened, {opened['refused']:.0f} refused")
-        opened |= {
-            "not_opened": step.streams - opened["reached"],
-            "opened_per_s": opened["reached"] / opened["open_s"],
-            "rss_per_stream_bytes": (sum(map(rss_bytes, servers)) - server_bytes) / opened["reached"],
-            "redis_rss_per_stream_bytes": (rss_bytes(redis.process) - redis_bytes) / opened["reached"],
-            "open_cpu_us": (server_cpu_s + redis_cpu_s) / opened["reached"] * 1e6,
-        }
-        yield Sample(step.round, step.peer.name, "open", step.streams, values=opened)
-        if step.case == "stream":
-            yield from deliver(step, load, clock, options.seconds)
-        elif step.round == 1 and options.idle_seconds:
-            yield idle(step, load, clock, options.idle_seconds)
-
-
-def deliver(step: Step, load: Load, clock: CpuClock, seconds: float) -> Iterator[Sample]:
-    load.obey(f"run 1 {SMALL_BYTES} {WARM_UP_S}")
-    sizes = (SMALL_BYTES, LARGE_BYTES) if step.streams == DETAIL_STREAMS else (SMALL_BYTES,)
-    for payload_bytes in sizes:
-        for outstanding in OUTSTANDING:
-            clock.lap()
-            values = load.obey(f"run {outstanding} {payload_bytes} {seconds}")
-            server_cpu_s, redis_cpu_s = clock.lap()
-            if not values["deliveries"]:
-                raise StepError("nothing was delivered")
-            per_delivery = 1e6 / values["deliveries"]
-            values |= {
-                "deliveries_per_s": values["deliveries"] / values["elapsed_s"],
-                "server_cpu_us": server_cpu_s * per_delivery,
-                "redis_cpu_us": redis_cpu_s * per_delivery,
-                "cpu_us": (server_cpu_s + redis_cpu_s) * per_delivery,
-                "load_busy": values["load_cpu_s"] / values["elapsed_s"],
-            }
-            key = (step.round, step.peer.name, "deliver", step.streams, outstanding, payload_bytes)
-            yield Sample(*key, values)
-
-
-def idle(step: Step, load: Load, clock: CpuClock, seconds: float) -> Sample:
-    clock.lap()
-    values = load.obey(f"idle {seconds}")
-    values["server_cpu_s"], values["redis_cpu_s"] = clock.lap()
-    return Sample(step.round, step.peer.name, "idle", step.streams, values=values)
-
-
-def post(step: Step, place: Place, program: Path, clock: CpuClock, seconds: float) -> Sample:
-    command = [str(program), "post", str(place.port), "/publish", str(POST_CONNECTIONS)]
-    for duration_s in (WARM_UP_S, seconds):
-        clock.lap()
-        result = subprocess.run(
-            [*command, str(duration_s)],
-            capture_output=True,
-            text=True,
-            timeout=duration_s + 60,
-            check=False,
-        )
-        cpu_used_s = sum(clock.lap())
-    if result.returncode:
-        raise StepError(result.stderr.strip()[-200:] or "the load generator gave up")
-    values: Values = json.loads(result.stdout)
-    if not values["requests"]:
-        raise StepError(f"no POST succeeded, {values['failed']:.0f} failed")
-    values["requests_per_s"] = values["requests"] / values["elapsed_s"]
-    values["cpu_us"] = cpu_used_s / values["requests"] * 1e6
-    return Sample(step.round, step.peer.name, "post", POST_CONNECTIONS, values=values)
+        last_event_id = prepared(step.peer, place) if case.measure is None else ""
+        running = running_server(step.peer, place, *case.options)
+        servers = stack.enter_context(running)
+        stage = Stage(step, place, servers, seconds)
+        if case.measure is None:
+            yield from come_back(stage, last_event_id)
+        else:
+            yield from case.measure(stage)
 
 
 # ---- The run ----------------------------------------------------------------------------------
@@ -234,120 +460,127 @@ def planned(peers: list[Peer], options: argparse.Namespace) -> list[Step]:
     """All steps in order: whole rounds, and within a round the servers in turn for each case."""
     steps = []
     for round_ in range(1, options.rounds + 1):
-        for streams in options.streams if "stream" in options.cases else ():
-            for peer in peers:
-                allowed = not peer.only_streams or streams in peer.only_streams
-                skipped = round_ > 1 and peer.is_slow and streams > DETAIL_STREAMS
-                if allowed and not skipped and streams <= peer.max_streams:
-                    steps.append(Step(round_, "stream", peer, streams))
-        for case, streams in (("open", OPEN_STREAMS), ("post", 0)):
-            for peer in peers if case in options.cases else ():
-                if case in peer.cases:
-                    steps.append(Step(round_, case, peer, streams))
+        for name in options.only:
+            case = CASES[name]
+            if case.first_round_only and round_ > 1:
+                continue
+            for streams in options.streams or case.streams:
+                for peer in peers:
+                    step = Step(round_, name, peer, streams)
+                    if is_wanted(step):
+                        steps.append(step)
     return steps
 
 
-class Progress:
-    """One line, rewritten in place on a terminal."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._done, self._start_s = count, 0, time.monotonic()
-        self._in_place = sys.stderr.isatty()
-
-    def show(self, text: str) -> None:
-        spent_s = time.monotonic() - self._start_s
-        left_s = spent_s / self._done * (self._count - self._done) if self._done else 0
-        left = f"{left_s // 60:.0f}:{left_s % 60:02.0f} left" if self._done else "starting"
-        line = f"[{self._done:3}/{self._count}] {left:>11}  {text}"
-        if self._in_place:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{line[:width]:{width}}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def done(self) -> None:
-        self._done += 1
-
-    def end(self) -> None:
-        if self._in_place:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+def is_wanted(step: Step) -> bool:
+    peer = step.peer
+    if step.case not in peer.cases or step.streams > peer.max_streams:
+        return False
+    if step.case != "deliver":
+        return True
+    if peer.only_streams and step.streams not in peer.only_streams:
+        return False
+    takes_minutes = peer.is_slow and step.streams > DETAIL_STREAMS
+    return step.round == 1 or not takes_minutes
 
 
-def run(steps: list[Step], options: argparse.Namespace, folder: Path) -> Iterator[Sample]:
-    """What each step measured; a step that failed gives one sample that says why."""
-    progress = Progress(len(steps))
-    for step in steps:
-        progress.show(str(step))
+def run(steps: list[Step], seconds: float, folder: Path) -> Iterator[Sample]:
+    """What each step measured; a step that failed says so, and gives nothing."""
+    began_s = time.monotonic()
+    for number, step in enumerate(steps):
+        spent_s = time.monotonic() - began_s
+        print(f"[{number:3}/{len(steps)}] {spent_s:5.0f} s  {step}", file=sys.stderr, flush=True)
         try:
-            yield from run_step(step, options, folder)
+            yield from run_step(step, seconds, folder)
         except (StepError, OSError, ValueError, subprocess.SubprocessError) as error:
-            yield Sample(step.round, step.peer.name, "failed", step.streams, note=f"{step}: {error}")
-        progress.done()
-    progress.end()
+            print(f"FAILED: {step}: {error}", file=sys.stderr, flush=True)
+
+
+def cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor()
 
 
 def machine() -> dict[str, str | int]:
-    cpu_model = platform.processor()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu_model = line.partition(":")[2].strip()
-                break
-    redis = subprocess.run([redis_program() or "false", "--version"], capture_output=True, text=True)
+    command = [redis_program() or "false", "--version"]
+    redis = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
-        "cpu": cpu_model,
+        "cpu": cpu_model(),
         "cores": os.cpu_count() or 0,
         "kernel": platform.release(),
-        "python": platform.python_version(),
+        "python": f"{platform.python_version()} ({platform.python_compiler()})",
         "redis": redis.stdout.strip(),
         "load_average": f"{os.getloadavg()[0]:.1f}",
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def raise_open_file_limit() -> int:
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+def raise_open_file_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+
+
+def names_of(kind: str, known: list[str]) -> Callable[[str], list[str]]:
+    """An argparse type: some of the known names, separated by commas."""
+
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"no such {kind}: {name}; there are {', '.join(known)}")
+        return chosen
+
+    return names
+
+
+def counts(text: str) -> list[int]:
+    """An argparse type: numbers of streams, separated by commas."""
+    numbers = [int(word) for word in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return numbers
 
 
 def parse_options() -> argparse.Namespace:
-    names = [peer.name for peer in PEERS]
+    cases = list(CASES)
+    peers = [peer.name for peer in PEERS]
     parser = argparse.ArgumentParser(description="Measures ssepush and its peers side by side.")
-    parser.add_argument(
+    option = parser.add_argument
+    option(
+        "--only",
+        metavar="CASE,…",
+        type=names_of("case", cases),
+        default=cases,
+        help=", ".join(cases),
+    )
+    option(
+        "--peers",
+        metavar="NAME,…",
+        type=names_of("server", peers),
+        default=peers,
+        help=", ".join(peers),
+    )
+    option("--streams", metavar="N,…", type=counts, help="instead of each case's own")
+    option("--rounds", type=int, default=5, help="(5)")
+    option("--seconds", type=float, default=2.0, help="per measurement (2)")
+    option("--save", action="store_true", help="put the figures into results.json and results.svg")
+    option(
         "--quick",
         action="store_true",
-        help=f"{', '.join(QUICK_PEERS)} only, 100 streams, one round: under a minute",
-    )
-    parser.add_argument("--only", metavar="NAME,...", help=", ".join(names))
-    parser.add_argument("--streams", metavar="N,...", help=f"default {STREAM_COUNTS}")
-    parser.add_argument("--rounds", type=int, metavar="N", help="default 5")
-    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="per measurement")
-    parser.add_argument("--idle-seconds", type=float, default=IDLE_S, metavar="S", help="0: not")
-    parser.add_argument("--cases", metavar="CASE,...", help="of stream, open, post")
-    parser.add_argument(
-        "--output",
-        metavar="FOLDER",
-        type=Path,
-        help="for results.json and results.svg; default beside this file, with --quick nowhere",
+        help=f"deliveries of {', '.join(QUICK_PEERS)} with 100 streams, one round: 15 s",
     )
     options = parser.parse_args()
-    quick = options.quick
-    options.only = options.only.split(",") if options.only else QUICK_PEERS if quick else names
-    options.streams = [int(n) for n in options.streams.split(",")] if options.streams else STREAM_COUNTS
-    if quick:
-        options.streams = (100,)
-        options.idle_seconds = 0
-    elif not options.output:
-        options.output = HERE
-    options.rounds = options.rounds or (1 if quick else 5)
-    options.cases = (options.cases or ("stream" if quick else "stream,open,post")).split(",")
-    if unknown := set(options.only) - set(names):
-        parser.error(f"--only: no such server: {', '.join(sorted(unknown))}")
-    if unknown := set(options.cases) - {"stream", "open", "post"}:
-        parser.error(f"--cases: no such case: {', '.join(sorted(unknown))}")
-    if min(options.streams) < 1 or options.rounds < 1 or not 0 < options.seconds <= 60:
-        parser.error("out of range")
+    if options.quick:
+        options.only, options.peers = ["deliver"], list(QUICK_PEERS)
+        options.streams, options.rounds = [100], 1
+    if options.save and (options.peers != peers or options.streams):
+        parser.error("--save is for whole cases: without --peers, --streams and --quick")
+    if options.rounds < 1 or not 0 < options.seconds <= 60:
+        parser.error("--rounds must be at least 1, and --seconds more than 0 and at most 60")
     return options
 
 
@@ -358,6 +591,29 @@ def interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def measured_samples(steps: list[Step], seconds: float) -> tuple[list[Sample], bool]:
+    """All samples, which are also kept in results.raw.jsonl; and whether the run came to its end."""
+    samples = []
+    with tempfile.TemporaryDirectory(prefix="ssepush-bench-") as folder, RAW.open("w") as raw:
+        try:
+            for sample in run(steps, seconds, Path(folder)):
+                samples.append(sample)
+                raw.write(f"{json.dumps(vars(sample))}\n")
+                raw.flush()
+        except KeyboardInterrupt:
+            print("\ninterrupted: what was measured so far", file=sys.stderr)
+            return samples, False
+    return samples, True
+
+
+def save(summary: report.Summary) -> None:
+    if report.RESULTS.exists():
+        stored = report.from_json(report.RESULTS.read_text())
+        summary = report.merged(stored, summary)
+    report.RESULTS.write_text(report.as_json(summary))
+    report.CHART.write_text(report.chart(summary))
+
+
 def main() -> int:
     options = parse_options()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -366,28 +622,24 @@ def main() -> int:
         if not shutil.which(program):
             print(f"bench.py needs {program}", file=sys.stderr)
             return 2
-    file_limit = raise_open_file_limit()
-    chosen = [peer for peer in PEERS if peer.name in options.only]
-    missing = {peer.name: why for peer in chosen if (why := peer.missing())}
-    steps = planned([peer for peer in chosen if peer.name not in missing], options)
-    results = report.Results(machine(), {"seconds": options.seconds}, missing, [])
-    results.settings |= {"rounds": options.rounds, "open_file_limit": file_limit}
-    interrupted = False
-    with tempfile.TemporaryDirectory(prefix="ssepush-bench-") as folder:
-        try:
-            for sample in run(steps, options, Path(folder)):
-                results.samples.append(sample)
-                if options.output:
-                    unfinished = options.output / "results.json.tmp"
-                    unfinished.write_text(report.as_json(results))
-        except KeyboardInterrupt:
-            interrupted = True
-            print("\ninterrupted: what was measured so far", file=sys.stderr)
-    print(report.text(results))
-    if options.output and results.samples and not interrupted:
-        (options.output / "results.json.tmp").replace(options.output / "results.json")
-        (options.output / "results.svg").write_text(report.chart(results))
-    return 1 if interrupted or not results.samples else 0
+    raise_open_file_limit()
+    description = machine()
+    present, missing = [], {}
+    for peer in PEERS:
+        if peer.name in options.peers:
+            why = peer.missing()
+            if why:
+                missing[peer.name] = why
+            else:
+                present.append(peer)
+    steps = planned(present, options)
+    samples, is_whole = measured_samples(steps, options.seconds)
+    summary = report.summary_of(samples, description)
+    summary.not_run = missing
+    print(report.text(summary))
+    if options.save and samples and is_whole:
+        save(summary)
+    return 0 if samples and is_whole else 1
 
 
 if __name__ == "__main__":

@@ -108,8 +108,8 @@ def mutated(seed: bytes, rng: random.Random) -> bytes:
     """The seed with up to six changes, or unchanged."""
     text = bytearray(seed)
     for _ in range(rng.choice((0, 1, 1, 2, 3, 6))):
-        at, to = sorted((rng.randint(0, len(text)), rng.randint(0, len(text))))
-        to = min(to, at + 20)
+        at = rng.randint(0, len(text))
+        to = min(at + rng.randint(0, 20), len(text))
         match rng.randrange(6):
             case 0:
                 text[at:at] = rng.choice(TOKENS)
@@ -221,9 +221,12 @@ def unchunked(received: bytes) -> bytes:
     """The body that came in chunks, to the last one or to where the connection was closed."""
     body = b""
     while found := re.match(rb"([0-9a-f]+)\r\n", received):
-        size, start = int(found[1], 16), found.end()
+        size = int(found[1], 16)
+        start = found.end()
         assert received[start + size : start + size + 2] == b"\r\n", received
-        body, received = body + received[start : start + size], received[start + size + 2 :]
+        end = start + size
+        body += received[start:end]
+        received = received[end + 2 :]
         assert size or not received, received
     assert not received, received
     return body
@@ -265,14 +268,29 @@ def event_of(message: bytes) -> Received | None:
         data = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):
         return Received(lines(text))
-    kind, number, retry = members.get("type"), members.get("id"), members.get("retry")
-    sendable = isinstance(kind, str | None) and not re.search("[\r\n]", kind or "")
-    sendable &= type(number) in (str, int, type(None)) and not re.search("[\r\n\0]", str(number or ""))
-    sendable &= len(str(number or "").encode(errors="surrogatepass")) <= 128
-    sendable &= retry is None or (type(retry) is int and retry >= 0)
-    if not sendable or re.search("[\ud800-\udfff]", f"{data}{kind}{number}"):
+    kind = members.get("type")
+    number = members.get("id")
+    if not (is_type(kind) and is_id(number) and is_retry(members.get("retry"))):
+        return None
+    if re.search("[\ud800-\udfff]", f"{data}{kind}{number}"):
         return None
     return Received(lines(data), kind or "message", "" if number is None else str(number))
+
+
+def is_type(kind: object) -> bool:
+    return kind is None or (isinstance(kind, str) and not re.search("[\r\n]", kind))
+
+
+def is_id(number: object) -> bool:
+    if number is None:
+        return True
+    if type(number) not in (str, int) or re.search("[\r\n\0]", str(number)):
+        return False
+    return len(str(number).encode(errors="surrogatepass")) <= 128
+
+
+def is_retry(retry: object) -> bool:
+    return retry is None or (type(retry) is int and retry >= 0)
 
 
 # ── The four targets ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -282,9 +300,11 @@ def fuzz_requests(server: ServerProcess, store: RedisProcess, rng: random.Random
     """Raw bytes at the socket: one to three requests after one another."""
     seen: Counter[str] = Counter()
     for _ in range(0, cases, BATCH):
-        sent = [
-            b"".join(mutated(rng.choice(REQUESTS), rng) for _ in range(rng.choice((1, 1, 2, 3)))) for _ in range(BATCH)
-        ]
+        sent = []
+        for _ in range(BATCH):
+            number = rng.choice((1, 1, 2, 3))
+            requests = [mutated(rng.choice(REQUESTS), rng) for _ in range(number)]
+            sent.append(b"".join(requests))
         for case, received in exchanges(server.port, sent):
             with telling(case):
                 seen.update(str(status) for status, _ in checked(received))
@@ -303,9 +323,13 @@ def fuzz_publish(server: ServerProcess, store: RedisProcess, rng: random.Random,
             with telling(case):
                 [(status, answer)] = checked(received)
                 seen[str(status)] += 1
-                body = case.partition(b"\r\n\r\n")[2]
-                if status == 200 and json.loads(body).get("channel") == CHANNEL:
-                    event, number = event_of(json.dumps(json.loads(body)).encode()), json.loads(answer)["id"]
+                _, _, body = case.partition(b"\r\n\r\n")
+                if status != 200:
+                    continue
+                members = json.loads(body)
+                if members.get("channel") == CHANNEL:
+                    event = event_of(json.dumps(members).encode())
+                    number = json.loads(answer)["id"]
                     assert event
                     expected[number] = event._replace(id=number)
         events = stream.take(len(expected))
@@ -337,18 +361,23 @@ def fuzz_messages(server: ServerProcess, store: RedisProcess, rng: random.Random
     return seen
 
 
+STREAM_REQUEST = b"GET /stream?%b HTTP/1.1\r\nHost: localhost\r\nLast-Event-ID: %b\r\n\r\n"
+
+
 def fuzz_queries(server: ServerProcess, store: RedisProcess, rng: random.Random, cases: int) -> Counter[str]:
     """Query strings and Last-Event-ID of a stream, and the history that it replays."""
     seen: Counter[str] = Counter()
     numbers = [server.publish(n, "fuzz-history")["id"] for n in range(30)]
     ours = {Received(str(n), "message", number) for n, number in enumerate(numbers)}
-    ids = [*map(str.encode, numbers), b"", b"0-0", b"1764000000000-1234567890123", b"9" * 14 + b"-" + b"9" * 16]
+    ids = [number.encode() for number in numbers]
+    ids += [b"", b"0-0", b"1764000000000-1234567890123"]
+    ids.append(b"%b-%b" % (b"9" * 14, b"9" * 16))
     for _ in range(0, cases, BATCH):
         sent = []
         for _ in range(BATCH):
             query = re.sub(rb"[^!-~]", b"+", mutated(rng.choice(QUERIES), rng))
             last = re.sub(rb"[^\t -~\x80-\xff]", b"", mutated(rng.choice(ids), rng))
-            sent.append(b"GET /stream?%b HTTP/1.1\r\nHost: localhost\r\nLast-Event-ID: %b\r\n\r\n" % (query, last))
+            sent.append(STREAM_REQUEST % (query, last))
         for case, received in exchanges(server.port, sent):
             with telling(case):
                 for status, body in checked(received):
@@ -372,7 +401,8 @@ def telling(case: bytes) -> Iterator[None]:
         raise
 
 
-TARGETS: dict[str, Callable[[ServerProcess, RedisProcess, random.Random, int], Counter[str]]] = {
+Target = Callable[[ServerProcess, RedisProcess, random.Random, int], Counter[str]]
+TARGETS: dict[str, Target] = {
     "requests": fuzz_requests,
     "publish": fuzz_publish,
     "messages": fuzz_messages,
@@ -406,9 +436,11 @@ def run(server: ServerProcess, store: RedisProcess, options: Any) -> None:
     for name in options.targets or TARGETS:
         store.client.flushall()  # or the history of one would be replayed in another
         began = time.monotonic()
-        seen = TARGETS[name](server, store, random.Random(f"{options.seed} {name}"), options.cases)
+        rng = random.Random(f"{options.seed} {name}")
+        seen = TARGETS[name](server, store, rng, options.cases)
         seconds = time.monotonic() - began
-        print(f"{name}: {options.cases} cases in {seconds:.1f} s: {dict(sorted(seen.items()))}", flush=True)
+        counts = dict(sorted(seen.items()))
+        print(f"{name}: {options.cases} cases in {seconds:.1f} s: {counts}", flush=True)
         wait_for(lambda: server.threads() <= threads, "no thread is left")
         # The pool keeps up to 32 connections to Redis, and --shared its subscriber.
         wait_for(lambda: server.descriptors() <= descriptors + 33, "no descriptor is left")

@@ -1,25 +1,35 @@
 /* load.c: opens event streams, publishes numbered messages and measures how they arrive.
  *
- *   load streams PORT PATH COUNT PUBLISHER      opens COUNT streams of GET PATH, then obeys standard input:
- *       run OUTSTANDING BYTES SECONDS           publishes, with so many messages on their way at any time
- *       idle SECONDS                            keeps the streams open and publishes nothing
- *   load post PORT PATH CONNECTIONS SECONDS     POSTs a small JSON body over kept-alive connections
+ *   load streams PORT PATH COUNT PUBLISHER           opens COUNT streams of GET PATH, then obeys standard input:
+ *       run OUTSTANDING BYTES SECONDS                publishes, with so many messages on their way at any time
+ *       pace PER_S BYTES SECONDS                     publishes so many a second, whatever becomes of them; the next
+ *                                                    command ends it
+ *       idle SECONDS                                 keeps the streams open and publishes nothing
+ *   load return PORT PATH COUNT ID MESSAGES          opens COUNT streams at once with this Last-Event-ID, as browsers do
+ *                                                    after a restart; each is back when it has the last of so many
+ *                                                    missed messages
+ *   load newcomers PORT PATH PER_S SECONDS           opens so many streams a second, and keeps them open
+ *   load post PORT PATH CONNECTIONS PER_S SECONDS    POSTs a small JSON body over kept-alive connections; PER_S 0: as
+ *                                                    fast as they are answered
  *
  * PUBLISHER is redis:PORT:CHANNEL (PUBLISH of a flask-sse message), nchan:PORT:PATH (an HTTP POST of the bare text)
  * or raw:PORT (a whole SSE frame). Opening and every command answer with one line of JSON on standard output.
  *
  * Every message's text ends in a marker, '#' and the ten digits of its number, and nothing else in it has a '#'. The
- * streams are searched for markers only, so it does not matter how a server frames events or splits them over reads.
- * A message counts as delivered when all streams got it; only then is the next one published in its place.
+ * streams are searched for markers only, so it does not matter how a server frames events or splits them over reads,
+ * nor what it sends besides: positions, reconnection times and heartbeats count as nothing.
+ * In a run, a message counts as delivered when all streams got it; only then is the next one published in its place.
  *
- * One thread, one epoll. Deliberate shortcuts: writes to publishers block (they always read), and a connection of
- * "post" assumes that a request's few hundred bytes fit into the socket's buffer.
+ * One thread, one epoll. What is measured at the same time runs in processes of their own, so that opening streams
+ * delays no reading. Deliberate shortcuts: writes to publishers block (they always read), and a connection of "post"
+ * assumes that a request's few hundred bytes fit into the socket's buffer.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -40,9 +50,12 @@ enum {
     READ_BYTES = 256 * 1024,
     MAX_EVENTS = 1024,
     OPEN_WINDOW = 256,   /* streams that may wait for their head at once: below usual listen backlogs */
+    RETURN_WINDOW = 800, /* the same for streams that return; more, and it is the kernel's retries that are measured */
+    RETURN_AGAIN_NS = 1000000000, /* after which a stream that was refused or cut comes again */
     OPEN_LIMIT_S = 120,
     HEADLESS_NS = 1000000000,
     PROBE_NS = 50000000,
+    QUIET_NS = 100000000,
     STALL_LIMIT_S = 10,  /* without any delivery for so long, a run gives up */
     MAX_POSTERS = 256,
     POST_BYTES = 64,
@@ -107,9 +120,15 @@ static void watch(int operation, int fd, uint32_t events, uint32_t index) {
 
 /* ---- histogram of latencies: 32 steps per power of two, so at most 3 % off ------------------------------------ */
 
-static uint64_t histogram[2048];
+static uint64_t histogram[2048], longest_ns;
+
+static void histogram_clear(void) {
+    memset(histogram, 0, sizeof histogram);
+    longest_ns = 0;
+}
 
 static void histogram_add(uint64_t ns) {
+    if (ns > longest_ns) longest_ns = ns;
     int shift = ns < 64 ? 0 : 63 - __builtin_clzll(ns) - 5;
     histogram[(uint64_t)shift * 32 + (ns >> shift)]++;
 }
@@ -127,6 +146,11 @@ static double percentile_us(double share) {
     return 0;
 }
 
+static void print_latency(void) {
+    printf("\"latency_p50_us\": %.2f, \"latency_p99_us\": %.2f, \"latency_p999_us\": %.2f, \"latency_max_us\": %.2f",
+           percentile_us(0.5), percentile_us(0.99), percentile_us(0.999), (double)longest_ns / 1e3);
+}
+
 /* ---- messages ----------------------------------------------------------------------------------------------- */
 
 static struct message {
@@ -137,6 +161,9 @@ static struct message {
 
 static uint32_t next_number = 1;
 static uint32_t first_number = 1; /* of this run: lower ones are probes, or late from an earlier run */
+static uint32_t goal;      /* of streams that return: the number of the last message that each has missed */
+static uint64_t return_ns; /* when they all began to */
+static uint64_t overtaken; /* messages that were still on their way when their slot was needed: they count as missing */
 static uint64_t published, completed, deliveries, strays;
 static uint64_t last_marker_ns;
 
@@ -183,7 +210,7 @@ static void publish(uint64_t count, int bytes, uint32_t streams) {
     uint64_t sent_ns = now_ns();
     for (uint64_t i = 0; i < count; i++) {
         struct message *m = &slots[next_number % SLOTS];
-        if (m->missing > 0 && m->number >= first_number) die("message %u is still on its way", m->number);
+        if (m->missing > 0 && m->number >= first_number) overtaken++;
         *m = (struct message){.number = next_number, .missing = streams, .sent_ns = sent_ns};
         length += put_message(publish_buffer + length, next_number++, bytes);
         published++;
@@ -223,6 +250,7 @@ static struct stream {
     bool reached;         /* got some message: the subscription really stands */
     uint32_t number;
     uint32_t arrived; /* messages of this run */
+    uint64_t began_ns; /* when it was opened, or is to be opened again */
 } *streams;
 
 static uint32_t stream_count, head_count, reached_count, dead_count;
@@ -235,13 +263,13 @@ static void kill_stream(struct stream *s) {
     if (s->reached) reached_count--;
     s->reached = false;
     s->state = DEAD;
+    s->began_ns = now_ns() + RETURN_AGAIN_NS;
     dead_count++;
 }
 
 static void open_stream(uint32_t index) {
     struct stream *s = &streams[index];
-    s->fd = connect_to(port, false);
-    s->state = CONNECTING;
+    *s = (struct stream){.fd = connect_to(port, false), .state = CONNECTING, .began_ns = now_ns()};
     if (s->fd < 0) {
         s->state = DEAD;
         dead_count++;
@@ -264,10 +292,14 @@ static void send_request(uint32_t index) {
 static void on_marker(struct stream *s, uint32_t number, uint64_t at_ns) {
     last_marker_ns = at_ns;
     if (!s->reached) {
-        s->reached = true;
-        reached_count++;
+        s->reached = goal == 0 || number == goal;
+        reached_count += s->reached;
     }
-    if (number < first_number) return;
+    if (goal > 0) {
+        s->arrived++;
+        if (number == goal) histogram_add(at_ns - return_ns);
+    }
+    if (number < first_number || goal > 0) return;
     struct message *m = &slots[number % SLOTS];
     if (m->number != number || m->missing == 0) {
         strays++;
@@ -305,6 +337,7 @@ static ssize_t match_head(struct stream *s, const char *bytes, ssize_t n) {
     if (!expected[s->head_matched]) {
         s->state = OPEN;
         head_count++;
+        if (goal == 0) histogram_add(now_ns() - s->began_ns);
     }
     return i;
 }
@@ -379,25 +412,46 @@ static void command_open(void) {
            (double)(end_ns - start_ns) / 1e9, probes, publisher.receivers);
 }
 
-/* Late probes would be work that nobody counts: wait until nothing has come for 100 ms. */
+/* Late probes would be work that nobody counts: wait until nothing has come for a while. */
 static void wait_for_quiet(void) {
     uint64_t start_ns = now_ns(), limit_ns = in_seconds(STALL_LIMIT_S);
     while (now_ns() < limit_ns) {
         turn(20);
-        if (now_ns() - (last_marker_ns > start_ns ? last_marker_ns : start_ns) > 100000000) return;
+        if (now_ns() - (last_marker_ns > start_ns ? last_marker_ns : start_ns) > QUIET_NS) return;
     }
+}
+
+static void begin_publishing(void) {
+    wait_for_quiet();
+    histogram_clear();
+    first_number = next_number;
+    published = completed = overtaken = deliveries = strays = 0;
+    for (uint32_t i = 0; i < stream_count; i++) streams[i].arrived = 0;
+    if (reached_count == 0) die("no stream is open");
+}
+
+static uint32_t uneven_streams(uint64_t messages) {
+    uint32_t uneven = 0;
+    for (uint32_t i = 0; i < stream_count; i++)
+        if (streams[i].state == OPEN && streams[i].arrived != messages) uneven++;
+    return uneven;
+}
+
+static void print_run(uint32_t audience, double elapsed_s, double used_cpu_s) {
+    printf("{\"streams\": %u, \"messages\": %lu, \"deliveries\": %lu, \"elapsed_s\": %.6f, ", audience, published,
+           deliveries, elapsed_s);
+    print_latency();
+    uint64_t missing = published * audience - deliveries;
+    printf(", \"load_cpu_s\": %.6f, \"missing\": %lu, \"uneven_streams\": %u, \"strays\": %lu, \"closed\": %u, "
+           "\"publish_errors\": %lu, \"receivers\": %ld}\n",
+           used_cpu_s, missing, uneven_streams(published), strays, dead_count, publisher.errors, publisher.receivers);
 }
 
 static void command_run(int outstanding, int bytes, double seconds) {
     if (outstanding < 1 || outstanding > MAX_OUTSTANDING || bytes < MARKER_DIGITS + 1 || bytes > MAX_BYTES)
         die("run: out of range");
-    wait_for_quiet();
-    memset(histogram, 0, sizeof histogram);
-    first_number = next_number;
-    published = completed = deliveries = strays = 0;
-    for (uint32_t i = 0; i < stream_count; i++) streams[i].arrived = 0;
+    begin_publishing();
     uint32_t audience = reached_count;
-    if (audience == 0) die("no stream is open");
     double cpu_before_s = cpu_s();
     uint64_t start_ns = now_ns(), end_ns = in_seconds(seconds);
     last_marker_ns = start_ns;
@@ -410,16 +464,25 @@ static void command_run(int outstanding, int bytes, double seconds) {
         while (completed == done && now_ns() - last_marker_ns <= STALL_LIMIT_S * 1000000000ull) turn(50);
     }
     double elapsed_s = (double)(last_marker_ns - start_ns) / 1e9;
-    uint32_t uneven = 0;
-    for (uint32_t i = 0; i < stream_count; i++)
-        if (streams[i].state == OPEN && streams[i].arrived != published) uneven++;
-    printf("{\"streams\": %u, \"outstanding\": %d, \"payload_bytes\": %d, \"messages\": %lu, \"deliveries\": %lu, "
-           "\"elapsed_s\": %.6f, \"latency_p50_us\": %.2f, \"latency_p99_us\": %.2f, \"load_cpu_s\": %.6f, "
-           "\"missing\": %lu, \"uneven_streams\": %u, \"strays\": %lu, \"closed\": %u, \"publish_errors\": %lu, "
-           "\"receivers\": %ld}\n",
-           audience, outstanding, bytes, published, deliveries, elapsed_s, percentile_us(0.5), percentile_us(0.99),
-           cpu_s() - cpu_before_s, published * audience - deliveries, uneven, strays, dead_count, publisher.errors,
-           publisher.receivers);
+    print_run(audience, elapsed_s, cpu_s() - cpu_before_s);
+}
+
+/* The next command's first byte ends it; what is on its way then still counts. */
+static void command_pace(double per_s, int bytes, double seconds) {
+    if (per_s <= 0 || per_s > 10000 || bytes < MARKER_DIGITS + 1 || bytes > MAX_BYTES) die("pace: out of range");
+    begin_publishing();
+    uint32_t audience = reached_count;
+    double cpu_before_s = cpu_s();
+    uint64_t start_ns = now_ns(), end_ns = in_seconds(seconds);
+    struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
+    while (now_ns() < end_ns && poll(&input, 1, 0) == 0) {
+        if ((double)(now_ns() - start_ns) * per_s / 1e9 >= (double)published) publish(1, bytes, audience);
+        turn(1);
+    }
+    uint64_t limit_ns = in_seconds(STALL_LIMIT_S);
+    double elapsed_s = (double)(now_ns() - start_ns) / 1e9;
+    while (completed + overtaken < published && now_ns() < limit_ns) turn(20);
+    print_run(audience, elapsed_s, cpu_s() - cpu_before_s);
 }
 
 static void command_idle(double seconds) {
@@ -431,14 +494,17 @@ static void command_idle(double seconds) {
 
 static void obey(char *line) {
     int outstanding, bytes;
-    double seconds;
+    double per_s, seconds;
     if (sscanf(line, "run %d %d %lf", &outstanding, &bytes, &seconds) == 3) {
         alarm((unsigned)seconds + 6 * STALL_LIMIT_S);
         command_run(outstanding, bytes, seconds);
+    } else if (sscanf(line, "pace %lf %d %lf", &per_s, &bytes, &seconds) == 3) {
+        alarm((unsigned)seconds + 3 * STALL_LIMIT_S);
+        command_pace(per_s, bytes, seconds);
     } else if (sscanf(line, "idle %lf", &seconds) == 1) {
         alarm((unsigned)seconds + STALL_LIMIT_S);
         command_idle(seconds);
-    } else {
+    } else if (strcmp(line, "stop\n") != 0) { /* "stop" has ended a pace, and says nothing more */
         die("command? %s", line);
     }
     fflush(stdout);
@@ -472,58 +538,126 @@ static int answer_status(struct poster *p) {
     return p->length >= whole ? atoi(p->answer + 9) : 0;
 }
 
-static void mode_post(const char *path, uint32_t connections, double seconds) {
-    if (connections < 1 || connections > MAX_POSTERS) die("connections out of range");
-    alarm((unsigned)seconds + 4 * STALL_LIMIT_S);
+static void prepare_post(const char *path) {
     char text[POST_BYTES + 1], body[256];
     put_text(text, 1, POST_BYTES);
-    snprintf(body, sizeof body, "{\"channel\": \"sse\", \"data\": \"%s\"}", text);
+    snprintf(body, sizeof body, "{\"channel\": \"posted\", \"data\": \"%s\"}", text);
     const char *head = "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
                        "Content-Length: %zu\r\n\r\n%s";
     snprintf(request, sizeof request, head, path, port, strlen(body), body);
-    uint64_t ok = 0, failed = 0;
-    for (uint32_t i = 0; i < connections; i++) {
-        posters[i].fd = connect_to(port, true);
-        watch(EPOLL_CTL_ADD, posters[i].fd, EPOLLIN, i);
+}
+
+static void connect_poster(uint32_t index) {
+    posters[index].fd = connect_to(port, true);
+    watch(EPOLL_CTL_ADD, posters[index].fd, EPOLLIN, index);
+}
+
+/* The status of the answer; 0 while it is not whole; a connection that is of no use any more is replaced. */
+static int read_answer(uint32_t index) {
+    struct poster *p = &posters[index];
+    ssize_t got = recv(p->fd, p->answer + p->length, sizeof p->answer - 1 - p->length, MSG_DONTWAIT);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return 0;
+    if (got > 0) p->length += (size_t)got;
+    int status = got > 0 ? answer_status(p) : -1;
+    if (status < 0) {
+        close(p->fd);
+        connect_poster(index);
     }
+    return status;
+}
+
+static void mode_post(const char *path, uint32_t connections, double per_s, double seconds) {
+    if (connections < 1 || connections > MAX_POSTERS) die("connections out of range");
+    alarm((unsigned)seconds + 4 * STALL_LIMIT_S);
+    prepare_post(path);
+    uint32_t idle[MAX_POSTERS], idle_count = 0;
+    for (uint32_t i = 0; i < connections; i++) {
+        connect_poster(i);
+        idle[idle_count++] = i;
+    }
+    uint64_t begun = 0, ok = 0, failed = 0;
     double cpu_before_s = cpu_s();
     uint64_t start_ns = now_ns(), end_ns = in_seconds(seconds);
-    for (uint32_t i = 0; i < connections; i++) post(&posters[i]);
     while (now_ns() < end_ns && failed < 100) {
+        double due = per_s > 0 ? (double)(now_ns() - start_ns) * per_s / 1e9 : 1e18;
+        for (; idle_count > 0 && (double)begun < due; begun++) post(&posters[idle[--idle_count]]);
         struct epoll_event events[MAX_POSTERS];
-        int n = epoll_wait(poller, events, MAX_POSTERS, 100);
+        int n = epoll_wait(poller, events, MAX_POSTERS, per_s > 0 ? 1 : 100);
         for (int i = 0; i < n; i++) {
-            struct poster *p = &posters[events[i].data.u32];
-            ssize_t got = recv(p->fd, p->answer + p->length, sizeof p->answer - 1 - p->length, MSG_DONTWAIT);
-            if (got < 0 && (errno == EAGAIN || errno == EINTR)) continue;
-            if (got > 0) p->length += (size_t)got;
-            int status = got > 0 ? answer_status(p) : -1;
+            uint32_t index = events[i].data.u32;
+            int status = read_answer(index);
             if (status == 0) continue;
-            if (status == 200) ok++;
+            idle[idle_count++] = index;
+            if (status == 200) ok++, histogram_add(now_ns() - posters[index].sent_ns);
             else failed++;
-            if (status == 200) histogram_add(now_ns() - p->sent_ns);
-            if (status < 0) { /* closed or not understood: a new connection */
-                close(p->fd);
-                p->fd = connect_to(port, true);
-                watch(EPOLL_CTL_ADD, p->fd, EPOLLIN, events[i].data.u32);
-            }
-            post(p);
         }
     }
-    printf("{\"connections\": %u, \"requests\": %lu, \"failed\": %lu, \"elapsed_s\": %.6f, \"latency_p50_us\": %.2f, "
-           "\"latency_p99_us\": %.2f, \"load_cpu_s\": %.4f}\n",
-           connections, ok, failed, (double)(now_ns() - start_ns) / 1e9, percentile_us(0.5), percentile_us(0.99),
-           cpu_s() - cpu_before_s);
+    printf("{\"connections\": %u, \"requests\": %lu, \"failed\": %lu, \"elapsed_s\": %.6f, ", connections, ok, failed,
+           (double)(now_ns() - start_ns) / 1e9);
+    print_latency();
+    printf(", \"load_cpu_s\": %.4f}\n", cpu_s() - cpu_before_s);
+}
+
+/* ---- streams that return, and newcomers ---------------------------------------------------------------------- */
+
+static void prepare_streams(const char *path, const char *last_event_id) {
+    char position[200] = "";
+    if (last_event_id != NULL) snprintf(position, sizeof position, "Last-Event-ID: %s\r\n", last_event_id);
+    snprintf(request, sizeof request,
+             "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\n%s\r\n",
+             path, port, position);
+    streams = calloc(stream_count, sizeof *streams);
+    if (streams == NULL) die("out of memory");
+}
+
+static uint32_t open_again(void) {
+    uint32_t again = 0;
+    for (uint32_t i = 0; i < stream_count && dead_count > 0; i++) {
+        if (streams[i].state != DEAD || now_ns() < streams[i].began_ns) continue;
+        dead_count--;
+        again++;
+        open_stream(i);
+    }
+    return again;
+}
+
+static void mode_return(const char *path, const char *last_event_id, uint32_t messages) {
+    prepare_streams(path, last_event_id);
+    alarm(OPEN_LIMIT_S + STALL_LIMIT_S);
+    goal = messages;
+    uint64_t limit_ns = in_seconds(OPEN_LIMIT_S), look_ns = now_ns();
+    uint32_t next = 0, again = 0;
+    double cpu_before_s = cpu_s();
+    return_ns = now_ns();
+    while (reached_count < stream_count && now_ns() < limit_ns) {
+        while (next < stream_count && next - head_count - dead_count < RETURN_WINDOW) open_stream(next++);
+        turn(5);
+        if (now_ns() < look_ns) continue;
+        look_ns = now_ns() + PROBE_NS;
+        again += open_again();
+    }
+    printf("{\"streams\": %u, \"back\": %u, \"back_s\": %.4f, \"again\": %u, \"uneven_streams\": %u, ", stream_count,
+           reached_count, (double)(now_ns() - return_ns) / 1e9, again, uneven_streams(messages));
+    print_latency();
+    printf(", \"load_cpu_s\": %.4f}\n", cpu_s() - cpu_before_s);
+}
+
+static void mode_newcomers(const char *path, double per_s, double seconds) {
+    stream_count = (uint32_t)(per_s * seconds);
+    prepare_streams(path, NULL);
+    alarm((unsigned)seconds + 2 * STALL_LIMIT_S);
+    uint64_t start_ns = now_ns(), limit_ns = in_seconds(seconds + STALL_LIMIT_S);
+    for (uint32_t next = 0; head_count + dead_count < stream_count && now_ns() < limit_ns; turn(1))
+        if (next < stream_count && (double)(now_ns() - start_ns) * per_s / 1e9 >= (double)next) open_stream(next++);
+    printf("{\"streams\": %u, \"opened\": %u, \"refused\": %u, ", stream_count, head_count, dead_count);
+    print_latency();
+    printf("}\n");
 }
 
 /* ---- main ---------------------------------------------------------------------------------------------------- */
 
 static void mode_streams(const char *path, const char *publisher_spec) {
-    snprintf(request, sizeof request,
-             "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\n\r\n",
-             path, port);
-    streams = calloc(stream_count, sizeof *streams);
-    if (streams == NULL) die("out of memory");
+    prepare_streams(path, NULL);
     parse_publisher(publisher_spec);
     watch(EPOLL_CTL_ADD, publisher.fd, EPOLLIN, stream_count);
     alarm(OPEN_LIMIT_S + STALL_LIMIT_S);
@@ -534,17 +668,19 @@ static void mode_streams(const char *path, const char *publisher_spec) {
     while (fgets(line, sizeof line, stdin)) obey(line);
 }
 
+static bool mode_is(char **argv, int argc, const char *name, int count) {
+    return argc == count && !strcmp(argv[1], name);
+}
+
 int main(int argc, char **argv) {
     poller = epoll_create1(0);
-    if (argc != 6) die("usage: see the top of load.c");
-    port = atoi(argv[2]);
-    if (!strcmp(argv[1], "streams")) {
-        stream_count = (uint32_t)atoi(argv[4]);
-        mode_streams(argv[3], argv[5]);
-    } else if (!strcmp(argv[1], "post")) {
-        mode_post(argv[3], (uint32_t)atoi(argv[4]), atof(argv[5]));
-    } else {
-        die("mode? %s", argv[1]);
-    }
+    setvbuf(stdin, NULL, _IONBF, 0); /* a pace looks at the descriptor for the next command */
+    port = argc > 2 ? atoi(argv[2]) : 0;
+    stream_count = argc > 4 ? (uint32_t)atoi(argv[4]) : 0;
+    if (mode_is(argv, argc, "streams", 6)) mode_streams(argv[3], argv[5]);
+    else if (mode_is(argv, argc, "return", 7)) mode_return(argv[3], argv[5], (uint32_t)atoi(argv[6]));
+    else if (mode_is(argv, argc, "newcomers", 6)) mode_newcomers(argv[3], atof(argv[4]), atof(argv[5]));
+    else if (mode_is(argv, argc, "post", 7)) mode_post(argv[3], (uint32_t)atoi(argv[4]), atof(argv[5]), atof(argv[6]));
+    else die("usage: see the top of load.c");
     return 0;
 }

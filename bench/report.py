@@ -1,6 +1,10 @@
-"""What bench.py measured, as a table with the bars to reach, as JSON and as an SVG chart.
+"""What bench.py measured, in short: results.json, tables for the terminal and for Markdown, and an SVG chart.
 
-`python bench/report.py results.json` prints the table again and draws the chart anew, without measuring.
+    python bench/report.py                 the tables and bars that results.json holds; draws results.svg anew
+    python bench/report.py --markdown      the tables of the documentation
+
+results.json is made to be read and compared: one line per case, with a list of figures for each server, in the order
+of the line's columns; and one line per bar. A figure is the median over rounds.
 """
 
 from __future__ import annotations
@@ -8,17 +12,118 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 
-from servers import DETAIL_STREAMS, PEERS
+from servers import DETAIL_STREAMS, HERE, PEERS, POST_CONNECTIONS
 
-SMALL_BYTES = 64
+RESULTS = HERE / "results.json"
+CHART = HERE / "results.svg"
 BUSY = 0.9  # above this share of one core, the load generator may be what limits
 
 LABELS = {peer.name: peer.label for peer in PEERS}
-Key = tuple[str, int, int, int]  # case, streams, payload bytes, outstanding
+
+
+@dataclass(frozen=True)
+class Metric:
+    heading: str
+    digits: int
+
+
+METRICS = {
+    "deliveries_per_s": Metric("deliveries/s", 0),
+    "p50_ms": Metric("p50 ms", 2),
+    "p99_ms": Metric("p99 ms", 2),
+    "p999_ms": Metric("p99.9 ms", 2),
+    "max_ms": Metric("longest ms", 1),
+    "cpu_us": Metric("CPU µs", 2),
+    "server_cpu_us": Metric("server", 2),
+    "redis_cpu_us": Metric("Redis", 2),
+    "load_busy": Metric("load busy", 2),
+    "lost": Metric("lost", 0),
+    "kb_per_stream": Metric("KB per stream", 1),
+    "redis_kb_per_stream": Metric("Redis's KB", 1),
+    "opened_per_s": Metric("opened/s", 0),
+    "not_opened": Metric("not opened", 0),
+    "open_cpu_us": Metric("CPU µs each", 0),
+    "idle_s": Metric("seconds", 0),
+    "server_cpu_s": Metric("server's CPU s", 2),
+    "redis_cpu_s": Metric("Redis's CPU s", 2),
+    "closed": Metric("closed", 0),
+    "back_s": Metric("all back, s", 2),
+    "half_back_s": Metric("half, s", 2),
+    "again": Metric("came again", 0),
+    "wrong_replays": Metric("wrong replays", 0),
+    "quiet_p50_ms": Metric("quiet: p50 ms", 2),
+    "quiet_p99_ms": Metric("p99 ms", 2),
+    "quiet_p999_ms": Metric("p99.9 ms", 2),
+    "busy_p50_ms": Metric("busy: p50 ms", 2),
+    "busy_p99_ms": Metric("p99 ms", 2),
+    "busy_p999_ms": Metric("p99.9 ms", 2),
+    "open_p99_ms": Metric("to open: p99 ms", 2),
+    "posts_per_s": Metric("posts/s", 0),
+    "few_cpu_us": Metric("CPU µs with 500", 2),
+    "requests_per_s": Metric("requests/s", 0),
+    "failed": Metric("failed", 0),
+}
+LATENCY = ("p50_ms", "p99_ms", "p999_ms")
+COLUMNS = {
+    "deliver": (
+        "deliveries_per_s",
+        *LATENCY,
+        "cpu_us",
+        "server_cpu_us",
+        "redis_cpu_us",
+        "kb_per_stream",
+        "load_busy",
+        "lost",
+    ),
+    "open": (
+        "opened_per_s",
+        "not_opened",
+        "open_cpu_us",
+        "kb_per_stream",
+        "redis_kb_per_stream",
+    ),
+    "idle": ("idle_s", "server_cpu_s", "redis_cpu_s", "closed"),
+    "return": (
+        "back_s",
+        "half_back_s",
+        *LATENCY,
+        "max_ms",
+        "open_cpu_us",
+        "again",
+        "wrong_replays",
+        "lost",
+    ),
+    "busy": (
+        "quiet_p50_ms",
+        "quiet_p99_ms",
+        "quiet_p999_ms",
+        "busy_p50_ms",
+        "busy_p99_ms",
+        "busy_p999_ms",
+        "open_p99_ms",
+        "not_opened",
+        "posts_per_s",
+        "lost",
+    ),
+    "large": (
+        "kb_per_stream",
+        *LATENCY,
+        "max_ms",
+        "cpu_us",
+        "few_cpu_us",
+        "opened_per_s",
+        "not_opened",
+        "lost",
+    ),
+    "post": ("requests_per_s", *LATENCY, "cpu_us", "failed"),
+}
+
+
+# ---- Samples and their summary ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -27,282 +132,443 @@ class Sample:
 
     round: int
     peer: str
-    case: str  # "open", "deliver", "idle", "post" or "failed"
-    streams: int
-    outstanding: int = 0
-    payload_bytes: int = 0
+    case: str  # "open 5000", "deliver 500 10x64" (streams, messages outstanding, their bytes)
     values: dict[str, float] = field(default_factory=dict)
-    note: str = ""
 
-    @property
-    def key(self) -> Key:
-        return self.case, self.streams, self.payload_bytes, self.outstanding
+
+Figures = dict[str, list[float | None]]
 
 
 @dataclass
-class Results:
+class CaseLine:
+    """A case: the medians of each server, in the order of the columns."""
+
+    case: str
+    rounds: int
+    date: str
+    columns: tuple[str, ...]
+    figures: Figures
+
+    def figure(self, peer: str, metric: str) -> float | None:
+        if peer not in self.figures or metric not in self.columns:
+            return None
+        place = self.columns.index(metric)
+        return self.figures[peer][place]
+
+
+@dataclass
+class BarLine:
+    """A bar to reach, and what was measured: the median over rounds, and the lowest and highest."""
+
+    bar: str
+    bound: str
+    measured: float
+    lowest: float
+    highest: float
+    is_met: bool
+
+
+@dataclass
+class Summary:
     machine: dict[str, str | int]
-    settings: dict[str, float]
-    missing: dict[str, str]  # server: what is not installed
-    samples: list[Sample]
+    cases: list[CaseLine] = field(default_factory=list)
+    bars: list[BarLine] = field(default_factory=list)
+    not_run: dict[str, str] = field(default_factory=dict)  # server: why
 
-    @property
-    def rounds(self) -> int:
-        return max((sample.round for sample in self.samples), default=0)
+    def case(self, name: str) -> CaseLine | None:
+        for line in self.cases:
+            if line.case == name:
+                return line
+        return None
 
-    def by_round(self, peer: str, key: Key, metric: str) -> dict[int, float]:
-        return {
-            sample.round: sample.values[metric]
-            for sample in self.samples
-            if sample.peer == peer and sample.key == key and metric in sample.values
-        }
+    def figure(self, peer: str, case: str, metric: str) -> float | None:
+        line = self.case(case)
+        return line.figure(peer, metric) if line else None
 
-    def median(self, peer: str, key: Key, metric: str) -> float | None:
-        values = self.by_round(peer, key, metric).values()
-        return statistics.median(values) if values else None
 
-    def keys(self, case: str) -> list[Key]:
-        return sorted({sample.key for sample in self.samples if sample.case == case})
+def kind_of(case: str) -> str:
+    return case.partition(" ")[0]
 
-    def peers(self, key: Key) -> list[str]:
-        present = {sample.peer for sample in self.samples if sample.key == key}
-        return [name for name in LABELS if name in present]
+
+def case_line(case: str, samples: Sequence[Sample], date: str) -> CaseLine:
+    columns = COLUMNS[kind_of(case)]
+    figures: Figures = {}
+    for peer in LABELS:
+        of_peer = [sample.values for sample in samples if sample.peer == peer]
+        if of_peer:
+            figures[peer] = [median_of(column, of_peer) for column in columns]
+    rounds = max(sample.round for sample in samples)
+    return CaseLine(case, rounds, date, columns, figures)
+
+
+def median_of(metric: str, measured: Sequence[dict[str, float]]) -> float | None:
+    """Four digits of it: more would be noise. None: this server is not measured so."""
+    values = [values[metric] for values in measured if metric in values]
+    if not values:
+        return None
+    return float(f"{statistics.median(values):.4g}")
+
+
+def summary_of(samples: Sequence[Sample], machine: dict[str, str | int]) -> Summary:
+    by_case: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_case.setdefault(sample.case, []).append(sample)
+    summary = Summary(machine)
+    for case, of_case in by_case.items():
+        summary.cases.append(case_line(case, of_case, str(machine["date"])))
+    for bar in BARS:
+        line = bar.line(samples)
+        if line:
+            summary.bars.append(line)
+    return summary
+
+
+def merged(old: Summary, new: Summary) -> Summary:
+    """The new lines in the place of the old ones; cases that were not measured again stay."""
+    both = Summary(new.machine, not_run=new.not_run)
+    cases = {line.case: line for line in (*old.cases, *new.cases)}
+    for name in sorted(cases, key=order_of):
+        both.cases.append(cases[name])
+    bars = {line.bar: line for line in (*old.bars, *new.bars)}
+    for bar in BARS:
+        if bar.text in bars:
+            both.bars.append(bars[bar.text])
+    return both
+
+
+def order_of(case: str) -> tuple[int, list[int]]:
+    """Cases in the order of COLUMNS, and each kind's by its numbers."""
+    kind, *words = case.replace("x", " ").split()
+    numbers = [int(word) for word in words]
+    return list(COLUMNS).index(kind), numbers
 
 
 # ---- The bars ---------------------------------------------------------------------------------
 
+ByRound = dict[int, float]
+
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise: the metric, as a ratio to another server's (or itself), keeps to a bound."""
+    """A promise: the metric, as a ratio to another server's (or to another of its own), keeps to a bound."""
 
     peer: str
+    case: str
     metric: str
     sign: str  # "<=" or ">="
     bound: float
-    key: Key
-    against: str = ""
-    against_key: Key | None = None
+    against: str = ""  # a peer; "": the bound is no ratio
+    against_case: str = ""
+    against_metric: str = ""
 
-    def measured(self, results: Results) -> list[float]:
-        """One per round in which both were measured; in order of size."""
-        own = results.by_round(self.peer, self.key, self.metric)
+    @property
+    def text(self) -> str:
+        said = f"{LABELS[self.peer]}: {METRICS[self.metric].heading}, {self.case}"
         if not self.against:
-            return sorted(own.values())
-        other = results.by_round(self.against, self.against_key or self.key, self.metric)
-        return sorted(own[n] / other[n] for n in own.keys() & other.keys() if other[n])
-
-    def is_met(self, value: float) -> bool:
-        return value <= self.bound if self.sign == "<=" else value >= self.bound
-
-    def __str__(self) -> str:
-        what = f"{LABELS[self.peer]}, {case_text(self.key)}: {METRICS[self.metric]}"
-        if not self.against:
-            return what
+            return said
         other = LABELS[self.against] if self.against != self.peer else "its own"
-        if self.against_key:
-            other += f" with {case_text(self.against_key)}"
-        return f"{what}, against {other}"
+        if self.against_metric:
+            other += f" {self.against_metric}"
+        if self.against_case:
+            other += f" of {self.against_case}"
+        return f"{said}, against {other}"
+
+    def line(self, samples: Iterable[Sample]) -> BarLine | None:
+        """Ratios are taken within a round, where both were measured. None: they were not."""
+        samples = list(samples)
+        measured = values_by_round(samples, self.peer, self.case, self.metric)
+        if self.against:
+            other = values_by_round(
+                samples,
+                self.against,
+                self.against_case or self.case,
+                self.against_metric or self.metric,
+            )
+            measured = ratios(measured, other)
+        if not measured:
+            return None
+        median = statistics.median(measured.values())
+        is_met = median <= self.bound if self.sign == "<=" else median >= self.bound
+        unit = "x" if self.against else ""
+        return BarLine(
+            self.text,
+            f"{self.sign} {self.bound:g}{unit}",
+            round(median, 3),
+            round(min(measured.values()), 3),
+            round(max(measured.values()), 3),
+            is_met,
+        )
 
 
-METRICS = {
-    "deliveries_per_s": "deliveries/s",
-    "cpu_us": "CPU per delivery",
-    "latency_p99_us": "p99",
-    "rss_per_stream_bytes": "memory per stream, bytes",
-    "opened_per_s": "opened/s",
-    "not_opened": "streams not opened",
-    "requests_per_s": "requests/s",
-}
+def values_by_round(samples: Iterable[Sample], peer: str, case: str, metric: str) -> ByRound:
+    found = {}
+    for sample in samples:
+        is_meant = sample.peer == peer and sample.case == case
+        if is_meant and metric in sample.values:
+            found[sample.round] = sample.values[metric]
+    return found
 
 
-def delivered(outstanding: int, streams: int = DETAIL_STREAMS) -> Key:
-    return "deliver", streams, SMALL_BYTES, outstanding
+def ratios(of: ByRound, to: ByRound) -> ByRound:
+    both = [number for number in of if to.get(number)]
+    return {number: of[number] / to[number] for number in both}
 
 
-def case_text(key: Key) -> str:
-    case, streams, payload_bytes, outstanding = key
-    if case == "post":
-        return f"POST /publish on {streams} connections"
-    if case != "deliver":
-        return f"{streams:,} streams"
-    order = "one at a time" if outstanding == 1 else f"{outstanding} outstanding"
-    return f"{streams:,} streams, {order}, {payload_bytes} B"
-
-
-ONE, TEN, OPEN, POST = delivered(1), delivered(10), ("open", 5000, 0, 0), ("post", 16, 0, 0)
+ONE = f"deliver {DETAIL_STREAMS} 1x64"
+TEN = f"deliver {DETAIL_STREAMS} 10x64"
+ONE_OF_MANY = "deliver 9000 1x64"
+OPEN, RETURN, IN_USE, LARGE = "open 5000", "return 9000", "busy 1000", "large 18000"
+POST = f"post {POST_CONNECTIONS}"
+DELIVER_STREAMS = (100, 500, 2000, 9000)
+DELIVER_CASES = [f"deliver {streams} {n}x64" for streams in DELIVER_STREAMS for n in (1, 10)]
+DELIVER_CASES += [f"deliver {DETAIL_STREAMS} {n}x4096" for n in (1, 10)]
+NO_WORSE = [
+    Bar(peer, case, "deliveries_per_s", ">=", 0.95, release)
+    for peer, release in (("ssepush", "1.0"), ("ssepush-shared", "1.0-shared"))
+    for case in DELIVER_CASES
+]
 BARS = (
-    Bar("ssepush-shared", "cpu_us", "<=", 0.8, ONE, "nchan"),
-    Bar("ssepush-shared", "deliveries_per_s", ">=", 1.3, ONE, "nchan"),
-    Bar("ssepush-shared", "latency_p99_us", "<=", 1.0, ONE, "nchan"),
-    Bar("ssepush-shared", "deliveries_per_s", ">=", 3, TEN, "nchan"),
-    Bar("ssepush-shared", "cpu_us", "<=", 1.6, ONE, "floor"),
-    Bar("ssepush", "deliveries_per_s", ">=", 1.4, ONE, "webdis"),
-    Bar("ssepush", "cpu_us", "<=", 0.7, ONE, "webdis"),
-    Bar("ssepush", "deliveries_per_s", ">=", 3, TEN, "webdis"),
-    Bar("ssepush", "deliveries_per_s", ">=", 1.5, TEN, "nchan"),
-    Bar("ssepush-unix", "cpu_us", "<=", 1.6, ONE, "nchan"),
-    Bar("ssepush", "deliveries_per_s", ">=", 12, ONE, "flask-sse-gthread"),
-    Bar("ssepush", "deliveries_per_s", ">=", 4, ONE, "sse-starlette"),
-    Bar("ssepush-shared", "rss_per_stream_bytes", "<=", 2048, OPEN),
-    Bar("ssepush", "rss_per_stream_bytes", "<=", 8192, OPEN),
-    Bar("ssepush-shared", "cpu_us", "<=", 1.5, delivered(1, 9000), "ssepush-shared", ONE),
-    Bar("ssepush", "cpu_us", "<=", 1.5, delivered(1, 9000), "ssepush", ONE),
-    Bar("ssepush", "opened_per_s", ">=", 2, OPEN, "sse-starlette"),
-    Bar("ssepush-shared", "opened_per_s", ">=", 2, OPEN, "sse-starlette"),
-    Bar("ssepush", "not_opened", "<=", 0, OPEN),
-    Bar("ssepush-shared", "not_opened", "<=", 0, OPEN),
-    Bar("ssepush", "requests_per_s", ">=", 2, POST, "flask-sse-gthread"),
+    Bar("ssepush", OPEN, "opened_per_s", ">=", 2.5, "1.0"),
+    Bar("ssepush-shared", OPEN, "opened_per_s", ">=", 3.5, "1.0-shared"),
+    Bar("ssepush-shared", OPEN, "opened_per_s", ">=", 0.55, "webdis"),
+    Bar("ssepush-shared", OPEN, "opened_per_s", ">=", 8, "sse-starlette"),
+    Bar("ssepush", OPEN, "not_opened", "<=", 0),
+    Bar("ssepush-shared", OPEN, "not_opened", "<=", 0),
+    Bar("ssepush", OPEN, "kb_per_stream", "<=", 8),
+    Bar("ssepush-shared", OPEN, "kb_per_stream", "<=", 2),
+    Bar("ssepush", RETURN, "back_s", "<=", 0.4, "1.0"),
+    Bar("ssepush-shared", RETURN, "back_s", "<=", 0.3, "1.0-shared"),
+    Bar("ssepush", RETURN, "p99_ms", "<=", 50),
+    Bar("ssepush-shared", RETURN, "p99_ms", "<=", 50),
+    Bar("ssepush", IN_USE, "busy_p99_ms", "<=", 1.5, "ssepush", against_metric="quiet_p99_ms"),
+    Bar("ssepush-shared", IN_USE, "busy_p99_ms", "<=", 1.5, "ssepush-shared", against_metric="quiet_p99_ms"),
+    Bar("ssepush", IN_USE, "quiet_p99_ms", "<=", 1, "nchan"),
+    Bar("ssepush-shared", IN_USE, "quiet_p99_ms", "<=", 0.5, "nchan"),
+    Bar("ssepush-shared", LARGE, "max_ms", "<=", 25),
+    Bar("ssepush-shared", LARGE, "kb_per_stream", "<=", 2.2),
+    Bar("ssepush-shared", LARGE, "cpu_us", "<=", 2, "ssepush-shared", against_metric="few_cpu_us"),
+    Bar("ssepush", POST, "requests_per_s", ">=", 1.3, "1.0"),
+    Bar("ssepush-shared", POST, "requests_per_s", ">=", 1.3, "1.0-shared"),
+    Bar("ssepush", POST, "requests_per_s", ">=", 2, "flask-sse-gthread"),
+    *NO_WORSE,
+    Bar("ssepush-shared", ONE, "cpu_us", "<=", 1.25, "floor"),
+    Bar("ssepush-shared", ONE, "cpu_us", "<=", 0.8, "nchan"),
+    Bar("ssepush-shared", ONE, "deliveries_per_s", ">=", 1.3, "nchan"),
+    Bar("ssepush-shared", ONE, "p99_ms", "<=", 1, "nchan"),
+    Bar("ssepush-shared", TEN, "deliveries_per_s", ">=", 3, "nchan"),
+    Bar("ssepush", ONE, "deliveries_per_s", ">=", 1.4, "webdis"),
+    Bar("ssepush", ONE, "cpu_us", "<=", 0.7, "webdis"),
+    Bar("ssepush", TEN, "deliveries_per_s", ">=", 3, "webdis"),
+    Bar("ssepush", TEN, "deliveries_per_s", ">=", 1.5, "nchan"),
+    Bar("ssepush-unix", ONE, "cpu_us", "<=", 1.6, "nchan"),
+    Bar("ssepush", ONE, "deliveries_per_s", ">=", 12, "flask-sse-gthread"),
+    Bar("ssepush", ONE, "deliveries_per_s", ">=", 4, "sse-starlette"),
+    Bar("ssepush", ONE_OF_MANY, "cpu_us", "<=", 1.5, "ssepush", against_case=ONE),
+    Bar("ssepush-shared", ONE_OF_MANY, "cpu_us", "<=", 1.5, "ssepush-shared", against_case=ONE),
 )
 
 
-def bar_rows(results: Results) -> list[list[str]]:
-    rows = []
-    for bar in BARS:
-        measured = bar.measured(results)
-        if measured:
-            value = statistics.median(measured)
-            spread = f"{measured[0]:.2f} to {measured[-1]:.2f}" if len(measured) > 1 else ""
-            unit = "x" if bar.against else ""
-            verdict = "met" if bar.is_met(value) else "NOT MET"
-            bound = f"{bar.sign} {bar.bound:g}{unit}"
-            rows.append([str(bar), bound, f"{value:.2f}{unit}", spread, verdict])
-    return rows
+# ---- Tables -----------------------------------------------------------------------------------
+
+Rows = list[list[str]]
 
 
-# ---- The table --------------------------------------------------------------------------------
-
-
-def text(results: Results) -> str:
-    machine = results.machine
+def text(summary: Summary) -> str:
+    machine = summary.machine
     parts = [
-        f"\n{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, Python {machine['python']}\n"
+        f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, Python {machine['python']}\n"
         f"{machine['redis']}\n"
-        f"load average at the start {machine['load_average']}; medians of {results.rounds} round(s)"
+        f"load average at the start {machine['load_average']}; medians over rounds"
     ]
-    for key in results.keys("deliver"):
-        parts.append(f"{case_text(key)}\n" + table(DELIVER_HEAD, deliver_rows(results, key)))
-    for key in results.keys("open"):
-        parts.append(f"opening {case_text(key)}\n" + table(OPEN_HEAD, open_rows(results, key)))
-    for key in results.keys("idle"):
-        parts.append(f"idle, {case_text(key)}\n" + table(IDLE_HEAD, idle_rows(results, key)))
-    for key in results.keys("post"):
-        parts.append(f"{case_text(key)}\n" + table(POST_HEAD, post_rows(results, key)))
-    if rows := bar_rows(results):
-        parts.append("bars\n" + table(["", "bar", "measured", "of rounds", ""], rows))
-    parts += [f"{LABELS[peer]}: not installed ({why})" for peer, why in results.missing.items()]
-    for peer in PEERS:
-        capped = max((key[1] for key in results.keys("deliver")), default=0) > peer.max_streams
-        if capped and any(sample.peer == peer.name for sample in results.samples):
-            parts.append(f"{peer.label}: not run with more than {peer.max_streams:,} streams")
-    parts += [f"FAILED: {sample.note}" for sample in results.samples if sample.case == "failed"]
+    for line in summary.cases:
+        headings = [METRICS[column].heading for column in line.columns]
+        heading = f"{case_text(line.case)} ({line.rounds} round{'s' if line.rounds > 1 else ''})"
+        parts.append(f"{heading}\n{table(['', *headings, ''], case_rows(line))}")
+    if summary.bars:
+        headings = ["", "bar", "measured", "lowest", "highest", ""]
+        parts.append(f"bars\n{table(headings, bar_rows(summary))}")
+    for peer, why in summary.not_run.items():
+        parts.append(f"{LABELS[peer]}: not run ({why})")
     return "\n\n".join(parts)
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+def case_text(case: str) -> str:
+    kind, streams, *messages = case.split()
+    many = f"{int(streams):,} streams"
+    if kind == "deliver":
+        outstanding, _, payload_bytes = messages[0].partition("x")
+        order = "one at a time" if outstanding == "1" else f"{outstanding} outstanding"
+        return f"{many}, {order}, {payload_bytes} B"
+    texts = {
+        "open": f"opening {many}",
+        "idle": f"idle, {many}",
+        "return": f"{many} return at once after a restart; latency of 100 others, at 50 events/s",
+        "busy": f"latency of {many} at 100 events/s, quiet, and beside 100 opened/s and 500 posts/s",
+        "large": f"{many}: latency of 100 others while all get heartbeats, then CPU per delivery",
+        "post": f"POST /publish on {streams} connections",
+    }
+    return texts[kind]
+
+
+def shown(value: float | None, metric: str) -> str:
+    return "" if value is None else f"{value:,.{METRICS[metric].digits}f}"
+
+
+def case_rows(line: CaseLine) -> Rows:
+    """A row per server; of deliveries, the fastest first."""
+    peers = list(line.figures)
+    if line.columns[0] == "deliveries_per_s":
+        peers.sort(key=lambda peer: -(line.figures[peer][0] or 0))
+    rows = []
+    for peer in peers:
+        row = [LABELS[peer]]
+        for column, value in zip(line.columns, line.figures[peer], strict=True):
+            row.append(shown(value, column))
+        is_bound_by_load = (line.figure(peer, "load_busy") or 0) > BUSY
+        row.append("load-bound?" if is_bound_by_load else "")
+        rows.append(row)
+    return rows
+
+
+def bar_rows(summary: Summary) -> Rows:
+    rows = []
+    for line in summary.bars:
+        measured = [line.measured, line.lowest, line.highest]
+        verdict = "met" if line.is_met else "NOT MET"
+        row = [line.bar, line.bound]
+        row += [f"{value:.2f}" for value in measured]
+        rows.append([*row, verdict])
+    return rows
+
+
+def table(head: list[str], rows: Rows) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = []
     for row in (head, *rows):
         cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  " + "  ".join(cells).rstrip())
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        line = "  ".join(cells)
+        lines.append(f"  {line}".rstrip())
     return "\n".join(lines)
 
 
-DELIVER_HEAD = [
-    "",
-    "deliveries/s",
-    "p50 ms",
-    "p99 ms",
-    "CPU µs",
-    "server",
-    "Redis",
-    "load busy",
-    "",
-]
+# ---- Markdown ---------------------------------------------------------------------------------
 
-
-def deliver_rows(results: Results, key: Key) -> list[list[str]]:
-    """The fastest first. CPU is per delivery; the load generator's share is of one core."""
-    rows = []
-    for peer in results.peers(key):
-        get = {m: results.median(peer, key, m) or 0.0 for m in METRIC_NAMES}
-        lost = sum(results.by_round(peer, key, "missing").values())
-        lost += sum(results.by_round(peer, key, "publish_errors").values())
-        notes = [f"{lost:,.0f} lost"] if lost else []
-        notes += ["load-bound?"] if get["load_busy"] > BUSY else []
-        measured = len(results.by_round(peer, key, "cpu_us"))
-        notes += [f"{measured} round(s)"] if measured < results.rounds else []
-        row = [LABELS[peer], f"{get['deliveries_per_s']:,.0f}"]
-        row += [f"{get[m] / 1000:,.2f}" for m in ("latency_p50_us", "latency_p99_us")]
-        row += [f"{get[m]:.2f}" for m in ("cpu_us", "server_cpu_us", "redis_cpu_us")]
-        rows.append((get["deliveries_per_s"], [*row, f"{get['load_busy']:.0%}", ", ".join(notes)]))
-    return [row for _, row in sorted(rows, reverse=True)]
-
-
-METRIC_NAMES = (
-    "deliveries_per_s",
-    "latency_p50_us",
-    "latency_p99_us",
-    "cpu_us",
-    "server_cpu_us",
-    "redis_cpu_us",
-    "load_busy",
+DELIVERY_COLUMNS = (
+    ("one at a time: deliveries/s", ONE, "deliveries_per_s"),
+    ("p99 ms", ONE, "p99_ms"),
+    ("CPU µs", ONE, "cpu_us"),
+    ("10 outstanding: deliveries/s", TEN, "deliveries_per_s"),
+    ("CPU µs", TEN, "cpu_us"),
+    ("KB per stream", ONE, "kb_per_stream"),
 )
-OPEN_HEAD = ["", "opened/s", "not opened", "CPU µs each", "KB per stream", "Redis's KB"]
+OTHER_ROWS = (
+    ("opening 5,000 streams: opened/s", OPEN, "opened_per_s"),
+    ("9,000 pages back after a restart: s", RETURN, "back_s"),
+    ("others' p99 meanwhile: ms", RETURN, "p99_ms"),
+    ("1,000 streams, 100 events/s: p99 ms", IN_USE, "quiet_p99_ms"),
+    ("beside 100 opened/s and 500 posts/s: p99 ms", IN_USE, "busy_p99_ms"),
+    ("18,000 streams: KB each", LARGE, "kb_per_stream"),
+    ("heartbeats to 18,000: the longest that an event waits, ms", LARGE, "max_ms"),
+    ("5,000 open streams: KB each", OPEN, "kb_per_stream"),
+    ("5,000 idle streams: the server's CPU s", "idle 5000", "server_cpu_s"),
+    ("9,000 streams, one at a time: deliveries/s", ONE_OF_MANY, "deliveries_per_s"),
+    ("the same: CPU µs per delivery", ONE_OF_MANY, "cpu_us"),
+    ("POST /publish: requests/s", POST, "requests_per_s"),
+)
+OTHER_PEERS = (
+    "ssepush",
+    "ssepush-shared",
+    "1.0",
+    "1.0-shared",
+    "webdis",
+    "nchan",
+    "sse-starlette",
+    "flask-sse-gthread",
+)
 
 
-def open_rows(results: Results, key: Key) -> list[list[str]]:
+def bold_label(peer: str) -> str:
+    label = LABELS[peer]
+    return f"**{label}**" if peer.startswith("ssepush") else label
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown(summary: Summary) -> str:
+    """Deliveries, a row per server; and the other cases, a column per server."""
+    head = ["", *(heading for heading, _, _ in DELIVERY_COLUMNS)]
     rows = []
-    for peer in results.peers(key):
-        names = ("opened_per_s", "not_opened", "open_cpu_us")
-        row = [f"{results.median(peer, key, name) or 0:,.0f}" for name in names]
-        for name in ("rss_per_stream_bytes", "redis_rss_per_stream_bytes"):
-            row.append(f"{(results.median(peer, key, name) or 0) / 1024:,.1f}")
-        rows.append([LABELS[peer], *row])
-    return rows
-
-
-IDLE_HEAD = ["", "seconds", "server's CPU s", "Redis's CPU s", "closed"]
-
-
-def idle_rows(results: Results, key: Key) -> list[list[str]]:
-    names = ("idle_s", "server_cpu_s", "redis_cpu_s", "closed")
-    digits = (0, 2, 2, 0)
-    return [
-        [LABELS[peer]] + [f"{results.median(peer, key, n) or 0:.{d}f}" for n, d in zip(names, digits, strict=True)]
-        for peer in results.peers(key)
-    ]
-
-
-POST_HEAD = ["", "requests/s", "p50 ms", "p99 ms", "CPU µs", "failed"]
-
-
-def post_rows(results: Results, key: Key) -> list[list[str]]:
-    rows = []
-    for peer in results.peers(key):
-        row = [LABELS[peer], f"{results.median(peer, key, 'requests_per_s') or 0:,.0f}"]
-        for name in ("latency_p50_us", "latency_p99_us"):
-            row.append(f"{(results.median(peer, key, name) or 0) / 1000:.2f}")
-        row += [f"{results.median(peer, key, name) or 0:,.0f}" for name in ("cpu_us", "failed")]
+    for peer in by_deliveries(summary):
+        row = [bold_label(peer)]
+        for _, case, metric in DELIVERY_COLUMNS:
+            row.append(shown(summary.figure(peer, case, metric), metric))
         rows.append(row)
-    return rows
+    deliveries = markdown_table(head, rows)
+    head = ["", *map(bold_label, OTHER_PEERS)]
+    rows = []
+    for heading, case, metric in OTHER_ROWS:
+        row = [heading]
+        for peer in OTHER_PEERS:
+            row.append(shown(summary.figure(peer, case, metric), metric))
+        if any(row[1:]):
+            rows.append(row)
+    return f"{deliveries}\n{markdown_table(head, rows)}"
+
+
+def by_deliveries(summary: Summary) -> list[str]:
+    line = summary.case(ONE)
+    if line is None:
+        return []
+    figures = line.figures
+    return sorted(figures, key=lambda peer: -(figures[peer][0] or 0))
 
 
 # ---- JSON -------------------------------------------------------------------------------------
 
 
-def as_json(results: Results) -> str:
-    bars = [
-        dict(zip(("what", "bar", "measured", "of_rounds", "verdict"), row, strict=True)) for row in bar_rows(results)
-    ]
-    return json.dumps({**asdict(results), "bars": bars}, indent=1) + "\n"
+def as_json(summary: Summary) -> str:
+    """One line per case and bar, so that a diff shows what changed."""
+    cases = []
+    for case in summary.cases:
+        head = {"case": case.case, "rounds": case.rounds, "date": case.date}
+        cases.append({**head, "columns": case.columns, **case.figures})
+    bars = [vars(bar) for bar in summary.bars]
+    return (
+        f'{{"machine": {as_line(summary.machine)},\n'
+        f'"not_run": {as_line(summary.not_run)},\n'
+        f'"cases": [\n{as_lines(cases)}\n],\n'
+        f'"bars": [\n{as_lines(bars)}\n]}}\n'
+    )
 
 
-def from_json(source: str) -> Results:
+def as_line(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def as_lines(values: Iterable[object]) -> str:
+    return ",\n".join(map(as_line, values))
+
+
+def from_json(source: str) -> Summary:
     stored = json.loads(source)
-    samples = [Sample(**sample) for sample in stored["samples"]]
-    return Results(stored["machine"], stored["settings"], stored["missing"], samples)
+    summary = Summary(stored["machine"], not_run=stored["not_run"])
+    for line in stored["cases"]:
+        case = CaseLine(
+            line["case"],
+            line["rounds"],
+            line["date"],
+            columns=tuple(line["columns"]),
+            figures={peer: line[peer] for peer in LABELS if peer in line},
+        )
+        summary.cases.append(case)
+    for line in stored["bars"]:
+        summary.bars.append(BarLine(**line))
+    return summary
 
 
 # ---- The chart --------------------------------------------------------------------------------
@@ -321,51 +587,61 @@ STYLE = """
   }
 """
 ROW_HEIGHT, LABEL_WIDTH, PANEL_WIDTH, VALUE_WIDTH, TOP = 26, 250, 226, 74, 66
+PANELS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("deliveries/s, one at a time", ONE, "deliveries_per_s", "{:,.0f}".format),
+    ("deliveries/s, 10 outstanding", TEN, "deliveries_per_s", "{:,.0f}".format),
+    ("CPU µs per delivery (less is better)", ONE, "cpu_us", "{:.1f}".format),
+)
 
 
-def chart(results: Results) -> str:
+def chart(summary: Summary) -> str:
     """Three panels of horizontal bars, a row per server, as one SVG for light and dark pages."""
-    counts = {key[1] for key in results.keys("deliver")}
-    streams = DETAIL_STREAMS if DETAIL_STREAMS in counts else max(counts, default=0)
-    one, ten = delivered(1, streams), delivered(10, streams)
-    panels = (
-        ("deliveries/s, one at a time", one, "deliveries_per_s", "{:,.0f}"),
-        ("deliveries/s, 10 outstanding", ten, "deliveries_per_s", "{:,.0f}"),
-        ("CPU µs per delivery (less is better)", one, "cpu_us", "{:.1f}"),
-    )
-    peers = [peer for peer in results.peers(one) if not peer.endswith("-2")]
-    peers.sort(key=lambda peer: -(results.median(peer, one, "deliveries_per_s") or 0))
-    width = LABEL_WIDTH + 3 * PANEL_WIDTH + 10
+    peers = [peer for peer in by_deliveries(summary) if not peer.endswith("-2")]
+    width = LABEL_WIDTH + len(PANELS) * PANEL_WIDTH + 10
     height = TOP + ROW_HEIGHT * len(peers) + 12
-    title = f"{streams} open streams, {SMALL_BYTES}-byte messages"
-    machine = f"{results.machine['cpu']}, {results.machine['cores']} cores; medians"
+    title = f"{DETAIL_STREAMS} open streams, 64-byte messages"
+    machine = escape(f"{summary.machine['cpu']}, {summary.machine['cores']} cores; medians")
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img" aria-labelledby="title">',
         f'<title id="title">ssepush and its peers: {title}</title>',
         f"<style>{STYLE}</style>",
         f'<text class="title" x="8" y="22">{title}</text>',
-        f'<text class="small" x="{width - 8}" y="22" text-anchor="end">{escape(machine)}</text>',
+        f'<text class="small" x="{width - 8}" y="22" text-anchor="end">{machine}</text>',
     ]
     for row, peer in enumerate(peers):
         y = TOP + row * ROW_HEIGHT + 16
         label = escape(LABELS[peer])
         lines.append(f'<text x="{LABEL_WIDTH - 10}" y="{y}" text-anchor="end">{label}</text>')
-    for column, (heading, key, metric, form) in enumerate(panels):
-        x = LABEL_WIDTH + column * PANEL_WIDTH
-        lines.append(f'<text class="small" x="{x}" y="{TOP - 8}">{heading}</text>')
-        medians = [results.median(peer, key, metric) or 0.0 for peer in peers]
-        scale = (PANEL_WIDTH - VALUE_WIDTH - 8) / max([*medians, 1e-9])
-        for row, (peer, value) in enumerate(zip(peers, medians, strict=True)):
-            y, length = TOP + row * ROW_HEIGHT, max(1.0, value * scale)
-            kind = "bar own" if peer.startswith("ssepush") else "bar"
-            lines.append(f'<rect class="{kind}" x="{x}" y="{y + 3}" width="{length:.1f}" height="18" rx="2"/>')
-            lines.append(f'<text x="{x + length + 5:.1f}" y="{y + 16}">{form.format(value)}</text>')
+    for number in range(len(PANELS)):
+        lines += panel(summary, number, peers)
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
+def panel(summary: Summary, number: int, peers: Sequence[str]) -> list[str]:
+    heading, case, metric, form = PANELS[number]
+    x = LABEL_WIDTH + number * PANEL_WIDTH
+    lines = [f'<text class="small" x="{x}" y="{TOP - 8}">{heading}</text>']
+    values = [summary.figure(peer, case, metric) or 0.0 for peer in peers]
+    scale = (PANEL_WIDTH - VALUE_WIDTH - 8) / max([*values, 1e-9])
+    for row, (peer, value) in enumerate(zip(peers, values, strict=True)):
+        y = TOP + row * ROW_HEIGHT
+        length = max(1.0, value * scale)
+        kind = "bar own" if peer.startswith("ssepush") else "bar"
+        lines.append(f'<rect class="{kind}" x="{x}" y="{y + 3}" width="{length:.1f}" height="18" rx="2"/>')
+        lines.append(f'<text x="{x + length + 5:.1f}" y="{y + 16}">{form(value)}</text>')
+    return lines
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments not in ([], ["--markdown"]):
+        print("usage: report.py [--markdown]", file=sys.stderr)
+        return 2
+    stored = from_json(RESULTS.read_text())
+    print(markdown(stored) if arguments else text(stored))
+    CHART.write_text(chart(stored))
+    return 0
+
+
 if __name__ == "__main__":
-    stored_path = Path(sys.argv[1])
-    stored_results = from_json(stored_path.read_text())
-    print(text(stored_results))
-    stored_path.with_suffix(".svg").write_text(chart(stored_results))
+    sys.exit(main(sys.argv[1:]))

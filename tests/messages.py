@@ -112,7 +112,6 @@ NEW_ANSWERS = {
     "question": "which programming is the best?",
     "value": "Absolutely, PHP",
     "who": "allen",
-    "answers": {"state": "ok"},
 }
 
 

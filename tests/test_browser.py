@@ -114,7 +114,7 @@ def test_the_page_publishes(server: ServerProcess, tab: WebDriver) -> None:
     assert stream.next().json == NEW_ANSWERS
     wait_for(lambda: text_of(tab, "data") == CHANGED, "the page changed")
     receivers = server.subscribers_for(2)
-    wait_for(lambda: f"published to {receivers} receiver" in text_of(tab, "answer"), "the page says so")
+    wait_for(lambda: f"Published to {receivers} receiver" in text_of(tab, "answer"), "the page says so")
 
 
 def test_the_page_opened_from_disk_says_that_publishing_is_refused(server: ServerProcess, tab: WebDriver) -> None:

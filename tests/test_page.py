@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 
 from tests.browser import state_of, text_of
-from tests.kit import DEADLINE_S, HAS_TEST_EXTRA, HERE, Received, RedisProcess, ServerProcess, Start, program, wait_for
+from tests.kit import (
+    DEADLINE_S,
+    HAS_TEST_EXTRA,
+    HERE,
+    LOOPBACK,
+    EventStream,
+    Received,
+    RedisProcess,
+    ServerProcess,
+    Start,
+    free_port,
+    program,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
+PAGE = HERE / "index.html"
+ANSWER = {"question": "which programming is the best?", "value": "Absolutely, PHP", "who": "allen"}
+MESSAGE = json.dumps({"data": ANSWER, "type": "new_answers"})
+SHOWN_ANSWER = "which programming is the best? : Absolutely, PHP"
+NO_SERVER = "?server= must be the origin of a server"
+
 
 # ── What the tests of the page stand on ──────────────────────────────────────────────────────────────────────────────
-
-
-# The page does not depend on how the server subscribes.
-one_way = pytest.mark.parametrize(
-    "server",
-    [()],
-    ids=["subscriber each"],
-    indirect=True,
-)
 
 
 SET = """
@@ -54,7 +67,7 @@ FOCUSED = """
 
 FOCUSABLE = """
     return [...document.querySelectorAll("a[href], input, textarea, select, button, summary, [tabindex='0']")]
-      .filter((at) => at.checkVisibility())
+      .filter((at) => at.checkVisibility() && at.tabIndex >= 0)
       .map((at) => at.id || at.getAttribute("aria-label") || at.textContent.trim());
 """
 
@@ -62,6 +75,21 @@ FOCUSABLE = """
 ROWS = """
     return [...document.querySelectorAll("#log li")].filter((row) => row.checkVisibility())
       .map((row) => row.querySelector(".data").textContent);
+"""
+
+
+WIRE = "return [...document.querySelectorAll('#wire pre')].map((block) => block.textContent);"
+
+
+OPEN_FOLDS = "for (const fold of document.querySelectorAll('.folds details')) fold.open = true;"
+
+
+# Of each element: where it begins and ends, from the top of the window.
+PLACES = """
+    return [...arguments].map((selector) => {
+      const {top, bottom} = document.querySelector(selector).getBoundingClientRect();
+      return [Math.round(top), Math.round(bottom)];
+    });
 """
 
 
@@ -73,6 +101,10 @@ OVERFLOW = """
 """
 
 
+# How many elements came of what was shown as text.
+STRANGE_ELEMENTS = "return [typeof window.__pwned, document.querySelectorAll('img, b, i').length];"
+
+
 AXE = """
     const done = arguments[0];
     axe.run(document).then(({passes, violations}) => done(passes.length < 20 ? ["did not run"]
@@ -80,262 +112,644 @@ AXE = """
 """
 
 
-def open_page(
+class OpenPage:
+    """The page in a browser, with its server and a channel of its own."""
+
+    def __init__(
+        self,
+        tab: Any,
+        server: ServerProcess,
+        channel: str,
+    ) -> None:
+        self.tab = tab
+        self.server = server
+        self.channel = channel
+
+    def open(self, types: str = "", channel: str = "") -> None:
+        """Have it listen to its channel, or another one; it publishes to the same."""
+        self.tab.get(f"{self.server.url}/?channel={channel or self.channel}&types={types}")
+        self.wait_for_state("open")
+
+    def open_from_disk(self, server_parameter: str) -> None:
+        """With `?server=` as given."""
+        self.tab.get(f"{PAGE.as_uri()}?server={quote(server_parameter, safe='')}")
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.tab.execute_script(script, *arguments)
+
+    def text(self, id_: str) -> str:
+        return text_of(self.tab, id_)
+
+    def state(self) -> str:
+        return state_of(self.tab)
+
+    def value(self, id_: str) -> str:
+        """What stands in a field."""
+        return str(self.run("return document.getElementById(arguments[0]).value", id_))
+
+    def enter(self, id_: str, value: str) -> None:
+        """Have this value in a field."""
+        self.run(SET, id_, value)
+
+    def click(self, selector: str) -> None:
+        """Click as a person does: what is covered or invisible cannot be clicked."""
+        self.tab.find_element("css selector", selector).click()
+
+    def click_publish(self) -> None:
+        self.click("#publish .main")
+
+    def attribute(self, id_: str, name: str) -> str | None:
+        element = self.tab.find_element("id", id_)
+        value: str | None = element.get_attribute(name)
+        return value
+
+    def is_shown(self, id_: str) -> bool:
+        element = self.tab.find_element("id", id_)
+        return bool(element.is_displayed())
+
+    def rows(self) -> list[str]:
+        """The data of the log's visible rows, the newest first."""
+        return [str(data) for data in self.run(ROWS)]
+
+    def wire(self) -> list[str]:
+        """The blocks of the wire, the newest first, each up to its blank line."""
+        return [str(block) for block in self.run(WIRE)]
+
+    def send(self, type_: str, data: Any) -> None:
+        """A plain PUBLISH on its channel."""
+        event = {"data": data, "type": type_}
+        message = json.dumps(event)
+        reached = self.server.redis.publish(self.channel, message)
+        assert reached == 1
+
+    def send_many(self, number: int) -> None:
+        """Events in one burst: number 0, number 1, …"""
+        messages = [f'{{"data": "number {n}"}}' for n in range(number)]
+        self.server.redis.publish_all(self.channel, messages)
+
+    def publish(self, data: Any, **members: Any) -> str:
+        """Publish by the server on its channel; the event's id."""
+        answer = self.server.publish(data, self.channel, **members)
+        return str(answer["id"])
+
+    def listener(self) -> EventStream:
+        """Another stream of its channel."""
+        return self.server.opened(self.channel)
+
+    def streams(self) -> int:
+        """How many streams of its channel are open, its own included."""
+        return self.server.redis.subscribers(self.channel)
+
+    def show_wire(self) -> None:
+        self.click("#show-wire")
+        wait_for(lambda: self.streams() == 2, "the second request is subscribed")
+
+    def wait_for_rows(self, *data: str) -> None:
+        """Until the log's visible rows are these."""
+        wait_for(lambda: self.rows() == list(data), f"rows {data}")
+
+    def wait_for_text(self, id_: str, text: str) -> None:
+        """Until this is all that stands there."""
+        wait_for(lambda: self.text(id_) == text, f"{text!r} in #{id_}")
+
+    def wait_for_part(self, id_: str, text: str) -> None:
+        """Until this stands there, maybe with more."""
+        wait_for(lambda: text in self.text(id_), f"{text!r} in #{id_}")
+
+    def wait_for_wire(self, text: str) -> None:
+        """Until these bytes have come over the wire."""
+        wait_for(lambda: text in "".join(self.wire()), text)
+
+    def wait_for_first_row(self, data: str) -> None:
+        wait_for(lambda: self.rows()[:1] == [data], data)
+
+    def wait_for_state(self, state: str) -> None:
+        wait_for(lambda: self.state() == state, f"the page is {state}")
+
+    def wait_for_published(self) -> None:
+        self.wait_for_part("answer", "Published to ")
+
+
+@pytest.fixture(scope="session")
+def page_server(redis_process: RedisProcess) -> Iterator[ServerProcess]:
+    """One server: the page does not depend on how it subscribes."""
+    server = ServerProcess(redis_process)
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def page(
     tab: WebDriver,
-    server: ServerProcess,
+    page_server: ServerProcess,
     channel: str,
-    types: str = "",
-) -> None:
-    """The page, listening to a channel that it also publishes to."""
-    tab.get(f"{server.url}/?channel={channel}&types={types}")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
-    enter(tab, "publish-channel", channel)
+) -> OpenPage:
+    """The page in Chromium, not yet open."""
+    return OpenPage(tab, page_server, channel)
 
 
-def enter(
-    tab: WebDriver,
-    id_: str,
-    value: str,
-) -> None:
-    """Have this value in a field."""
-    tab.execute_script(SET, id_, value)
+# ── The file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def click(tab: WebDriver, selector: str) -> None:
-    """Click as a person does: what is covered or invisible cannot be clicked."""
-    tab.find_element("css selector", selector).click()
+def test_the_page_is_one_script_and_one_style_and_loads_nothing() -> None:
+    page = PAGE.read_text()
+
+    tags = re.findall("<(?:script|style)[^>]*>", page)
+    assert tags == ["<style>", "<script>"]
+    assert not re.findall(r" (?:src|style|on[a-z]+)=[\"']", page)
+    assert not re.findall(r" href=[\"'](?!data:)", page)
+    assert not re.findall("innerHTML|outerHTML|insertAdjacentHTML|document.write|eval", page)
 
 
-def rows(tab: WebDriver) -> list[str]:
-    """The data of the log's visible rows, the newest first."""
-    return [str(data) for data in tab.execute_script(ROWS)]
+def test_the_script_begins_with_what_a_page_of_ones_own_needs() -> None:
+    page = PAGE.read_text()
+    start = page.index("<script>")
+    beginning = page[start:].splitlines()[:20]
 
-
-def publish(
-    redis_process: RedisProcess,
-    channel: str,
-    *events: tuple[str, str],
-) -> None:
-    """Each as type and data, by a plain PUBLISH."""
-    for type_, data in events:
-        assert redis_process.publish(channel, json.dumps({"data": data, "type": type_})) == 1
-
-
-def wait_for_text(
-    tab: WebDriver,
-    id_: str,
-    text: str,
-) -> None:
-    """Until this is all that stands there."""
-    wait_for(lambda: text_of(tab, id_) == text, f"{text!r} in #{id_}")
+    for wanted in ("new EventSource(", '"new_answers"', '"server_closed"', "source.close()", '"data"'):
+        assert any(wanted in line for line in beginning), wanted
 
 
 # ── Its stream ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@one_way
-def test_the_page_says_in_words_that_it_connects_and_that_it_is_open(
-    server: ServerProcess, tab: WebDriver, channel: str
-) -> None:
-    open_page(tab, server, channel)
-    tab.execute_script(RECORD_STATES)
+def test_the_page_says_in_words_that_it_connects_and_that_it_is_open(page: OpenPage) -> None:
+    page.open()
+    page.run(RECORD_STATES)
 
-    click(tab, "#connect")
+    page.click("#connect")
 
-    wait_for(lambda: tab.execute_script("return states.length >= 2"), "two states")
-    url = f"{server.url}/stream?channel={channel}"
-    assert tab.execute_script("return states") == [["connecting", f"connecting to {url}"], ["open", "open"]]
-    assert text_of(tab, "detail") == f"Listening at {url}"
-    assert tab.find_element("id", "state").get_attribute("aria-live") == "polite"
+    wait_for(lambda: page.run("return states.length >= 2"), "two states")
+    connecting, opened = page.run("return states")
+    assert connecting == ["connecting", "Connecting"]
+    assert opened == ["open", "Open"]
+    assert page.text("detail") == f"Listening at {page.server.url}/stream?channel={page.channel}"
+    assert page.attribute("state", "aria-live") == "polite"
 
 
 def test_the_page_says_that_it_is_reconnecting_and_is_open_again_when_the_server_is_back(
-    start: Start, tab: WebDriver, channel: str
+    page: OpenPage, start: Start
 ) -> None:
-    server = start("--retry", "200")
-    open_page(tab, server, channel)
+    page.server = start("--retry", "200")
+    page.open()
 
-    server.kill()
-    wait_for(lambda: state_of(tab) == "waiting", "the page noticed")
+    page.server.kill()
+    page.wait_for_state("waiting")
 
-    assert "reconnecting" in text_of(tab, "state")
-    assert "reconnecting" in text_of(tab, "detail")
-    again = start("--retry", "200", port=server.port)
-    wait_for(lambda: state_of(tab) == "open", "the page is open again")
-    assert text_of(tab, "state") == "open"
-    again.publish("after", channel)
-    wait_for(lambda: rows(tab) == ["after"], "the page hears again")
+    assert "reconnecting" in page.text("state")
+    assert re.match("Next try in about|Trying now", page.text("detail"))
+    page.server = start("--retry", "200", port=page.server.port)
+    page.wait_for_state("open")
+    assert page.text("state") == "Open"
+    page.publish("after")
+    page.wait_for_rows("after")
+
+
+def test_a_page_that_is_refused_says_why(page: OpenPage) -> None:
+    page.tab.get(f"{page.server.url}/?channel=private-room")
+
+    page.wait_for_part("state", "Refused: 403, ")
+
+    assert "private-room" in page.text("state")
+    assert page.state() == "closed"
+    assert "then connect" in page.text("detail")
+
+
+def test_one_button_closes_the_stream_and_opens_it_again(page: OpenPage) -> None:
+    page.open()
+    assert page.text("close") == "Close"
+
+    page.click("#close")
+
+    wait_for(lambda: page.streams() == 0, "the stream is closed")
+    assert page.text("state") == "Closed"
+    assert page.text("close") == "Connect"
+    page.click("#close")
+    page.wait_for_state("open")
+    assert page.text("close") == "Close"
 
 
 def test_a_stream_reset_is_announced_with_its_reason(
-    own_redis: RedisProcess, start: Start, tab: WebDriver, channel: str
+    page: OpenPage,
+    own_redis: RedisProcess,
+    start: Start,
 ) -> None:
-    server = start("--retry", "200", redis=own_redis)
-    open_page(tab, server, channel)
-    server.publish("seen", channel)
-    wait_for(lambda: rows(tab) == ["seen"], "the page got it")
-    assert not tab.find_element("id", "reset").is_displayed()
+    page.server = start("--retry", "200", redis=own_redis)
+    page.open()
+    page.publish("seen")
+    page.wait_for_rows("seen")
+    assert not page.is_shown("reset")
 
-    server.kill()
+    page.server.kill()
     own_redis.client.flushall()
-    start("--retry", "200", port=server.port, redis=own_redis)
+    start("--retry", "200", port=page.server.port, redis=own_redis)
 
-    wait_for(lambda: tab.find_element("id", "reset").is_displayed(), "the reset is shown")
-    reset, *_ = rows(tab)
+    wait_for(lambda: page.is_shown("reset"), "the reset is shown")
+    wait_for(lambda: len(page.rows()) == 2, "the reset is a row, too")
+    reset, *_ = page.rows()
     reason = json.loads(reset)["reason"]
     assert reason
-    assert f": {reason}. " in text_of(tab, "reset")
-    assert "missed" in text_of(tab, "reset")
-    assert tab.find_element("id", "reset").get_attribute("role") == "status"
+    assert f": {reason}. " in page.text("reset")
+    assert "may be missing" in page.text("reset")
+    assert page.attribute("reset", "role") == "status"
+
+
+def test_an_expired_token_closes_the_page_which_goes_on_where_it_stopped_once_connected_again(page: OpenPage) -> None:
+    page.open()
+    page.publish("", type="token-expired")
+    page.wait_for_state("closed")
+    assert page.text("state") == "Token expired"
+    assert page.is_shown("token")
+    assert "new token" in page.text("detail")
+
+    wait_for(lambda: page.streams() == 0, "the stream is closed")
+    page.publish("while away")
+    page.click("#close")
+
+    page.wait_for_first_row("while away")
+    page.wait_for_state("open")
+    assert page.run("return wantedUrl()") == f"{page.server.url}/stream?channel={page.channel}"
+
+
+def test_a_streams_position_is_shown_and_is_no_event(page: OpenPage) -> None:
+    page.open()
+    id_ = page.publish("", type="stream-position")
+    page.wait_for_text("last-id", id_)
+
+    page.send("message", "an event")
+
+    page.wait_for_rows("an event")
+    assert page.text("count") == "1"
+    assert "no ID of its own" in page.text("log")
+
+
+def test_a_page_may_begin_with_what_is_kept(page: OpenPage) -> None:
+    page.open()
+    urls = []
+
+    for option in ("last=10", "lastEventId=earliest", ""):
+        page.enter("begin", option)
+        urls.append(page.run("return wantedUrl()"))
+
+    stream = f"{page.server.url}/stream?"
+    assert urls == [
+        f"{stream}last=10&channel={page.channel}",
+        f"{stream}lastEventId=earliest&channel={page.channel}",
+        f"{stream}channel={page.channel}",
+    ]
+    page.wait_for_state("open")
+
+
+def test_an_icon_and_the_logo_show_the_state(page: OpenPage) -> None:
+    look = """
+        const wave = document.querySelector("#logo .wave");
+        wave.style.transition = "none";
+        return [document.getElementById("icon").href, getComputedStyle(wave).opacity];
+    """
+    page.open()
+    open_icon, open_opacity = page.run(look)
+
+    page.click("#close")
+    closed_icon, closed_opacity = page.run(look)
+
+    assert open_icon.startswith("data:image/svg+xml,")
+    assert closed_icon.startswith("data:image/svg+xml,")
+    assert open_icon != closed_icon
+    assert (open_opacity, closed_opacity) == ("1", "0")
+
+
+# ── From disk ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_page_from_disk_listens_to_the_server_that_it_is_told(page: OpenPage) -> None:
+    page.open_from_disk(f"http://localhost:{page.server.port}")
+    page.wait_for_state("open")
+
+    page.server.redis.publish("sse", MESSAGE)
+
+    page.wait_for_text("data", SHOWN_ANSWER)
+    assert f"http://localhost:{page.server.port}/publish" in page.text("line-curl")
+
+
+NO_SERVERS = {
+    "a command": "http://x;id;/",
+    "another command": "http://x/$(id)",
+    "a script": "javascript:alert(1)",
+    "a file": "file:///etc/passwd",
+    "a name": "localhost",
+    "a path": "http://localhost:5000/else",
+    "a password": "http://user:password@localhost",
+    "a port beyond all": "http://localhost:99999",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("server_parameter", NO_SERVERS.values(), ids=list(NO_SERVERS))
+def test_a_page_from_disk_refuses_a_server_that_is_no_origin(server_parameter: str, page: OpenPage) -> None:
+    page.open_from_disk(server_parameter)
+
+    assert page.state() == "closed"
+    assert NO_SERVER in page.text("state")
+    for line in ("redis", "curl", "python"):
+        assert page.text(f"line-{line}").startswith(f"# {NO_SERVER}")
+    assert page.text("line-js").startswith(f"// {NO_SERVER}")
+    page.click_publish()
+    assert NO_SERVER in page.text("answer")
+
+
+# ── Its answer ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_question_and_answer_appear_once_they_have_come(page: OpenPage) -> None:
+    page.open()
+    assert not page.is_shown("named-question")
+    assert not page.is_shown("named-answer")
+
+    page.send("new_question", "which one?")
+    page.send("new_answer", "<i>this</i>")
+
+    wait_for(lambda: page.is_shown("named-answer"), "the answer is shown")
+    assert page.text("last-question") == "which one?"
+    assert page.text("last-answer") == "<i>this</i>"
+    assert page.run(STRANGE_ELEMENTS) == ["undefined", 0]
+
+
+def test_new_answers_without_a_question_are_said_to_be_in_the_log(page: OpenPage) -> None:
+    page.open()
+    page.send("new_answers", "no JSON")
+    wait_for(lambda: page.is_shown("data-note"), "the page says so")
+    assert page.text("data") == "received pushed data"
+
+    page.publish(ANSWER, type="new_answers")
+
+    page.wait_for_text("data", SHOWN_ANSWER)
+    assert not page.is_shown("data-note")
+
+
+def test_a_right_to_left_question_stands_right_of_its_value(page: OpenPage) -> None:
+    page.open()
+    answer = {"question": "ما هي أفضل لغة؟", "value": "PHP"}
+    page.publish(answer, type="new_answers")
+    page.wait_for_part("data", answer["value"])
+
+    question, value = page.run(
+        "return ['question', 'value'].map((name) => document.querySelector('#data .' + name).getBoundingClientRect().x)"
+    )
+
+    assert question > value
 
 
 # ── Its log ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@one_way
-def test_a_paused_page_counts_on_and_shows_what_came_meanwhile_when_resumed(
-    server: ServerProcess, tab: WebDriver, channel: str
-) -> None:
-    open_page(tab, server, channel)
-    publish(server.redis, channel, ("message", "before"))
-    wait_for(lambda: rows(tab) == ["before"], "it is shown")
+def test_a_paused_page_counts_on_and_shows_what_came_meanwhile_when_resumed(page: OpenPage) -> None:
+    page.open()
+    page.send("message", "before")
+    page.wait_for_rows("before")
 
-    click(tab, "#pause")
-    publish(
-        server.redis,
-        channel,
-        ("message", "during 1"),
-        ("message", "during 2"),
-    )
-    wait_for_text(tab, "count", "3")
-    assert rows(tab) == ["before"]
-    assert text_of(tab, "meanwhile") == ", 2 since the pause"
-    assert text_of(tab, "pause") == "Resume"
+    page.click("#pause")
+    page.send("message", "during 1")
+    page.send("message", "during 2")
+    page.wait_for_text("count", "3")
+    assert page.rows() == ["before"]
+    assert page.text("meanwhile") == ", 2 since you paused"
+    assert page.text("pause") == "Resume"
 
-    click(tab, "#pause")
-    wait_for(lambda: rows(tab) == ["during 2", "during 1", "before"], "all are shown")
-    assert (text_of(tab, "meanwhile"), text_of(tab, "pause"), text_of(tab, "count")) == ("", "Pause", "3")
+    page.click("#pause")
+    page.wait_for_rows("during 2", "during 1", "before")
+    assert page.text("meanwhile") == ""
+    assert page.text("pause") == "Pause"
+    assert page.text("count") == "3"
 
 
-@one_way
-def test_clear_empties_the_log_and_starts_the_count_anew(
-    server: ServerProcess,
-    tab: WebDriver,
-    channel: str,
-) -> None:
-    open_page(tab, server, channel)
-    publish(
-        server.redis,
-        channel,
-        ("message", "a"),
-        ("stream-reset", '{"reason": "told"}'),
-    )
-    wait_for_text(tab, "count", "2")
+def test_clear_empties_the_log_and_starts_the_count_anew(page: OpenPage) -> None:
+    page.open()
+    page.send("message", "a")
+    page.send("stream-reset", '{"reason": "told"}')
+    page.wait_for_text("count", "2")
 
-    click(tab, "#clear")
-    wait_for_text(tab, "count", "0")
-    assert rows(tab) == []
-    assert tab.find_element("id", "nothing").is_displayed()
-    assert not tab.find_element("id", "reset").is_displayed()
+    page.click("#clear")
+    page.wait_for_text("count", "0")
+    assert page.rows() == []
+    assert page.is_shown("nothing")
+    assert not page.is_shown("reset")
 
-    publish(server.redis, channel, ("message", "b"))
-    wait_for(lambda: rows(tab) == ["b"], "the log goes on")
-    assert text_of(tab, "count") == "1"
-    assert not tab.find_element("id", "nothing").is_displayed()
+    page.send("message", "b")
+    page.wait_for_rows("b")
+    assert page.text("count") == "1"
+    assert not page.is_shown("nothing")
 
 
-@one_way
-def test_the_log_shows_events_of_the_chosen_type_only(
-    server: ServerProcess,
-    tab: WebDriver,
-    channel: str,
-) -> None:
-    open_page(tab, server, channel, "greeting")
-    publish(
-        server.redis,
-        channel,
-        ("greeting", "hello 1"),
-        ("message", "plain 1"),
-    )
-    wait_for(lambda: rows(tab) == ["plain 1", "hello 1"], "both are shown")
+def test_an_empty_log_says_what_to_try_from_a_terminal(page: OpenPage) -> None:
+    page.open()
+    page.enter("publish-channel", "elsewhere")
 
-    click(tab, "#filter option[value=greeting]")
-    assert rows(tab) == ["hello 1"]
-    publish(
-        server.redis,
-        channel,
-        ("message", "plain 2"),
-        ("greeting", "hello 2"),
-    )
-    wait_for(lambda: rows(tab) == ["hello 2", "hello 1"], "the new one of the type is shown")
-    assert text_of(tab, "count") == "4"
-
-    click(tab, "#filter option[value='']")
-    assert rows(tab) == ["hello 2", "plain 2", "plain 1", "hello 1"]
+    assert page.text("try") == f"redis-cli publish {page.channel} '{MESSAGE}'"
 
 
-@one_way
+def test_the_log_shows_events_of_the_chosen_type_only(page: OpenPage) -> None:
+    page.open("greeting")
+    page.send("greeting", "hello 1")
+    page.send("message", "plain 1")
+    page.wait_for_rows("plain 1", "hello 1")
+
+    page.click("#filter option[value=greeting]")
+    assert page.rows() == ["hello 1"]
+    page.send("message", "plain 2")
+    page.send("greeting", "hello 2")
+    page.wait_for_rows("hello 2", "hello 1")
+    assert page.text("count") == "4"
+
+    page.click("#filter option[value='']")
+    assert page.rows() == ["hello 2", "plain 2", "plain 1", "hello 1"]
+
+
 def test_a_burst_of_1200_events_is_counted_whole_logged_up_to_the_cap_and_can_be_paused_meanwhile(
-    server: ServerProcess, tab: WebDriver, channel: str
+    page: OpenPage,
 ) -> None:
-    open_page(tab, server, channel)
-    cap = tab.execute_script("return LOG_ROWS")
+    page.open()
+    cap = page.run("return LOG_ROWS")
+    assert cap == 500
 
-    with server.redis.client.pipeline(transaction=False) as pipeline:
-        for number in range(1200):
-            pipeline.publish(channel, f'{{"data": "number {number}"}}')
-        pipeline.execute()
-    click(tab, "#pause")
-    assert text_of(tab, "pause") == "Resume"
-    click(tab, "#pause")
+    page.send_many(1200)
+    page.click("#pause")
+    assert page.text("pause") == "Resume"
+    page.click("#pause")
 
-    wait_for_text(tab, "count", "1200")
-    wait_for(lambda: rows(tab)[:1] == ["number 1199"], "what came during the pause is shown")
-    assert rows(tab) == [f"number {number}" for number in range(1199, 1199 - cap, -1)]
+    page.wait_for_text("count", "1200")
+    page.wait_for_first_row("number 1199")
+    newest = range(1199, 1199 - cap, -1)
+    assert page.rows() == [f"number {number}" for number in newest]
 
 
-@one_way
-def test_the_page_shows_the_id_of_the_last_event(
-    server: ServerProcess,
-    tab: WebDriver,
-    channel: str,
-) -> None:
-    open_page(tab, server, channel)
-    assert text_of(tab, "last-id") == "none yet"
+def test_the_page_shows_the_id_of_the_last_event(page: OpenPage) -> None:
+    page.open()
 
     for data in ("first", "second"):
-        id_ = server.publish_id(data, channel)
-        wait_for_text(tab, "last-id", id_)
-        assert id_ in text_of(tab, "log")
+        id_ = page.publish(data)
+        page.wait_for_text("last-id", id_)
+        page.wait_for_part("log", id_)
+
+
+# ── The wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_wire_shows_the_bytes_as_they_came(page: OpenPage, start: Start) -> None:
+    page.server = start("--heartbeat", "0.3")
+    page.open("greeting")
+    page.show_wire()
+
+    id_ = page.publish("two\nlines <b>", type="greeting")
+
+    page.wait_for_wire("data: two\ndata: lines <b>\n")
+    wait_for(lambda: ":\n\n" in page.wire(), "a heartbeat")
+    event = next(block for block in page.wire() if "data: two" in block)
+    fields = ["event: greeting", f"id: {id_}", "data: two", "data: lines <b>", "", ""]
+    assert sorted(event.split("\n")) == sorted(fields)
+    page.wait_for_wire("retry: ")
+    assert page.rows() == ["two\nlines <b>"]
+    assert page.run(STRANGE_ELEMENTS) == ["undefined", 0]
+
+
+def test_the_wire_is_read_only_while_it_is_shown_and_says_so(page: OpenPage) -> None:
+    page.open()
+    assert page.streams() == 1
+    assert not page.is_shown("wire-side")
+
+    page.show_wire()
+    assert "second stream (fetch) while shown" in page.text("wire-side")
+    assert page.attribute("show-wire", "aria-pressed") == "true"
+
+    page.click("#show-wire")
+    wait_for(lambda: page.streams() == 1, "the second request is over")
+    assert not page.is_shown("wire-side")
+    assert page.state() == "open"
+
+
+def test_the_wire_goes_on_with_the_stream_after_a_restart(page: OpenPage, start: Start) -> None:
+    page.server = start("--retry", "200")
+    page.open()
+    page.show_wire()
+    page.publish("before")
+    page.wait_for_wire("data: before\n")
+
+    page.server.kill()
+    page.wait_for_state("waiting")
+    page.wait_for_part("wire", "The stream ")
+    page.server = start("--retry", "200", port=page.server.port)
+    page.publish("after")
+
+    page.wait_for_wire("data: after\n")
+    bytes_shown = "".join(page.wire())
+    assert bytes_shown.count("data: before\n") == 1
+
+
+def test_closing_the_stream_closes_the_wire(page: OpenPage) -> None:
+    page.open()
+    page.show_wire()
+
+    page.click("#close")
+
+    wait_for(lambda: page.streams() == 0, "nobody is left")
+    page.click("#close")
+    wait_for(lambda: page.streams() == 2, "both are back")
 
 
 # ── Publishing ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@one_way
-def test_publishing_with_a_wrong_retry_says_what_is_wrong_and_sends_nothing(
-    server: ServerProcess, tab: WebDriver, channel: str
-) -> None:
-    stream = server.stream(channel)
-    open_page(tab, server, channel)
-    enter(tab, "publish-data", "wrong")
-    enter(tab, "publish-retry", "x")
+def test_the_form_holds_the_articles_event(page: OpenPage) -> None:
+    stream = page.listener()
+    page.open()
 
-    click(tab, "#publish button")
+    page.click_publish()
 
-    problem = text_of(tab, "publish-retry-problem")
+    event = stream.next()
+    assert event.type == "new_answers"
+    assert event.json == ANSWER
+    page.wait_for_text("data", SHOWN_ANSWER)
+    page.wait_for_published()
+    assert page.text("answer") == f"Published to 2 receivers, ID {event.id}"
+
+
+def test_what_is_published_goes_to_the_channel_that_one_listens_to_until_told_otherwise(page: OpenPage) -> None:
+    page.open()
+    assert page.value("publish-channel") == page.channel
+
+    page.enter("channel", f"{page.channel}-2, {page.channel}-3")
+    assert page.value("publish-channel") == f"{page.channel}-2"
+
+    page.enter("publish-channel", "elsewhere")
+    assert page.text("elsewhere") == "This page does not listen to elsewhere."
+    page.enter("channel", page.channel)
+    assert page.value("publish-channel") == "elsewhere"
+
+    page.enter("publish-channel", "")
+    assert page.value("publish-channel") == page.channel
+    assert page.text("elsewhere") == ""
+
+
+def test_the_page_says_when_nobody_listens(page: OpenPage) -> None:
+    page.open()
+    page.enter("publish-channel", f"{page.channel}-empty")
+
+    page.click_publish()
+
+    words = f"Published, but nobody listens to {page.channel}-empty, ID "
+    page.wait_for_part("answer", words)
+
+
+def test_enter_publishes_and_shift_enter_starts_a_new_line(page: OpenPage) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    stream = page.listener()
+    page.open()
+    page.enter("publish-data", "")
+    data = page.tab.find_element("id", "publish-data")
+    height = data.size["height"]
+
+    new_line = [Keys.SHIFT, Keys.ENTER, Keys.NULL]
+    data.send_keys("one", *new_line, "two")
+    assert data.size["height"] > height
+    data.send_keys(Keys.ENTER)
+
+    assert stream.next().data == "one\ntwo"
+
+
+def test_publishing_with_a_wrong_retry_says_what_is_wrong_and_sends_nothing(page: OpenPage) -> None:
+    stream = page.listener()
+    page.open()
+    page.enter("publish-data", "wrong")
+    page.enter("publish-retry", "x")
+    assert not page.is_shown("publish-retry")
+
+    page.click_publish()
+
+    problem = page.text("publish-retry-problem")
     assert "milliseconds" in problem
-    assert text_of(tab, "answer") == f"Not sent. {problem}"
-    assert tab.find_element("id", "publish-retry").get_attribute("aria-invalid") == "true"
-    assert tab.execute_script(FOCUSED) == "publish-retry"
-    assert text_of(tab, "line-redis") == f"# {problem}"
-    enter(tab, "publish-retry", "3000")
-    enter(tab, "publish-data", "right")
-    click(tab, "#publish button")
+    assert page.text("answer") == f"Not sent. {problem}"
+    assert page.attribute("publish-retry", "aria-invalid") == "true"
+    assert page.run(FOCUSED) == "publish-retry"
+    assert page.is_shown("publish-retry")
+    assert page.text("line-redis") == f"# {problem}"
+    page.enter("publish-retry", "3000")
+    page.enter("publish-data", "right")
+    page.click_publish()
     assert stream.next().data == "right"
-    assert text_of(tab, "publish-retry-problem") == ""
-    assert tab.find_element("id", "publish-retry").get_attribute("aria-invalid") == "false"
+    assert page.text("publish-retry-problem") == ""
+    assert page.attribute("publish-retry", "aria-invalid") == "false"
 
+
+def test_the_page_says_how_data_is_sent(page: OpenPage) -> None:
+    page.open()
+    assert page.text("kind") == "sent as JSON"
+
+    page.enter("publish-data", "{no JSON}")
+
+    assert page.text("kind") == "sent as text: it is not JSON"
+
+
+# ── Lines to copy ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 FORMS: dict[str, tuple[str, str]] = {
     "an object": ("new_answers", '{"it\'s": "$HOME `id` \\"quoted\\" \\\\", "n": 12345678901234567890}'),
@@ -352,148 +766,266 @@ FORMS: dict[str, tuple[str, str]] = {
 
 def meaning(event: Received) -> tuple[str, Any]:
     """Type and data; JSON objects and arrays mean the same however they are spaced."""
-    return event.type, event.json if event.data.startswith(("{", "[")) else event.data
+    is_json = event.data.startswith(("{", "["))
+    return event.type, event.json if is_json else event.data
 
 
-@one_way
+def run_line(line: str, redis_process: RedisProcess) -> subprocess.CompletedProcess[str]:
+    """Run a line to copy as somebody would who has this Redis."""
+    command = line.replace("redis-cli ", f"redis-cli -p {redis_process.port} ", 1)
+    command = command.replace("python ssepush.py", f"{sys.executable} ssepush.py", 1)
+    environment = {**os.environ, "REDIS_URL": redis_process.url}
+    return subprocess.run(
+        [program("bash"), "-c", command],
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+
+
 @pytest.mark.parametrize("line", ["redis", "curl", "python"])
-def test_the_lines_to_copy_publish_what_the_form_publishes(
-    line: str, server: ServerProcess, tab: WebDriver, channel: str
-) -> None:
-    stream = server.stream(channel)
-    open_page(tab, server, channel + "-quiet")  # or a new row in the log might move the button just when it is clicked
-    enter(tab, "publish-channel", channel)
-    environment = {**os.environ, "REDIS_URL": server.redis.url}
-    enter(tab, "publish-retry", "4321")
+def test_the_lines_to_copy_publish_what_the_form_publishes(line: str, page: OpenPage) -> None:
+    stream = page.listener()
+    page.open(channel=f"{page.channel}-quiet")
+    page.enter("publish-channel", page.channel)
+    page.enter("publish-retry", "4321")
     wrong = {}
     for name, (type_, data) in FORMS.items():
-        enter(tab, "publish-type", type_)
-        enter(tab, "publish-data", data)
-        tab.execute_script("document.getElementById('answer').textContent = ''")
-        click(tab, "#publish button")
-        wait_for(lambda: text_of(tab, "answer") not in ("", "publishing …"), "the page has its answer")
-        assert text_of(tab, "answer").startswith("published")
+        page.enter("publish-type", type_)
+        page.enter("publish-data", data)
+        page.run("document.getElementById('answer').textContent = ''")
+        page.click_publish()
+        page.wait_for_published()
         by_form = stream.next()
 
-        command = text_of(tab, f"line-{line}").replace("redis-cli ", f"redis-cli -p {server.redis.port} ", 1)
-        command = command.replace("python ssepush.py", f"{sys.executable} ssepush.py", 1)
-        ran = subprocess.run(
-            [program("bash"), "-c", command], cwd=HERE, env=environment, capture_output=True, timeout=DEADLINE_S
-        )
+        command = page.text(f"line-{line}")
+        ran = run_line(command, page.server.redis)
+
         if ran.returncode:
-            wrong[name] = (command, ran.stderr.decode())
-        elif meaning(by_line := stream.next()) != meaning(by_form):
-            wrong[name] = (command, f"{by_line} instead of {by_form}")
+            wrong[name] = f"{command}: {ran.stderr}"
+            continue
+        by_line = stream.next()
+        if meaning(by_line) != meaning(by_form):
+            wrong[name] = f"{command}: {by_line} instead of {by_form}"
     assert not wrong
     assert stream.parser.retry_ms == 4321
 
 
-@one_way
-def test_the_javascript_to_copy_hears_what_the_form_publishes(
-    server: ServerProcess, tab: WebDriver, channel: str
-) -> None:
-    open_page(tab, server, channel)
-    enter(tab, "publish-type", "it's </script>")
-    enter(tab, "publish-data", '{"a": "b"}')
-    tab.execute_script("window.heard = []; console.log = (value) => heard.push(value);")
-    tab.execute_script(text_of(tab, "line-js").replace("const source", "window.copied") + "; copied.onopen = () => {}")
-    wait_for(lambda: tab.execute_script("return copied.readyState === EventSource.OPEN"), "the copied code is open")
+def test_the_javascript_to_copy_hears_what_the_form_publishes(page: OpenPage) -> None:
+    page.open()
+    page.enter("publish-type", "it's </script>")
+    page.enter("publish-data", '{"a": "b"}')
+    page.run("window.heard = []; console.log = (value) => heard.push(value);")
+    copied = page.text("line-js").replace("const source", "window.copied")
+    page.run(copied)
+    wait_for(lambda: page.run("return copied.readyState === EventSource.OPEN"), "the copied code is open")
 
-    click(tab, "#publish button")
+    page.click_publish()
 
-    wait_for(lambda: tab.execute_script("return heard.length > 0"), "the copied code heard it")
-    assert tab.execute_script("return heard") == [{"a": "b"}]
-    tab.execute_script("copied.close()")
+    wait_for(lambda: page.run("return heard.length > 0"), "the copied code heard it")
+    assert page.run("return heard") == [{"a": "b"}]
+    page.run("copied.close()")
+
+
+LINES_TO_COPY = ["redis", "curl", "python", "js"]
+
+
+def lines_shown(page: OpenPage) -> list[str]:
+    """Which of the lines to copy can be seen."""
+    return [name for name in LINES_TO_COPY if page.is_shown(f"line-{name}")]
+
+
+def test_the_lines_to_copy_are_tabs_of_one_block(page: OpenPage) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open()
+    assert not page.is_shown("line-redis")
+    page.click("#more-lines summary")
+    assert lines_shown(page) == ["redis"]
+
+    tab = page.tab.find_element("id", "tab-redis")
+    tab.send_keys(Keys.ARROW_LEFT)
+
+    assert page.run(FOCUSED) == "tab-js"
+    assert page.is_shown("line-js")
+    assert page.attribute("tab-js", "aria-selected") == "true"
+    page.click("#tab-curl")
+    assert lines_shown(page) == ["curl"]
+    page.click("#copy")
+    wait_for(lambda: page.text("copied"), "the page says that it copied")
 
 
 # ── For everybody ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@one_way
-def test_the_page_works_by_keyboard_alone(
-    server: ServerProcess,
-    tab: WebDriver,
-    channel: str,
-) -> None:
+def press(page: OpenPage, key: str) -> None:
+    """Press a key, wherever the focus is."""
     from selenium.webdriver.common.action_chains import ActionChains
+
+    keyboard = ActionChains(page.tab, duration=0)
+    keyboard.send_keys(key).perform()
+
+
+def test_the_page_works_by_keyboard_alone(page: OpenPage) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    stream = server.stream(channel)
-    open_page(tab, server, channel)
-    server.publish("a long one " * 100, channel)
+    stream = page.listener()
+    page.open()
+    page.run(OPEN_FOLDS)
+    page.publish("a long one " * 100)
     assert stream.next()
-    wait_for(lambda: rows(tab), "a row that can be opened")
-    reachable = [str(name) for name in tab.execute_script(FOCUSABLE)]
+    wait_for(lambda: page.rows(), "a row that can be opened")
+    reachable: list[str] = page.run(FOCUSABLE)
 
     reached: list[str] = []
     for _ in reachable:
-        ActionChains(tab, duration=0).send_keys(Keys.TAB).perform()
-        reached.append(str(tab.execute_script(FOCUSED)))
+        press(page, Keys.TAB)
+        reached.append(page.run(FOCUSED))
         if reached[-1] == "Publish":
-            ActionChains(tab, duration=0).send_keys(Keys.ENTER).perform()
-            assert stream.next().json["who"] == "allen"
-            wait_for(lambda: text_of(tab, "answer").startswith("published to "), "the page says so")
-            assert tab.execute_script(FOCUSED) == "Publish"
+            press(page, Keys.ENTER)
+            assert stream.next().json == ANSWER
+            page.wait_for_published()
+            assert page.run(FOCUSED) == "Publish"
 
     assert "Publish" in reached
     assert reached == reachable
 
 
-@pytest.fixture
-def looks(chromium: WebDriver) -> Iterator[Callable[[int, str], None]]:
-    """Gives the page a width and a color scheme, until the test is over."""
+class Look:
+    """How the page is shown: size of the window, color scheme, motion."""
 
-    def look(width: int, scheme: str) -> None:
+    def __init__(self, tab: WebDriver) -> None:
+        self.tab = tab
+
+    def size(self, width: int, height: int = 800) -> None:
         metrics = {
             "width": width,
-            "height": 800,
+            "height": height,
             "deviceScaleFactor": 1,
             "mobile": width < 600,
         }
-        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.tab.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
+    def prefer(self, **features: str) -> None:
+        """As a user's settings would: `prefer(color_scheme="dark")`."""
+        wanted = []
+        for name, value in features.items():
+            feature = name.replace("_", "-")
+            wanted.append({"name": f"prefers-{feature}", "value": value})
+        self.tab.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wanted})
+
+    def end(self) -> None:
+        self.tab.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        self.tab.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.fixture
+def look(chromium: WebDriver) -> Iterator[Look]:
+    """Gives the page a look until the test is over."""
+    look = Look(chromium)
     yield look
-    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    look.end()
 
 
-def fill(
-    tab: WebDriver,
-    server: ServerProcess,
-    channel: str,
+ON_THE_FIRST_SCREEN = ["#state", "#data", ".scroll", "#publish .line"]
+
+
+def test_all_that_matters_is_on_a_desktops_first_screen(page: OpenPage, look: Look) -> None:
+    look.size(1280, 900)
+    page.open()
+    page.send_many(600)
+    page.wait_for_text("count", "600")
+
+    for _ in ("the log alone", "the wire beside it"):
+        state, answer, log, line = page.run(PLACES, *ON_THE_FIRST_SCREEN)
+        edges = [*state, *answer, *log, *line]
+        assert edges == sorted(edges)
+        assert edges[0] >= 0
+        assert edges[-1] <= 900
+        log_top, log_bottom = log
+        assert log_bottom - log_top > 300
+        assert page.run("return document.documentElement.scrollHeight") == 900
+        page.click("#show-wire")
+
+
+def test_on_a_phone_state_answer_and_log_come_first(page: OpenPage, look: Look) -> None:
+    look.size(390, 844)
+    page.open()
+    page.publish(ANSWER, type="new_answers")
+    page.wait_for_text("data", SHOWN_ANSWER)
+    wait_for(lambda: page.rows(), "the row")
+
+    order = ["#state", "#data", "#log li", "#publish", "#settings"]
+    places = page.run(PLACES, *order)
+    tops = [top for top, _ in places]
+
+    assert tops == sorted(tops)
+    first_row = tops[2]
+    assert first_row < 500
+
+
+ANIMATIONS = """
+    return ["#log li", "#data .value"].map((selector) =>
+      getComputedStyle(document.querySelector(selector)).animationName);
+"""
+NEWEST_EDGE = "return getComputedStyle(document.querySelector('#log li')).borderLeftColor"
+MOTIONS = {
+    "no-preference": ["arrive", "mark"],
+    "reduce": ["none", "none"],
+}
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_a_new_event_moves_unless_less_motion_is_wished_for(
+    motion: str,
+    look: Look,
+    page: OpenPage,
 ) -> None:
-    """Everything that the page can show at once, and long: events, a reset, a problem, an answer."""
-    open_page(tab, server, channel, "long" * 40)
-    for data in ("short", "", "unbroken" * 30, "clipped" * 200, {"question": "q" * 200, "value": "v" * 200}):
-        server.publish(data, channel, type="new_answers")
-    server.publish("unbroken" * 30, channel, type="new_question")
-    server.publish("typed", channel, type="long" * 40)
-    server.publish(
-        {"reason": "unbroken" * 30},
-        channel,
-        type="stream-reset",
-    )
-    wait_for(lambda: len(rows(tab)) == 8, "all rows")
-    enter(tab, "publish-retry", "x")
-    click(tab, "#publish button")
-    tab.execute_script("document.querySelector('#log details').open = true")
-    assert tab.find_element("id", "reset").is_displayed()
-    assert tab.find_element("id", "answer").is_displayed()
+    look.prefer(reduced_motion=motion)
+    page.open()
+
+    page.publish(ANSWER, type="new_answers")
+
+    wait_for(page.rows, "the row")
+    assert page.run(ANIMATIONS) == MOTIONS[motion]
+    transparent = "rgba(0, 0, 0, 0)"
+    assert page.run(NEWEST_EDGE) != transparent  # it is marked without motion, too
 
 
-@one_way
-def test_at_360_pixels_nothing_needs_scrolling_sideways(
-    server: ServerProcess, tab: WebDriver, channel: str, looks: Callable[[int, str], None]
-) -> None:
-    looks(360, "light")
-    fill(tab, server, channel)
+def fill(page: OpenPage) -> None:
+    """Everything that the page can show at once, and long: events, the wire, a reset, a problem, an answer."""
+    page.open("long" * 40)
+    page.click("#show-wire")
+    wait_for(lambda: page.streams() == 2, "the wire is read")
+    page.publish("short", type="new_answers")
+    page.publish("", type="new_answers")
+    page.publish("unbroken" * 30, type="new_answers")
+    page.publish("clipped" * 200, type="new_answers")
+    long_answer = {"question": "q" * 200, "value": "v" * 200}
+    page.publish(long_answer, type="new_answers")
+    page.publish("unbroken" * 30, type="new_question")
+    page.publish("typed", type="long" * 40)
+    page.publish({"reason": "unbroken" * 30}, type="stream-reset")
+    wait_for(lambda: len(page.rows()) == 8, "all rows")
+    wait_for(lambda: len(page.wire()) >= 8, "all blocks")
+    page.enter("publish-retry", "x")
+    page.click_publish()
+    page.run(OPEN_FOLDS)
+    page.run("document.querySelector('#log details').open = true")
+    assert page.is_shown("reset")
+    assert page.is_shown("answer")
 
-    assert tab.execute_script(OVERFLOW) == [0, 360, []]
-    enter(tab, "publish-retry", "")
-    enter(tab, "publish-data", "unbroken" * 40)
-    assert tab.execute_script(OVERFLOW) == [0, 360, []]
+
+def test_at_360_pixels_nothing_needs_scrolling_sideways(page: OpenPage, look: Look) -> None:
+    look.size(360)
+    fill(page)
+
+    assert page.run(OVERFLOW) == [0, 360, []]
+    page.enter("publish-retry", "")
+    page.enter("publish-data", "unbroken" * 40)
+    assert page.run(OVERFLOW) == [0, 360, []]
 
 
 @pytest.fixture(scope="session")
@@ -502,17 +1034,15 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not HAS_TEST_EXTRA:
         pytest.skip("needs the test extra: pip install '.[test]'")
     folder = tmp_path_factory.mktemp("axe")
-    command = [
-        program("npm"),
-        "install",
-        "--no-audit",
-        "--no-fund",
-        "--prefix",
-        str(folder),
-        "axe-core@4",
-    ]
     installed = subprocess.run(
-        command,
+        [
+            program("npm"),
+            "install",
+            "axe-core@4",
+            "--no-audit",
+            "--no-fund",
+            f"--prefix={folder}",
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -521,33 +1051,33 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     return Path(folder, "node_modules", "axe-core", "axe.min.js").read_text()
 
 
-@one_way
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_axe_finds_nothing_that_keeps_anybody_out(
     width: int,
     scheme: str,
-    server: ServerProcess,
-    tab: WebDriver,
-    channel: str,
-    looks: Callable[[int, str], None],
+    look: Look,
     axe: str,
+    page: OpenPage,
 ) -> None:
-    looks(width, scheme)
-    fill(tab, server, channel)
-    assert tab.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches") is (scheme == "dark")
-    tab.execute_script(axe)
+    look.size(width)
+    look.prefer(color_scheme=scheme, reduced_motion="reduce")  # or it judges colors that are still changing
+    page.open()
+    assert page.run("return matchMedia('(prefers-color-scheme: dark)').matches") is (scheme == "dark")
+    page.run(axe)
+    violations: list[Any] = page.tab.execute_async_script(AXE)
 
-    violations: list[Any] = tab.execute_async_script(AXE)
-    enter(tab, "publish-retry", "")
-    click(tab, "#publish button")
-    wait_for(lambda: text_of(tab, "answer").startswith("published to "), "the page says so in green")
-    violations += tab.execute_async_script(AXE)
+    fill(page)
+    page.run(axe)
+    violations += page.tab.execute_async_script(AXE)
+    page.enter("publish-retry", "")
+    page.click_publish()
+    page.wait_for_published()
+    violations += page.tab.execute_async_script(AXE)
+    page.click("#close")
+    violations += page.tab.execute_async_script(AXE)
 
     assert violations == []
-
-
-LINES_TO_COPY = ["redis", "curl", "python", "js"]
 
 
 def console_log(tab: WebDriver) -> list[str]:
@@ -556,32 +1086,80 @@ def console_log(tab: WebDriver) -> list[str]:
     return [str(entry["message"]) for entry in entries]
 
 
-@one_way
-def test_normal_use_leaves_no_error_in_the_browsers_console(
-    server: ServerProcess, tab: WebDriver, channel: str
-) -> None:
-    console_log(tab)  # what others left
-    open_page(tab, server, channel, "greeting")
-    publish(
-        server.redis,
-        channel,
-        ("greeting", "hello"),
-        ("new_answers", "no object"),
-        ("new_answer", "an answer"),
-    )
-    click(tab, "#publish button")
-    wait_for(lambda: text_of(tab, "answer").startswith("published to "), "the page says so")
-    wait_for_text(tab, "count", "4")
+def test_normal_use_leaves_no_error_in_the_browsers_console(page: OpenPage) -> None:
+    console_log(page.tab)  # what others left
+    page.open("greeting")
+    page.send("greeting", "hello")
+    page.send("new_answers", "no object")
+    page.send("new_answer", "an answer")
+    page.click_publish()
+    page.wait_for_published()
+    page.wait_for_text("count", "4")
     for selector in (
-        "#pause",
-        "#pause",
-        "#clear",
-        "#close",
-        "#connect",
-        *[f"[data-copies=line-{n}]" for n in LINES_TO_COPY],
+        *("#pause", "#pause", "#clear"),
+        *("#show-wire", "#show-wire"),
+        *("#close", "#close", "#connect"),
+        "#more-lines summary",
+        *[f"#tab-{name}" for name in LINES_TO_COPY],
+        "#copy",
     ):
-        click(tab, selector)
-    wait_for(lambda: state_of(tab) == "open", "the page is open again")
+        page.click(selector)
+    page.wait_for_state("open")
 
-    messages = console_log(tab)
+    messages = console_log(page.tab)
     assert messages == []
+
+
+# ── In Firefox ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Firefox:
+    """A page in Firefox, to be looked at as one in Chromium."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def execute_script(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, script_args=arguments)
+
+    def get(self, url: str) -> None:
+        self.driver.navigate(url)
+
+
+@pytest.fixture(scope="session")
+def firefox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox]:
+    """A Firefox with an empty profile."""
+    if not HAS_TEST_EXTRA:
+        pytest.skip("needs the test extra: pip install '.[test]'")
+    marionette = importlib.import_module("marionette_driver.marionette")
+    folder = tmp_path_factory.mktemp("firefox")
+    driver = marionette.Marionette(
+        host=LOOPBACK,
+        port=free_port(),
+        bin=program("firefox-esr", "firefox"),
+        headless=True,
+        gecko_log=str(folder / "log"),
+        workspace=str(folder),
+    )
+    driver.start_session()
+    yield Firefox(driver)
+    driver.cleanup()
+
+
+def test_in_firefox_the_page_listens_publishes_and_shows_the_wire(
+    firefox: Firefox, page_server: ServerProcess, channel: str
+) -> None:
+    page = OpenPage(firefox, page_server, channel)
+    page.open()
+    assert page.text("data") == "received pushed data"
+    page.run("document.getElementById('show-wire').click()")
+    wait_for(lambda: page.streams() == 2, "the second request is subscribed")
+
+    page.run("document.getElementById('publish').requestSubmit()")
+
+    page.wait_for_text("data", SHOWN_ANSWER)
+    page.wait_for_published()
+    page.wait_for_part("wire", "event: new_answers\n")
+    page.publish("bye", type="server_closed")
+    page.wait_for_state("closed")
+    wait_for(lambda: page.streams() == 0, "both streams are closed")

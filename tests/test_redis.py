@@ -206,8 +206,8 @@ def restricted_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 @both_ways
 def test_the_deployed_redis_user_may_do_everything_that_is_needed(start: Start, restricted_redis: RedisProcess) -> None:
     url = restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@")
-    server = start("--history", "2", redis=url, SSEPUSH_SECRET="s3cret")
-    token = ssepush.sign("private-a", 60, "s3cret")
+    server = start("--history", "2", redis=url, SSEPUSH_SECRET="a secret of the tests")
+    token = ssepush.sign("private-a", ttl=60, secret="a secret of the tests")
     query = f"channel=sse&channel=sse:news&channel=private-a&token={token}"
 
     stream = server.stream(query=query)

@@ -1,0 +1,696 @@
+"""The promises where they were once seen to break: forgetful Redis, forged ids, strangers; and what pages need."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+import ssepush
+from tests.kit import (
+    DEADLINE_S,
+    EventStream,
+    RedisProcess,
+    ServerProcess,
+    Start,
+    both_ways,
+    connect,
+    exchange,
+    found_program,
+    free_port,
+    request,
+    run,
+    the_line,
+    wait_for,
+)
+
+SECRET = "a secret of these tests"
+
+
+def resets(events: list[Any]) -> list[str]:
+    """The reasons of the resets among these events."""
+    return [event.json["reason"] for event in events if event.type == "stream-reset"]
+
+
+# ── A Redis that forgot ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def snapshot_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A Redis that keeps nothing but the snapshots that it is asked for."""
+    process = RedisProcess(tmp_path)
+    yield process
+    process.kill()
+
+
+@both_ways
+@pytest.mark.parametrize("position", ["before the snapshot", "after the snapshot"])
+@pytest.mark.parametrize("since", ["published since", "nothing since"])
+def test_a_page_is_reset_when_redis_came_back_from_a_snapshot(
+    snapshot_redis: RedisProcess, start: Start, channel: str, position: str, since: str
+) -> None:
+    server = start("--retry", "1", redis=snapshot_redis)
+    before = server.publish_id("kept", channel)
+    snapshot_redis.client.save()
+    after = server.publish_id("forgotten", channel)
+    snapshot_redis.kill()
+    snapshot_redis.start()
+    if since == "published since":
+        server.publish("later", "another channel")
+
+    last_event_id = before if position == "before the snapshot" else after
+    with server.stream(channel, Last_Event_ID=last_event_id) as stream:
+        server.publish("last", channel)
+        events = stream.take(2)
+
+    assert resets(events) == ["data-lost"]
+    assert events[-1].data == "last"
+
+
+@both_ways
+def test_a_page_is_reset_when_a_replica_that_lagged_was_promoted(
+    snapshot_redis: RedisProcess, start: Start, tmp_path: Path, channel: str
+) -> None:
+    folder = tmp_path / "replica"
+    folder.mkdir()
+    replica = RedisProcess(folder, "--replicaof", f"127.0.0.1 {snapshot_redis.port}")
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        stack.callback(replica.kill)
+        master = start("--retry", "1", redis=snapshot_redis)
+        master.publish("known to both", channel)
+        wait_for(lambda: replica.client.exists(ssepush.COUNTER_KEY), "the replica has the counter")
+        wait_for(lambda: snapshot_redis.client.wait(1, 100) == 1, "the replica has everything")
+        replica.client.replicaof("127.0.0.1", str(free_port()))  # it hears of nothing more
+        lost = master.publish_id("the replica never had it", channel)
+        replica.client.replicaof("NO", "ONE")
+
+        promoted = start("--retry", "1", redis=replica)
+        with promoted.stream(channel, Last_Event_ID=lost) as stream:
+            promoted.publish("last", channel)
+            events = stream.take(2)
+
+    assert resets(events) == ["data-lost"]
+
+
+@both_ways
+def test_nobody_is_reset_after_a_kill_of_a_redis_with_an_append_only_file(
+    own_redis: RedisProcess, start: Start, channel: str
+) -> None:
+    server = start("--retry", "1", redis=own_redis)
+    position = server.publish_id("before", channel)
+    server.publish("missed", channel)
+    own_redis.kill()
+    own_redis.start()
+
+    with server.stream(channel, Last_Event_ID=position) as stream:
+        server.publish("last", channel)
+
+        assert stream.data(2) == ["missed", "last"]
+
+
+def test_a_replica_refuses_to_publish(snapshot_redis: RedisProcess, tmp_path: Path, channel: str) -> None:
+    folder = tmp_path / "replica"
+    folder.mkdir()
+    replica = RedisProcess(folder, "--replicaof", f"127.0.0.1 {snapshot_redis.port}")
+    try:
+        with pytest.raises(ssepush.RedisRefused, match="replica"):
+            ssepush.publish("hi", channel=channel, redis_url=replica.url)
+    finally:
+        replica.kill()
+
+
+def test_ids_never_fall_however_often_redis_loses_its_data(own_redis: RedisProcess, channel: str) -> None:
+    ids = []
+    for _ in range(200):
+        published = ssepush.publish("hi", channel=channel, redis_url=own_redis.url)
+        ids.append(str(published.id))
+        own_redis.client.flushall()
+
+    assert ids == sorted(set(ids))
+
+
+@both_ways
+def test_live_events_go_on_when_redis_lost_its_data_and_its_clock_went_back(
+    own_redis: RedisProcess, start: Start, channel: str
+) -> None:
+    server = start(redis=own_redis)
+    server.publish("before", channel)
+    ahead = f"{int(time.time() + 60) * 1000}-9000000000000000"
+    own_redis.client.hset(ssepush.COUNTER_KEY, mapping={"newest": ahead})
+    with server.opened(channel) as stream:
+        own_redis.client.flushall()
+
+        receivers = [server.publish(str(number), channel)["receivers"] for number in range(5)]
+
+        assert stream.data(5) == ["0", "1", "2", "3", "4"]
+    assert receivers == [1] * 5
+
+
+# ── Ids that somebody else made up ───────────────────────────────────────────────────────────────────────────────────
+
+
+@both_ways
+def test_who_can_only_publish_hides_and_doubles_nobodys_events(start: Start, channel: str) -> None:
+    other = f"{channel}-other"
+    server = start()
+    old = server.publish_id("first", channel)
+    milliseconds, sequence = old.split("-")
+    ahead = f"{int(milliseconds) + 3000}-{int(sequence) + 10:016d}"
+    with server.opened(channel, other) as stream:
+        for forged in (ahead, old):
+            server.redis.publish(channel, json.dumps({"data": "forged", "id": forged, "previous": "", "mark": "x"}))
+        for number in range(30):
+            server.publish(str(number), other)
+        events = stream.take(32)
+    assert [(event.data, event.id in (ahead, old)) for event in events[:2]] == [("forged", False)] * 2
+    assert [event.data for event in events[2:]] == [str(number) for number in range(30)]
+
+    with server.stream(channel, other, Last_Event_ID=events[10].id) as again:
+        assert again.data(21) == [str(number) for number in range(9, 30)]
+
+
+@both_ways
+def test_a_message_that_a_program_forwards_to_another_channel_is_an_event_without_an_id(
+    redis_process: RedisProcess, start: Start, channel: str
+) -> None:
+    other = f"{channel}-other"
+    server = start()
+    pubsub: Any = redis.Redis.from_url(redis_process.url).pubsub()  # type: ignore[no-untyped-call]
+    with contextlib.closing(pubsub), server.opened(channel, other) as stream:
+        pubsub.subscribe(channel)
+        assert pubsub.get_message(timeout=DEADLINE_S)["type"] == "subscribe"
+        original = server.publish_id("hello", channel)
+        message = pubsub.get_message(timeout=DEADLINE_S)["data"]
+
+        redis_process.publish(other, message)
+        server.publish("last", other)
+
+        first, forwarded, last = stream.take(3)
+    assert (first.id, forwarded.data) == (original, "hello")
+    assert forwarded.id in ("", original)  # its own id field is not sent: a browser keeps the one before
+    assert last.data == "last"
+
+
+@both_ways
+def test_a_plain_publish_with_an_old_id_reaches_a_stream_that_just_resumed(start: Start, channel: str) -> None:
+    server = start()
+    old = server.publish_id("first", channel)
+    server.publish("second", channel)
+    with server.stream(channel, Last_Event_ID=old) as stream:
+        assert stream.data(1) == ["second"]
+        server.redis.publish_event(channel, data="plain", id=old)
+
+        assert stream.next().data == "plain"
+
+
+def test_what_readers_could_not_take_is_refused_however_much_its_publisher_can() -> None:
+    limit = sys.getrecursionlimit()
+    digits = sys.get_int_max_str_digits()
+    deep: list[Any] = []
+    for _ in range(2000):
+        deep = [deep]
+    sys.setrecursionlimit(50_000)
+    sys.set_int_max_str_digits(0)
+    try:
+        with pytest.raises(ValueError, match="nested too deeply"):
+            ssepush.message_of(deep)
+        with pytest.raises(ValueError, match="more than 4300 digits"):
+            ssepush.message_of({"number": [10**5000]})
+    finally:
+        sys.setrecursionlimit(limit)
+        sys.set_int_max_str_digits(digits)
+
+
+# ── Strangers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_with_allow_host_nobody_publishes_without_a_token(start: Start) -> None:
+    server = start("--allow-host", "events.example.org")
+
+    answer = server.get("/publish", "POST", '{"data": 1}', Content_Type="application/json", Host="localhost")
+
+    assert answer.status == 403
+    assert "SSEPUSH_PUBLISH_TOKEN" in answer.error
+
+
+def test_streams_leave_half_of_redis_connections_to_others(tmp_path: Path, start: Start, channel: str) -> None:
+    process = RedisProcess(tmp_path, "--maxclients", "60")
+    try:
+        server = start(redis=process)
+        streams = [server.opened(channel) for _ in range(30)]
+        refused = server.stream(channel)
+
+        assert refused.until_end() == []
+        assert refused.parser.comments == ["this server is full"]
+        assert process.client.ping()
+        assert server.said("at most 30 streams")
+        for stream in streams:
+            stream.close()
+    finally:
+        process.kill()
+
+
+def test_one_ping_a_second_serves_all_who_ask_for_health(own_redis: RedisProcess, start: Start) -> None:
+    server = start(redis=own_redis)
+    before = int(own_redis.client.info("stats")["total_connections_received"])
+    began = time.monotonic()
+
+    statuses = [server.get("/healthz").status for _ in range(300)]
+
+    passed_s = time.monotonic() - began
+    connections = int(own_redis.client.info("stats")["total_connections_received"]) - before
+    assert set(statuses) == {200}
+    assert connections <= passed_s + 4
+
+
+MALFORMED_URLS = [
+    "redis://:se/cr%et@127.0.0.1:6379/0",
+    "redis://:se#cr%et@127.0.0.1:6379/0",
+    "redis://:12?3secret@127.0.0.1:6379/0",
+    "redis://user:12345/secret@127.0.0.1:6379/0",
+    "redis://:[secret@127.0.0.1:6379/0",
+    "redis://:secret@127.0.0.1:port/0",
+    "redis://:secret@127.0.0.1:6379/secret",
+    "redis://:secret@127.0.0.1:6379/0?secret=1",
+    "redis://:secret@127.0.0.1:6379/0?db=secret",
+    "redis:/:secret@127.0.0.1:6379/0",
+    "http://:secret@127.0.0.1:6379/0",
+    ":secret@127.0.0.1:6379/0",
+    "redis://:secret@127.0.0.1:99999/0",
+    "redis://127.0.0.1:6379/0#secret",
+    "rediss://:secret@127.0.0.1:6379/0?ssl_cert_reqs=secret",
+]
+
+
+@pytest.mark.parametrize("url", MALFORMED_URLS)
+def test_a_malformed_redis_url_is_refused_without_a_part_of_its_password(url: str) -> None:
+    line = the_line(run("--port", "0", REDIS_URL=url), 2)
+
+    assert "the Redis URL is wrong" in line
+    named = line.replace("parameter secret", "")  # of a parameter's name one has to be told
+    assert "secret" not in named
+    assert "123" not in line
+
+
+def test_a_password_on_the_command_line_is_warned_of(redis_process: RedisProcess) -> None:
+    url = redis_process.url.replace("redis://", "redis://default:nonsense@")
+
+    done = run("publish", "sse", "hi", "--redis-url", url)
+
+    assert "warning" in done.stderr
+    assert "REDIS_URL" in done.stderr
+    assert "nonsense" not in done.stderr
+
+
+def test_head_that_is_refused_gets_no_body(server: ServerProcess) -> None:
+    received = exchange(server.port, request(b"HEAD /nothing HTTP/1.1"))
+
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 404 ")
+    assert body == b""
+
+
+def test_http_1_0_is_not_told_to_continue(server: ServerProcess) -> None:
+    body = b'{"data": 1}'
+    fields = b"Host: 127.0.0.1\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+    wire = b"POST /publish HTTP/1.0\r\n" + fields + b"Content-Length: %d\r\n\r\n" % len(body)
+    with connect(server.port) as sock:
+        sock.sendall(wire + body)
+
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_secret_that_can_be_guessed_is_refused_with_how_to_make_one(redis_process: RedisProcess) -> None:
+    for arguments in (("--port", "0", "--redis-url", redis_process.url), ("sign", "private-x")):
+        line = the_line(run(*arguments, SSEPUSH_SECRET="12345"), 2)
+        assert "secrets.token_urlsafe" in line
+
+
+def test_a_stream_of_many_channels_is_a_short_line_of_the_log(start: Start, channel: str) -> None:
+    server = start()
+    with server.opened(*[f"{channel}-{'x' * 150}-{number}" for number in range(20)]):
+        wait_for(lambda: server.said("open: "), "its opening is logged")
+
+        [line] = [line for line in server.lines if "open: " in line]
+    assert len(line) < 400
+
+
+@both_ways
+def test_a_channel_that_redis_does_not_allow_is_named_with_the_rule_to_add(
+    own_redis: RedisProcess, start: Start
+) -> None:
+    own_redis.client.acl_setuser(
+        "pusher",
+        enabled=True,
+        passwords=["+pw"],
+        keys=["ssepush:*"],
+        channels=["mine"],
+        categories=["+@all"],
+    )
+    server = start(REDIS_URL=own_redis.url.replace("redis://", "redis://pusher:pw@"), redis=own_redis)
+    refused = server.post({"data": 1, "channel": "theirs"})
+    stream = server.stream("theirs")
+
+    assert refused.status == 503
+    assert "theirs" in refused.error
+    assert "&theirs" in refused.error
+    assert "script" not in refused.error
+    assert stream.until_end() == []
+    assert "&theirs" in stream.parser.comments[0]
+    assert server.metric('publishes_total{status="redis-refused"}') == 1
+    assert server.refused("redis-refused") == 1
+
+
+def test_a_page_of_events_waits_for_room_and_is_told_to_come_back() -> None:
+    settings = ssepush.Settings()
+    streams: list[ssepush.Stream] = []
+    relay = ssepush.Relay(settings, lambda *_: streams.append(stream), lambda: None)
+    relay.replay_bytes = ssepush.REPLAY_BYTES + 1
+    sock, browser = socket.socketpair()
+    sock.setblocking(False)
+    with browser:
+        missed = ssepush.missed_since("1764000000000-1764000000000000", [b"c"])
+        stream = ssepush.Stream(1, "", (b"c",), chunked=False, sock=sock, opening=b"HEAD\n", missed=missed)
+        ours, redis_side = socket.socketpair()
+        ours.setblocking(False)
+        with redis_side:
+            relay.open(stream, ssepush.Subscriber(ours))
+            relay._confirm(stream, "")
+            relay.call(relay.drain)
+            relay.run()
+
+            received = browser.recv(4096)
+    assert b"too many pages are asking for what they missed" in received
+    assert streams == []
+
+
+# ── What a page needs ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def keeper(start: Start) -> ServerProcess:
+    """A server with private channels."""
+    return start("--heartbeat", "0.4", SSEPUSH_SECRET=SECRET)
+
+
+def token(*channels: str, ttl: int = 60) -> str:
+    return ssepush.sign(*channels, ttl=ttl, secret=SECRET)
+
+
+@both_ways
+def test_the_last_event_of_a_stream_whose_token_expires_holds_its_position(start: Start, channel: str) -> None:
+    server = start("--heartbeat", "0.4", SSEPUSH_SECRET=SECRET)
+    name = f"private-{channel}"
+    with server.stream(name, query=f"token={token(name, ttl=2)}") as stream:
+        published = server.publish_id("hello", name)
+
+        hello, expired = stream.until_end()
+
+    assert hello.data == "hello"
+    assert (expired.type, expired.id) == ("token-expired", published)
+    server.publish("meanwhile", name)
+    renewed = server.stream(name, query=f"token={token(name)}&lastEventId={expired.id}")
+    assert renewed.next().data == "meanwhile"
+    renewed.close()
+
+
+def test_a_stream_with_a_genuine_token_that_has_expired_is_told_so_and_nothing_is_subscribed(
+    keeper: ServerProcess, channel: str
+) -> None:
+    name = f"private-{channel}"
+    position = keeper.publish_id("hello", name)
+
+    stream = keeper.stream(name, query=f"token={token(name, ttl=-5)}", Last_Event_ID=position)
+
+    [expired] = stream.until_end()
+    assert stream.status == 200
+    assert (expired.type, expired.id) == ("token-expired", position)
+    assert stream.parser.retry_ms == 30_000
+    assert keeper.redis.subscribers(name) == 0
+
+
+def test_one_token_opens_the_channels_that_it_names_and_no_other(keeper: ServerProcess, channel: str) -> None:
+    names = [f"private-{channel}-{number}" for number in range(3)]
+    both = token(*names[:2])
+
+    with keeper.stream(*names[:2], query=f"token={both}") as stream:
+        keeper.publish("for you", names[1])
+        assert stream.next().data == "for you"
+    assert keeper.get(f"/stream?channel={names[2]}&token={both}").status == 403
+
+
+HEADERS = {
+    "Authorization": {"Authorization": "Bearer {0} {1}"},
+    "a cookie": {"Cookie": "theme=dark; ssepush-token={0}"},
+    "a cookie of a page of ours": {"Cookie": "ssepush-token={0}", "Origin": "http://127.0.0.1:{port}"},
+    "a cookie of a named origin": {"Cookie": "ssepush-token={0}", "Origin": "https://app.example"},
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_token_may_come_in(name: str, start: Start, channel: str) -> None:
+    server = start("--allow-origin", "https://app.example", SSEPUSH_SECRET=SECRET)
+    private = f"private-{channel}"
+    tokens = (token(private), token("private-other"))
+    headers = {field: value.format(*tokens, port=server.port) for field, value in HEADERS[name].items()}
+
+    with server.stream(private, **headers) as stream:
+        server.publish("for you", private)
+
+        assert stream.next().data == "for you"
+
+
+def test_a_cookie_does_not_count_for_pages_of_an_origin_that_is_not_named(start: Start, channel: str) -> None:
+    server = start("--allow-origin", "*", SSEPUSH_SECRET=SECRET)
+    private = f"private-{channel}"
+    cookie = f"ssepush-token={token(private)}"
+
+    answer = server.get(f"/stream?channel={private}", Cookie=cookie, Origin="https://evil.example")
+
+    assert answer.status == 403
+
+
+@both_ways
+def test_earliest_is_all_that_is_kept_and_last_the_newest_of_each_channel_then_live(start: Start, channel: str) -> None:
+    other = f"{channel}-other"
+    server = start()
+    for number in range(6):
+        server.publish(str(number), (channel, other)[number % 2])
+
+    for query, expected in {
+        "lastEventId=earliest": ["0", "1", "2", "3", "4", "5"],
+        "last=1": ["4", "5"],
+        "last=2": ["2", "3", "4", "5"],
+        "last=100": ["0", "1", "2", "3", "4", "5"],
+    }.items():
+        with server.stream(channel, other, query=query) as stream:
+            assert stream.data(len(expected)) == expected
+            stream.wait(lambda: stream.position(), "it is told its position")
+            server.publish(query, f"{channel}-nobody")
+    with server.stream(channel, query="last=1") as stream:
+        server.publish("live", channel)
+        assert stream.data(2) == ["4", "live"]
+    newest = server.get("/position").json["id"]
+    with server.stream(channel, query="lastEventId=earliest", Last_Event_ID=newest) as stream:
+        server.publish("a header wins", channel)
+        assert stream.next().data == "a header wins"
+
+
+def until(stream: EventStream, data: str) -> list[str]:
+    """The data of the events before this one."""
+    stream.wait(lambda: stream.untaken and stream.untaken[-1].data == data, f"the event {data}")
+    return stream.data(len(stream.untaken))[:-1]
+
+
+@both_ways
+def test_with_earliest_and_last_nothing_is_doubled_or_lost_where_history_and_live_meet(
+    start: Start, channel: str
+) -> None:
+    server = start("--history", "10000")
+    done = threading.Event()
+    published: list[str] = []
+
+    def publish() -> None:
+        while not done.is_set():
+            published.append(str(len(published)))
+            ssepush.publish(published[-1], channel=channel, redis_url=server.redis.url, history=10_000)
+
+    publisher = threading.Thread(target=publish)
+    publisher.start()
+    streams: list[EventStream] = []
+    for query in ["lastEventId=earliest", "last=20"] * 10:
+        streams.append(server.stream(channel, query=query))
+    done.set()
+    publisher.join()
+    server.publish("end", channel)
+
+    for stream in streams:
+        got = [int(data) for data in until(stream, "end")]
+        assert got == list(range(got[0] if got else len(published), len(published)))
+        stream.close()
+    first = next(event for event in streams[0].parser.events if event.type == "message")
+    assert first.data == "0"
+
+
+BAD_QUERIES = {
+    "last=0": "last must be",
+    "last=-1": "last must be",
+    "last=x": "last must be",
+    "last=": "last must be",
+    "last=100001": "last must be",
+    "channels=a": "'channels'",
+    "last_event_id=1": "'last_event_id'",
+}
+
+
+@pytest.mark.parametrize("query", BAD_QUERIES)
+def test_a_wrong_parameter_of_stream_is_named(server: ServerProcess, query: str) -> None:
+    answer = server.get(f"/stream?{query}")
+
+    assert answer.status == 400
+    assert BAD_QUERIES[query] in answer.error
+
+
+def test_parameters_that_stream_does_not_know_are_somebody_elses(server: ServerProcess, channel: str) -> None:
+    with server.stream(channel, query="datastar=%7B%7D&_=1764000000") as stream:
+        server.publish("hello", channel)
+
+        assert stream.next().data == "hello"
+
+
+@both_ways
+def test_a_page_that_was_rendered_with_the_position_gets_all_that_came_since(start: Start, channel: str) -> None:
+    server = start()
+    server.publish("before", channel)
+    rendered = ssepush.position(server.redis.url)
+    assert server.get("/position").json == {"state": "ok", "id": rendered}
+    server.publish("since", f"{channel}-other")
+
+    with server.stream(channel, f"{channel}-other", query=f"lastEventId={rendered}") as stream:
+        assert stream.next().data == "since"
+
+
+def test_the_same_key_is_published_once(server: ServerProcess, channel: str) -> None:
+    with server.opened(channel) as stream:
+        first = server.publish("hello", channel, key="order 7")
+        again = server.publish("hello", channel, key="order 7")
+        elsewhere = server.publish("hello", f"{channel}-other", key="order 7")
+        from_python = ssepush.publish("hello", channel=channel, key="order 7", redis_url=server.redis.url)
+        server.publish("last", channel)
+
+        assert stream.data(2) == ["hello", "last"]
+    assert "duplicate" not in first
+    assert again == {"state": "ok", "receivers": 0, "id": first["id"], "duplicate": True}
+    assert elsewhere["id"] != first["id"]
+    assert (from_python.id, from_python.duplicate) == (first["id"], True)
+
+
+@pytest.mark.parametrize("key", ["", "x" * 201, "a\nb", 7, {}])
+def test_a_key_that_cannot_be_is_refused_by_name(server: ServerProcess, key: object) -> None:
+    answer = server.post({"data": 1, "key": key})
+
+    assert answer.status == 400
+    assert answer.error.startswith("key must be")
+
+
+def test_the_first_block_of_a_stream_holds_its_position_and_the_reconnection_time(
+    server: ServerProcess, channel: str
+) -> None:
+    with server.opened(channel) as stream:
+        block, _, _ = stream.body.partition(b"\n\n")
+
+    assert re.fullmatch(rb"retry: [0-9]+\nevent: stream-position\nid: [0-9-]{30}\ndata: ", block)
+
+
+def test_the_historys_size_comes_from_the_environment_for_all(redis_process: RedisProcess, start: Start) -> None:
+    server = start(SSEPUSH_HISTORY="2", SSEPUSH_HISTORY_TTL="50")
+    channel = "from-the-environment"
+    for number in range(4):
+        done = run("publish", channel, str(number), REDIS_URL=redis_process.url, SSEPUSH_HISTORY="2")
+        assert done.returncode == 0, done
+
+    with server.stream(channel, query="lastEventId=earliest") as stream:
+        assert stream.data(2) == ["2", "3"]
+    assert "SSEPUSH_HISTORY must be" in the_line(run("--port", "0", SSEPUSH_HISTORY="many"), 2)
+
+
+def test_a_history_that_a_publisher_cuts_shorter_is_complained_of(
+    redis_process: RedisProcess, start: Start, channel: str
+) -> None:
+    server = start("--history", "1000")
+    position = server.publish_id("first", channel)
+    for number in range(3):
+        ssepush.publish(number, channel=channel, redis_url=redis_process.url, history=1)
+
+    with server.stream(channel, Last_Event_ID=position) as stream:
+        assert resets([stream.next()]) == ["trimmed"]
+    wait_for(lambda: server.said("SSEPUSH_HISTORY"), "the log says so")
+
+
+# ── For whoever runs it ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_with_admin_metrics_and_health_are_there_and_nowhere_else(start: Start) -> None:
+    port = free_port()
+    server = start("--admin", f"127.0.0.1:{port}")
+
+    assert server.get("/metrics").status == 404
+    assert server.get("/healthz").status == 404
+    with connect(port) as sock:
+        sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        received = sock.makefile("rb").read()
+    assert b"ssepush_max_streams" in received
+    assert exchange(port, request(b"GET /healthz HTTP/1.1")).startswith(b"HTTP/1.1 200 ")
+    assert exchange(port, request(b"GET /stream HTTP/1.1")).startswith(b"HTTP/1.1 404 ")
+
+
+def test_admin_may_be_a_unix_socket_which_is_gone_afterwards(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "admin.sock"
+    server = start("--admin", str(path))
+
+    done = subprocess.run(
+        [str(found_program("curl")), "-s", "--unix-socket", str(path), "http://localhost/healthz"],
+        capture_output=True,
+        check=True,
+        timeout=DEADLINE_S,
+    )
+
+    assert json.loads(done.stdout) == {"state": "ok"}
+    assert server.terminate() == 0
+    assert not path.exists()
+
+
+def test_resets_are_counted_by_reason(server: ServerProcess, channel: str) -> None:
+    before = server.metric('streams_reset_total{reason="unknown-id"}')
+
+    with server.stream(channel, Last_Event_ID="7") as stream:
+        assert resets([stream.next()]) == ["unknown-id"]
+
+    assert server.metric('streams_reset_total{reason="unknown-id"}') == before + 1
+
+
+def test_what_is_forbidden_is_counted_apart(keeper: ServerProcess) -> None:
+    assert keeper.get("/stream?channel=private-x").status == 403
+
+    assert keeper.refused("forbidden") == 1
+
+
+def test_metrics_follow_prometheus_conventions(server: ServerProcess) -> None:
+    text = server.get("/metrics").body.decode()
+    promtool = found_program("promtool")
+    if promtool:
+        done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for family in re.findall("^# TYPE (.*) counter$", text, re.MULTILINE):
+        assert family.endswith("_total")
