@@ -1,4 +1,4 @@
-"""Publishing from programs: the examples that README shows, as they are, and ssepush.publish()."""
+"""Publishing from programs: the examples that docs/guide.md shows, as they are, and ssepush.publish()."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.kit import (
     ssepush_command,
 )
 
-# README shows these, as they are.
+# The guide shows these, as they are.
 FLASK_EXAMPLE = """\
 import ssepush
 from flask import Flask, request
@@ -366,8 +366,8 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_readme_shows_the_example_that_ran(example: str) -> None:
-    assert EXAMPLES[example] in (HERE / "README.md").read_text()
+def test_the_guide_shows_the_example_that_ran(example: str) -> None:
+    assert EXAMPLES[example] in (HERE / "docs" / "guide.md").read_text()
 
 
 def test_more_threads_than_pooled_connections_can_publish_at_once(server: ServerProcess, redis_url: str) -> None:
