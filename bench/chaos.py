@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import ssepush
-from test_ssepush import RedisProcess, ServerProcess, free_port, wait_for
+from tests.kit import RedisProcess, ServerProcess, free_port, wait_for
 
 CHANNELS = ("chaos-a", "chaos-b", "chaos-c")
 FOLLOWED = (*((channel,) for channel in CHANNELS), CHANNELS[:2], CHANNELS)  # what pages follow, by turns

