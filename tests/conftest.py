@@ -1,7 +1,31 @@
-"""The tests beside the promises; they share the fixtures of those."""
+"""The tests beside the promises: their fixtures; and the whole suite is run by several processes."""
+
+from __future__ import annotations
+
+import os
 
 import pytest
 
+MAX_WORKERS = 8
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.import_plugin("tests.fixtures")
+    for name in ("tests.fixtures", "tests.browser"):
+        config.pluginmanager.import_plugin(name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """As if one had said `-n 3 --dist worksteal`, where pytest-xdist is installed; `-n 0` runs one test at a time.
+
+    Most tests wait most of the time: there may be one process more than processors.
+    """
+    is_whole_suite = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    is_worker = hasattr(config, "workerinput")
+    if not is_whole_suite or is_worker or not config.pluginmanager.hasplugin("xdist"):
+        return
+    option = config.option
+    if option.numprocesses is None and not option.usepdb and not option.collectonly:
+        processors = os.cpu_count() or 1
+        option.numprocesses = min(processors + 1, MAX_WORKERS)
+        option.dist = "worksteal"

@@ -1,17 +1,59 @@
-"""Fixtures of all tests: one Redis and one server for those that leave them in peace, and own ones for the others."""
+"""Fixtures of all tests: one Redis and one server for those that leave them in peace, and own ones for the others.
+
+Where pytest-xdist runs several tests at once, those that are marked `alone` still have the machine to themselves.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import os
 import signal
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.kit import WAYS, RedisProcess, ServerProcess, Start, allow_files
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that need the machine to themselves come last, when nothing else is left to do."""
+    items.sort(key=is_alone)
+
+
+def is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with its_turn(is_alone(item)):
+        return (yield)
+
+
+@contextlib.contextmanager
+def its_turn(alone: bool) -> Iterator[None]:
+    """Among the processes of one run: wait until all others are between two tests if alone, else only for such a one.
+
+    The gate is held while waiting, so that nobody who comes later goes before somebody who waits to be alone.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if not run:
+        yield
+        return
+    folder = Path(tempfile.gettempdir())
+    gate_path = folder / f"ssepush-{run}.gate"
+    room_path = folder / f"ssepush-{run}.room"
+    with gate_path.open("w") as gate, room_path.open("w") as room:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        if not alone:
+            fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +64,11 @@ def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisPro
     process.kill()
 
 
-@pytest.fixture(scope="session", params=WAYS.values(), ids=list(WAYS))
+@pytest.fixture(
+    scope="session",
+    params=WAYS.values(),
+    ids=list(WAYS),
+)
 def server(request: pytest.FixtureRequest, redis_process: RedisProcess) -> Iterator[ServerProcess]:
     """One server, in both ways, for the tests that leave it in peace."""
     process = ServerProcess(redis_process, *request.param)
@@ -40,7 +86,10 @@ def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
     process.kill()
 
 
-@pytest.fixture(params=WAYS.values(), ids=list(WAYS))
+@pytest.fixture(
+    params=WAYS.values(),
+    ids=list(WAYS),
+)
 def way(request: pytest.FixtureRequest) -> Any:
     """How the servers of the test subscribe; see both_ways."""
     return request.param

@@ -1,0 +1,70 @@
+"""Chromium, for the tests that need a browser: fixtures, and what they look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.kit import DEADLINE_S, HAS_TEST_EXTRA, program
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+    from selenium.webdriver.chrome.webdriver import WebDriver
+
+
+@pytest.fixture
+def trusting_chromium(tmp_path: Path) -> Iterator[Chrome]:
+    """A Chromium that takes self-signed certificates."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}/user"):
+        options.add_argument(argument)
+    options.accept_insecure_certs = True
+    options.binary_location = program("chromium")
+    service = webdriver.ChromeService(program("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    driver.set_script_timeout(DEADLINE_S)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+    """One Chromium for all tests, with an empty profile."""
+    if not HAS_TEST_EXTRA:
+        pytest.skip("needs the test extra: pip install '.[test]'")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", f"user-data-dir={profile}"):
+        options.add_argument(f"--{argument}")
+    options.add_argument("--disable-background-networking")
+    options.add_argument("--disable-features=BackForwardCache")  # it would keep the streams of pages that were left
+    options.add_argument("--disable-dev-shm-usage")  # a container's is 64 MB
+    driver = webdriver.Chrome(options, webdriver.ChromeService(program("chromedriver")))
+    driver.set_script_timeout(DEADLINE_S)
+    driver.set_page_load_timeout(DEADLINE_S)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def tab(chromium: WebDriver) -> Iterator[WebDriver]:
+    """The same, left on an empty page."""
+    yield chromium
+    chromium.get("about:blank")
+
+
+def text_of(tab: WebDriver, id_: str) -> str:
+    """What stands in an element."""
+    return str(tab.execute_script("return document.getElementById(arguments[0]).textContent", id_))
+
+
+def state_of(tab: WebDriver) -> str:
+    """The page's connection: connecting, open, waiting or closed."""
+    return str(tab.execute_script("return document.getElementById('state').dataset.state"))

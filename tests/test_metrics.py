@@ -1,0 +1,320 @@
+"""What whoever runs the server sees: metrics and logs."""
+
+from __future__ import annotations
+
+import functools
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+
+import ssepush
+from tests.kit import (
+    DEADLINE_S,
+    EventStream,
+    RedisProcess,
+    ServerProcess,
+    Start,
+    both_ways,
+    environment_with,
+    free_port,
+    ssepush_command,
+    wait_for,
+)
+
+
+class Scraped:
+    """GET /metrics, as Prometheus's own parser reads it."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        parser = pytest.importorskip("prometheus_client.parser")
+        answer = server.get("/metrics")
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        self.families = {family.name: family for family in parser.text_string_to_metric_families(answer.body.decode())}
+
+    def __getitem__(self, name: str) -> float:
+        """The value of a sample: `scraped["streams"]`, `scraped['publishes_total{status="ok"}']`; 0: not there yet."""
+        named, _, wanted = f"ssepush_{name}".rstrip("}").partition("{")
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', wanted))
+        samples = [sample for family in self.families.values() for sample in family.samples]
+        return float(sum(sample.value for sample in samples if (sample.name, sample.labels) == (named, labels)))
+
+
+TYPES = ("counter", "gauge", "histogram", "summary")
+
+
+def test_every_metric_has_a_name_of_ours_and_a_type(server: ServerProcess) -> None:
+    families = Scraped(server).families
+
+    assert all(name.startswith("ssepush_") for name in families)
+    assert {name: family.type for name, family in families.items() if family.type not in TYPES} == {}
+    assert families["ssepush_streams"].type == "gauge"
+
+
+@both_ways
+def test_metrics_count_what_was_done(start: Start, channel: str) -> None:
+    server = start()
+    streams = [server.stream(channel) for _ in range(3)]
+    readers = server.subscribers_for(3)  # Redis connections
+    for stream in streams:
+        stream.wait(functools.partial(getattr, stream.parser, "last_event_id"), "it has been told where it is")
+    before = sum(len(stream.body) for stream in streams)
+
+    server.publish({"n": 1}, channel)
+    server.publish({"n": 2}, channel, type="greet")
+    server.redis.publish(channel, b'{"data": "x", "type": "a\\nb"}')
+    server.redis.publish(channel, b"\xff")
+    refused = server.post('{"data": 1, "channel": ""}', Host="localhost")
+    server.publish("end", channel)
+    for stream in streams:
+        stream.take(3)
+
+    wait_for(lambda: server.metric("messages_received_total") == 3 * readers, "what the streams have got is counted")
+    wait_for(lambda: server.dropped("message is not UTF-8") == readers, "so is what was dropped")
+    scraped = Scraped(server)
+    assert refused.status == 400
+    assert scraped["streams"] == 3
+    assert scraped["subscribers"] == readers
+    assert scraped["backlog_bytes"] == 0
+    assert scraped["streams_opened_total"] == 3
+    assert scraped["events_sent_total"] == 9
+    assert scraped["sent_bytes_total"] == sum(len(stream.body) for stream in streams) - before
+    assert scraped["messages_received_total"] == 3 * readers
+    assert scraped['messages_dropped_total{reason="type must not hold a line break"}'] == readers
+    assert scraped['messages_dropped_total{reason="message is not UTF-8"}'] == readers
+    assert scraped['publishes_total{status="ok"}'] == 3
+    assert scraped['publishes_total{status="refused"}'] == 1
+    assert scraped["delivery_delay_seconds_count"] == 9
+    assert 0 <= scraped["delivery_delay_seconds_sum"] < 9 * DEADLINE_S
+
+
+@both_ways
+def test_replayed_events_are_counted_apart_from_live_ones(start: Start, channel: str) -> None:
+    server = start()
+    first = server.publish("one", channel)
+    for data in ("two", "three"):
+        server.publish(data, channel)
+
+    stream = server.stream(channel, Last_Event_ID=first["id"])
+    stream.take(2)
+
+    wait_for(lambda: server.metric("events_replayed_total"), "what was replayed is counted")
+    scraped = Scraped(server)
+    assert scraped["events_replayed_total"] == 2
+    assert scraped["events_sent_total"] == 0
+
+
+@both_ways
+def test_an_event_that_arrives_during_the_replay_is_counted_once(start: Start, channel: str) -> None:
+    server = start()
+    first = server.publish("first", channel)
+    for _ in range(8):
+        server.publish("x" * 1_000_000, channel)
+    stream = server.stream(channel, Last_Event_ID=first["id"])  # and does not read: its thread waits
+
+    server.publish("live", channel)
+    wait_for(lambda: server.metric("messages_received_total"), "the event has arrived")
+    assert stream.take(9)[-1].data == "live"
+    server.publish("last", channel)
+    assert stream.next().data == "last"
+
+    wait_for(lambda: server.metric("messages_received_total") == 2, "what the stream has got is counted")
+    scraped = Scraped(server)
+    assert scraped["events_sent_total"] + scraped["events_replayed_total"] == 10
+
+
+def test_the_delivery_delay_is_that_of_each_event_with_an_id_of_ours(start: Start, channel: str) -> None:
+    server = start()
+    stream = server.stream(channel)
+    wait_for(lambda: server.streams() == 1, "the stream is live")
+    server.signal(signal.SIGSTOP)
+    ssepush.publish(
+        "late",
+        channel=channel,
+        redis_url=server.redis.url,
+    )
+    ssepush.publish(
+        "later",
+        channel=channel,
+        redis_url=server.redis.url,
+    )
+    published_at = time.monotonic()
+    server.redis.publish(channel, "of unknown age")
+
+    wait_for(lambda: time.monotonic() > published_at + 0.3, "the events are 0.3 s old")
+    server.signal(signal.SIGCONT)
+
+    assert stream.data(3) == ["late", "later", "of unknown age"]
+    wait_for(lambda: server.metric("messages_received_total"), "they are counted")
+    scraped = Scraped(server)
+    assert 0.58 <= scraped["delivery_delay_seconds_sum"] < DEADLINE_S
+    assert scraped["delivery_delay_seconds_count"] == 2
+
+
+def test_the_backlog_is_what_a_slow_stream_has_not_taken(start: Start, channel: str) -> None:
+    server = start("--max-backlog", str(2**26))
+    stream = server.stream(channel)
+
+    published = 0
+    while not (waiting := Scraped(server)["backlog_bytes"]):
+        server.publish("x" * 500_000, channel)
+        published += 1
+        assert published < 60
+    stream.take(published)
+
+    assert 0 < waiting <= published * 500_100
+    wait_for(lambda: not Scraped(server)["backlog_bytes"], "the backlog is gone")
+
+
+def end_by_leaving(
+    server: ServerProcess,
+    stream: EventStream,
+    redis_process: RedisProcess,
+    channel: str,
+) -> None:
+    stream.close()
+
+
+def end_by_being_slow(
+    server: ServerProcess,
+    stream: EventStream,
+    redis_process: RedisProcess,
+    channel: str,
+) -> None:
+    for _ in range(60):
+        server.publish("x" * 500_000, channel)
+        if Scraped(server)['streams_closed_total{reason="slow"}']:
+            return
+
+
+def end_by_losing_redis(
+    server: ServerProcess,
+    stream: EventStream,
+    redis_process: RedisProcess,
+    channel: str,
+) -> None:
+    redis_process.client.client_kill_filter(_type="pubsub")
+    stream.until_end()
+
+
+def end_by_expiry(
+    server: ServerProcess,
+    stream: EventStream,
+    redis_process: RedisProcess,
+    channel: str,
+) -> None:
+    stream.until_end()
+
+
+Ending = Callable[[ServerProcess, EventStream, RedisProcess, str], None]
+
+
+ENDINGS: dict[str, Ending] = {
+    "gone": end_by_leaving,
+    "slow": end_by_being_slow,
+    "redis-lost": end_by_losing_redis,
+    "expired": end_by_expiry,
+}
+
+
+@both_ways
+@pytest.mark.parametrize("reason", ENDINGS)
+def test_why_a_stream_ended_is_counted_and_logged(
+    start: Start,
+    own_redis: RedisProcess,
+    reason: str,
+) -> None:
+    server = start("--heartbeat", "0.5", SSEPUSH_SECRET="s3cret", redis=own_redis)
+    channel = "private-log"
+    token = ssepush.sign(
+        channel,
+        2 if reason == "expired" else 60,
+        "s3cret",
+    )
+    stream = server.stream(channel, "other", query=f"token={token}")
+    server.publish("hi", channel)
+    stream.next()
+
+    ENDINGS[reason](server, stream, own_redis, channel)
+
+    wait_for(lambda: Scraped(server)["streams"] == 0, "the stream has ended")
+    wait_for(lambda: server.said(" closed: "), "its end is logged")
+    assert Scraped(server)[f'streams_closed_total{{reason="{reason}"}}'] == 1
+    opened, closed = (line for line in server.lines if re.search("stream [0-9]+ (open|closed)", line))
+    assert re.search(r"INFO stream 1 open: 127\.0\.0\.1 on private-log, other$", opened)
+    events = "[0-9]+" if reason == "slow" else "1"
+    ended = rf"INFO stream 1 closed: {reason} after [0-9.]+ s, {events} events: 127\.0\.0\.1 on private-log, other$"
+    assert re.search(ended, closed)
+    assert token not in server.output
+
+
+def test_a_drained_stream_is_logged_as_such(start: Start, channel: str) -> None:
+    server = start()
+    stream = server.stream(channel)
+
+    assert server.terminate() == 0
+
+    stream.until_end()
+    assert "this server is going down" in stream.parser.comments
+    assert server.said("stream 1 closed: drain after ")
+
+
+def test_a_publish_with_redis_away_is_counted_as_such(start: Start, own_redis: RedisProcess) -> None:
+    server = start(redis=own_redis)
+    own_redis.kill()
+
+    answer = server.post('{"data": 1}')
+
+    assert answer.status == 503
+    assert Scraped(server)['publishes_total{status="redis-away"}'] == 1
+    own_redis.start()
+
+
+LEVELS = {
+    "debug": True,
+    "info": True,
+    "warning": False,
+    "error": False,
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_log_level_decides_whether_streams_are_logged(
+    start: Start,
+    channel: str,
+    level: str,
+) -> None:
+    server = start("--log-level", level, "--heartbeat", "0.1")
+    stream = server.stream(channel)
+    server.redis.publish(channel, b"\xff")
+    wait_for(lambda: server.metric('messages_dropped_total{reason="message is not UTF-8"}'), "the message was dropped")
+    beats = len(stream.parser.comments)
+    stream.wait(lambda: len(stream.parser.comments) > beats + 1, "what is logged now and then has been logged")
+    stream.close()
+    wait_for(lambda: server.streams() == 0, "the stream is closed")
+
+    server.terminate()
+
+    assert server.said("stream 1 open") == server.said("stream 1 closed") == LEVELS[level]
+    assert server.said("WARNING dropped 1") == (level != "error")
+
+
+def test_logs_go_to_standard_error_alone(redis_process: RedisProcess) -> None:
+    port = free_port()
+    command = ssepush_command("--port", str(port), "--redis-url", redis_process.url)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment_with()) as process:
+        assert process.stdout
+        assert f":{port}/" in process.stdout.readline()
+        EventStream(port).close()
+        assert process.stderr
+        assert "stream 1 open" in process.stderr.readline()
+
+        process.terminate()
+
+        out, err = process.communicate(timeout=DEADLINE_S)
+    assert "stream" not in out
+    assert "stream 1 closed: " in err
