@@ -1,0 +1,149 @@
+"""Private events for those who have logged in: Flask says who may listen, ssepush pushes.
+
+    export SSEPUSH_SECRET=$(openssl rand -hex 32)
+    python ssepush.py --allow-origin http://127.0.0.1:8000 &
+    python examples/flask_app.py
+
+Open http://127.0.0.1:8000/ in two browsers, log in as two people, and write to one another.
+
+Who has logged in gets a token for their own channel, in a cookie that no script can read. Each answer of the application
+renews it. A stream ends when the token expires that it was opened with, and the page opens the next one with the new
+token, from where the last one ended: nothing is lost, and nothing comes twice. Whoever has logged out gets no new token,
+so what they may still hear ends after TOKEN_TTL_S at the latest.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+from flask import Flask, Response, redirect, render_template_string, request, session
+
+import ssepush
+
+TOKEN_TTL_S = int(os.environ.get("TOKEN_TTL_S", "300"))
+STREAM_URL = os.environ.get("STREAM_URL", "http://127.0.0.1:5000/stream")
+
+app = Flask(__name__)
+app.secret_key = os.environ.get("FLASK_SECRET_KEY") or secrets.token_hex(32)  # signs the session: who has logged in
+app.config.update(SESSION_COOKIE_SAMESITE="Lax")
+
+
+def channel_of(user: str) -> str:
+    """The channel that nobody else may read."""
+    return f"private-{user}"
+
+
+@app.get("/")
+def page() -> str:
+    if "user" not in session:
+        return render_template_string(LOGIN)
+    user = session["user"]
+    return render_template_string(PAGE, user=user, channel=channel_of(user), stream_url=STREAM_URL)
+
+
+@app.post("/login")
+def login() -> object:
+    session["user"] = request.form["user"]  # yours asks for a password, too
+    return redirect("/")
+
+
+@app.post("/logout")
+def logout() -> object:
+    session.clear()
+    return redirect("/")
+
+
+@app.post("/notes")
+def write() -> tuple[str, int]:
+    note = f"{session['user']}: {request.form['text']}"
+    ssepush.publish(note, type="note", channel=channel_of(request.form["to"]))
+    return "", 204
+
+
+@app.post("/renew")
+def renew() -> tuple[str, int]:
+    """For a page whose token has expired; the new one is in the cookie that comes along, as with any answer."""
+    if "user" not in session:
+        return "log in again", 401
+    return "", 204
+
+
+@app.after_request
+def renew_token(answer: Response) -> Response:
+    """With each answer a new token, or none any more."""
+    if "user" not in session:
+        answer.delete_cookie("ssepush-token")
+        return answer
+    token = ssepush.sign(channel_of(session["user"]), ttl=TOKEN_TTL_S)
+    # HttpOnly: a script that was smuggled into the page cannot send the token elsewhere. Lax: it goes along with no
+    # request that another site makes. Cookies know no ports, so ssepush gets it, too.
+    answer.set_cookie(
+        "ssepush-token",
+        token,
+        max_age=86400,  # longer than the token is good for: an expired one is answered with `token-expired`
+        httponly=True,
+        samesite="Lax",
+        secure=request.is_secure,
+    )
+    return answer
+
+
+LOGIN = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>Log in</title>
+<form method="post" action="/login"><label>Your name <input name="user" required></label> <button>Log in</button></form>
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{{ user }}'s notes</title>
+<form method="post" action="/logout">{{ user }} <button>Log out</button></form>
+<form id="write"><input name="to" placeholder="to" required> <input name="text" placeholder="text" required>
+<button>Send</button></form>
+<ol id="notes"></ol>
+<script>
+  const listen = (lastEventId) => {
+    const query = new URLSearchParams({ channel: {{ channel | tojson }}, lastEventId });
+    const source = new EventSource(`{{ stream_url }}?${query}`, { withCredentials: true }); // with the cookie
+
+    source.addEventListener("stream-position", (event) => {
+      lastEventId = event.lastEventId;
+    });
+    source.addEventListener("note", (event) => {
+      lastEventId = event.lastEventId;
+      const line = document.createElement("li");
+      line.textContent = event.data;
+      document.getElementById("notes").append(line);
+    });
+
+    // The last event of a stream whose token has expired. Its id is where the next stream has to go on.
+    source.addEventListener("token-expired", async (event) => {
+      source.close();
+      const answer = await fetch("/renew", { method: "POST" });
+      if (answer.ok) listen(event.lastEventId);
+      else location.assign("/"); // logged out: the page asks who is there
+    });
+
+    // Something may be missing that cannot be had again: load anew what the page shows.
+    source.addEventListener("stream-reset", () => location.reload());
+
+    // Mostly the browser comes back by itself. Not after a proxy's 502, nor Firefox to another origin that is away.
+    source.onerror = () => {
+      if (source.readyState === EventSource.CLOSED) setTimeout(listen, 3000, lastEventId);
+    };
+  };
+  listen("");
+
+  document.getElementById("write").addEventListener("submit", (event) => {
+    event.preventDefault();
+    fetch("/notes", { method: "POST", body: new FormData(event.target) });
+    event.target.reset();
+  });
+</script>
+"""
+
+if __name__ == "__main__":
+    app.run(port=int(os.environ.get("PORT", "8000")), threaded=True)

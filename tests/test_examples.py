@@ -1,0 +1,292 @@
+"""The examples, each run as its reader would run it, in real browsers."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.engines import Browser, Firefox, Site, firefox
+from tests.kit import (
+    HAS_TEST_EXTRA,
+    HERE,
+    LOOPBACK,
+    Publisher,
+    RedisProcess,
+    ServerProcess,
+    Start,
+    environment_with,
+    free_port,
+    listens,
+    wait_for,
+)
+
+if TYPE_CHECKING:
+    from selenium.webdriver.chrome.webdriver import WebDriver
+
+EXAMPLES = HERE / "examples"
+ITEMS = "return Array.from(document.querySelectorAll('li'), item => item.textContent)"
+
+
+def example_for(server: ServerProcess, name: str, channel: str) -> str:
+    """An example's text, with this server and channel instead of those that it names."""
+    text = (EXAMPLES / name).read_text()
+    assert "http://127.0.0.1:5000/stream?channel=sse" in text
+    return text.replace("http://127.0.0.1:5000/stream?channel=sse", f"{server.url}/stream?channel={channel}")
+
+
+def items(browser: Browser) -> list[str]:
+    """What stands in the page's list."""
+    return list(browser.execute_script(ITEMS))
+
+
+def content(browser: Browser, selector: str) -> str:
+    """What stands in an element of the page."""
+    return str(browser.execute_script("return document.querySelector(arguments[0])?.textContent", selector) or "")
+
+
+@contextlib.contextmanager
+def running_app(name: str, folder: Path, **environment: str) -> Iterator[str]:
+    """An application of the examples, as its first lines say how to start it; its URL."""
+    port = int(environment.get("PORT") or free_port())
+    variables = environment_with(PYTHONPATH=str(HERE), **{"PORT": str(port), **environment})
+    with (folder / f"{name}.log").open("w+b") as log:
+        command = [sys.executable, str(EXAMPLES / name)]
+        with subprocess.Popen(command, env=variables, stdout=log, stderr=log) as process:
+            try:
+
+                def ready() -> bool:
+                    assert process.poll() is None, Path(log.name).read_text()
+                    return listens(port)
+
+                wait_for(ready, f"{name} takes connections")
+                yield f"http://{LOOPBACK}:{port}"
+            finally:
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def second_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox]:
+    """A Firefox."""
+    if not HAS_TEST_EXTRA:
+        pytest.skip("needs the test extra: pip install '.[test]'")
+    with firefox(tmp_path_factory.mktemp("firefox")) as browser:
+        yield browser
+
+
+@pytest.fixture(params=["Chromium", "Firefox"])
+def browser(request: pytest.FixtureRequest) -> Any:
+    """Each browser by turns."""
+    return request.getfixturevalue("tab" if request.param == "Chromium" else "second_browser")
+
+
+# ── minimal.html ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_minimal_page_has_at_most_25_lines() -> None:
+    assert len((EXAMPLES / "minimal.html").read_text().splitlines()) <= 25
+
+
+def test_the_minimal_page_opened_from_disk_shows_what_comes_and_what_it_missed(
+    browser: Browser,
+    start: Start,
+    redis_process: RedisProcess,
+    channel: str,
+    tmp_path: Path,
+) -> None:
+    server = start("--retry", "100")
+    page = tmp_path / "minimal.html"
+    page.write_text(example_for(server, "minimal.html", channel))
+    browser.get(page.as_uri())
+    wait_for(lambda: content(browser, "p") == "open", "the stream is open")
+
+    server.publish("<b>plain</b>", channel)
+    server.publish({"value": "PHP"}, channel, type="new_answers")
+    wait_for(lambda: items(browser) == ["PHP", "<b>plain</b>"], "both are shown, the newest first")
+
+    server.kill()
+    wait_for(lambda: content(browser, "p") == "waiting …", "the page waits")
+    other = start()
+    other.publish("missed", channel)
+    back = start("--retry", "100", port=server.port)
+    wait_for(lambda: items(browser)[:1] == ["missed"], "what was missed is shown")
+
+    back.publish("", channel, type="stream-reset")
+    wait_for(lambda: items(browser) == [] and content(browser, "p") == "open", "the page was loaded anew")
+
+    back.publish("", channel, type="server_closed")
+    wait_for(lambda: content(browser, "p") == "closed", "the page is closed")
+    wait_for(lambda: redis_process.subscribers(channel) == 0, "its stream is gone")
+
+
+# ── one-stream-for-all-tabs.html ─────────────────────────────────────────────────────────────────────────────────────
+
+TABS = 8
+EVENTS = 1000
+CLOSED_LEADERS = 6
+TAKEOVER_S = 1.0
+MARK_ARRIVALS = """
+  const mark = (item) => { item.dataset.at = Date.now(); };
+  const observer = new MutationObserver((records) => records.forEach((record) => record.addedNodes.forEach(mark)));
+  observer.observe(document.getElementById("events"), { childList: true });
+"""
+ARRIVALS = """
+  const items = document.querySelectorAll("#events li");
+  return Array.from(items, (item) => [item.textContent, Number(item.dataset.at ?? 0)]);
+"""
+
+
+class Tabs:
+    """The tabs of one browser that all show the same page."""
+
+    def __init__(self, driver: WebDriver, url: str) -> None:
+        self._driver = driver
+        self._url = url
+        self.handles: list[str] = []
+
+    def open(self) -> str:
+        """One more; its handle."""
+        self._driver.switch_to.new_window("tab")
+        self._driver.get(self._url)
+        self._driver.execute_script(MARK_ARRIVALS)
+        handle = str(self._driver.current_window_handle)
+        self.handles.append(handle)
+        return handle
+
+    def in_tab(self, handle: str, script: str) -> Any:
+        """What a script answers there."""
+        self._driver.switch_to.window(handle)
+        return self._driver.execute_script(script)
+
+    def role(self, handle: str) -> str:
+        return str(self.in_tab(handle, "return document.getElementById('role').textContent"))
+
+    def leader(self) -> str:
+        """The handle of the tab that holds the stream."""
+
+        def found() -> str:
+            leaders = [handle for handle in self.handles if self.role(handle) == "holds the stream"]
+            assert len(leaders) <= 1
+            return "".join(leaders)
+
+        return str(wait_for(found, "a tab holds the stream"))
+
+    def arrivals(self, handle: str) -> list[tuple[str, float]]:
+        """What a tab shows, and when each came (Unix time, ms; 0: before that was noted)."""
+        return [(text, at) for text, at in self.in_tab(handle, ARRIVALS)]
+
+    def close(self, handle: str) -> None:
+        self._driver.switch_to.window(handle)
+        self._driver.close()
+        self.handles.remove(handle)
+        self._driver.switch_to.window(self.handles[0])
+
+
+@pytest.fixture
+def tabs_of(chromium: WebDriver) -> Iterator[Any]:
+    """Opens tabs in Chromium; at the end the one is left that was there before."""
+    first = chromium.current_window_handle
+    yield lambda url: Tabs(chromium, url)
+    for handle in chromium.window_handles:
+        if handle != first:
+            chromium.switch_to.window(handle)
+            chromium.close()
+    chromium.switch_to.window(first)
+
+
+@pytest.mark.alone
+def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_while_leaders_are_closed(
+    tabs_of: Any,
+    start: Start,
+    redis_process: RedisProcess,
+    channel: str,
+) -> None:
+    server = start("--history", str(EVENTS))
+    page = example_for(server, "one-stream-for-all-tabs.html", channel)
+    with Site({"/": lambda: page}) as site:
+        tabs = tabs_of(site.url)
+        for _ in range(TABS):
+            tabs.open()
+        wait_for(lambda: server.streams() == 1, "the leader's stream is open")
+        joined: list[str] = []
+        left: list[list[str]] = []
+
+        publisher = Publisher(server.port, "event", channel, pause=0.008)
+        for at in sorted(random.sample(range(EVENTS // 10, EVENTS), CLOSED_LEADERS)):
+            wait_for(lambda at=at: len(publisher.acknowledged) >= at, f"{at} events")
+            leader = tabs.leader()
+            wait_for(lambda: redis_process.subscribers(channel) == 1, "its stream is the only one")
+            left.append([text for text, _ in tabs.arrivals(leader)])
+            tabs.close(leader)
+            if len(left) == CLOSED_LEADERS // 2:
+                wait_for(lambda: redis_process.subscribers(channel) == 1, "the next one has taken over")
+                joined.append(tabs.open())
+        wait_for(lambda: len(publisher.acknowledged) >= EVENTS, f"{EVENTS} events")
+        publisher.stop()
+
+        published = [data for _, _, data in publisher.acknowledged]
+        published_at = {data: place[0] for place, _, data in publisher.acknowledged}
+        for handle in tabs.handles:
+            wait_for(lambda handle=handle: tabs.arrivals(handle)[-1:][0][0] == published[-1], "the last event")
+            arrivals = tabs.arrivals(handle)
+            shown = [text for text, _ in arrivals]
+            assert shown == (published[-len(shown) :] if handle in joined else published)
+            assert max(at - published_at[text] for text, at in arrivals) < 1000 * TAKEOVER_S
+        for shown in left:
+            first = published.index(shown[0])
+            assert shown == published[first : first + len(shown)]
+        assert server.metric("streams_opened_total") == CLOSED_LEADERS + 1
+        assert redis_process.subscribers(channel) == 1
+    assert not publisher.unsure
+
+
+# ── llm_stream.py ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def words(browser: Browser) -> list[int]:
+    """The numbers of the words that the page shows."""
+    return [int(number) for number in re.findall(r"word (\d+) about rivers", content(browser, "#answer"))]
+
+
+def test_an_answer_is_whole_on_two_devices_though_it_was_reloaded_and_the_server_killed_in_the_middle(
+    tab: WebDriver,
+    second_browser: Firefox,
+    start: Start,
+    tmp_path: Path,
+) -> None:
+    server = start("--retry", "100", SSEPUSH_HISTORY="5000")
+    environment = {
+        "STREAM_URL": f"{server.url}/stream",
+        "REDIS_URL": server.redis.url,
+        "SSEPUSH_HISTORY": "5000",
+        "WORDS_PER_S": "75",
+    }
+    with running_app("llm_stream.py", tmp_path, **environment) as url:
+        tab.get(url)
+        question = tab.find_element("name", "question")
+        question.clear()
+        question.send_keys("rivers\n")
+        wait_for(lambda: len(words(tab)) >= 20, "the answer has begun")
+
+        tab.refresh()
+        wait_for(lambda: len(words(tab)) >= 50, "it goes on after reloading")
+        second_browser.get(tab.current_url)
+        wait_for(lambda: len(words(second_browser)) >= 100, "it is on the other device")
+        server.kill()
+        assert content(tab, "#state") == content(second_browser, "#state") == "is being made …"
+        start("--retry", "100", port=server.port, SSEPUSH_HISTORY="5000")
+
+        for browser in (tab, second_browser):
+            wait_for(lambda browser=browser: content(browser, "#state") == "complete", "the answer is complete")
+            assert words(browser) == list(range(1, 301))
+        assert content(tab, "#answer") == content(second_browser, "#answer")
+        tab.refresh()
+        wait_for(lambda: content(tab, "#state") == "complete", "it can be read again")
+        assert words(tab) == list(range(1, 301))

@@ -1,0 +1,225 @@
+"""Tokens that expire while pages listen, in a browser: nothing is lost, nothing is doubled, and logout is final."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import ssepush
+from tests.engines import Site
+from tests.kit import LOOPBACK, RedisProcess, ServerProcess, Start, free_port, wait_for
+from tests.test_examples import items, running_app
+
+if TYPE_CHECKING:
+    from selenium.webdriver.chrome.webdriver import WebDriver
+
+SECRET = "only the application and ssepush know this"
+TTL_S = 3
+RENEWALS = 4
+EVENTS_PER_S = 20
+
+# A page whose token is part of the URL; /token gives a new one to whoever has logged in.
+TOKEN_IN_URL = """<!doctype html><ol></ol><script>
+  const listen = (token, lastEventId) => {
+    const query = new URLSearchParams({ channel: "CHANNEL", token, lastEventId });
+    const source = new EventSource(`STREAM?${query}`);
+    const show = (text) => {
+      document.querySelector("ol").append(Object.assign(document.createElement("li"), { textContent: text }));
+    };
+    source.addEventListener("note", (event) => show(event.data));
+    source.addEventListener("stream-reset", (event) => show(`reset: ${event.data}`));
+    source.addEventListener("token-expired", async (event) => {
+      source.close();
+      const answer = await fetch("/token");
+      listen(await answer.text(), event.lastEventId);
+    });
+  };
+  const asked = new URLSearchParams(location.search);
+  listen(asked.get("token"), asked.get("position") ?? "");
+</script>
+"""
+
+# A page that does nothing about tokens: the browser comes back by itself, with the cookie as it is then.
+NOTHING_BUT_COOKIE = """<!doctype html><ol></ol><script>
+  const source = new EventSource("STREAM?channel=CHANNEL", { withCredentials: true });
+  const show = (text) => {
+    document.querySelector("ol").append(Object.assign(document.createElement("li"), { textContent: text }));
+  };
+  source.addEventListener("note", (event) => show(event.data));
+  source.addEventListener("stream-reset", (event) => show(`reset: ${event.data}`));
+</script>
+"""
+
+
+class Deployment:
+    """The server, the Flask application of the examples before it, and a site with two pages of the tests' own."""
+
+    def __init__(self, server: ServerProcess, app: str, site: Site, channel: str) -> None:
+        self.server = server
+        self.app = app
+        self.site = site
+        self.channel = channel
+
+    def log_in(self, tab: WebDriver) -> None:
+        tab.get(self.app)
+        tab.find_element("name", "user").send_keys(f"{self.channel.removeprefix('private-')}\n")
+        wait_for(lambda: "notes" in tab.title, "logged in")
+
+    def token(self, ttl: int = TTL_S) -> str:
+        return ssepush.sign(self.channel, ttl=ttl, secret=SECRET)
+
+    def publish(self, text: str) -> None:
+        self.server.publish(text, self.channel, type="note")
+
+
+def page(text: str, server: ServerProcess, channel: str) -> str:
+    """One of the pages above, for this server and channel."""
+    return text.replace("STREAM", f"{server.url}/stream").replace("CHANNEL", channel)
+
+
+@pytest.fixture
+def deployment(start: Start, channel: str, tmp_path: Path) -> Iterator[Deployment]:
+    """Everything that a page with tokens needs, on origins of its own."""
+    private = f"private-{channel}"
+
+    def token() -> str:
+        return ssepush.sign(private, ttl=TTL_S, secret=SECRET)
+
+    # Called when a page asks, which is after the server has started.
+    answers = {
+        "/token": token,
+        "/url": lambda: page(TOKEN_IN_URL, server, private),
+        "/cookie": lambda: page(NOTHING_BUT_COOKIE, server, private),
+    }
+    with Site(answers) as site:
+        port = free_port()
+        origins = ["--allow-origin", f"http://{LOOPBACK}:{port}", "--allow-origin", site.url]
+        server = start("--retry", "400", *origins, SSEPUSH_SECRET=SECRET)
+        environment = {
+            "PORT": str(port),
+            "STREAM_URL": f"{server.url}/stream",
+            "REDIS_URL": server.redis.url,
+            "SSEPUSH_SECRET": SECRET,
+            "TOKEN_TTL_S": str(TTL_S),
+        }
+        with running_app("flask_app.py", tmp_path, **environment) as app:
+            yield Deployment(server, app, site, private)
+
+
+@pytest.fixture
+def tabs(tab: WebDriver) -> Iterator[Any]:
+    """Opens pages, each in a tab of its own; answers the tab's handle."""
+    first = tab.current_window_handle
+    opened = []
+
+    def open_page(url: str) -> str:
+        tab.switch_to.new_window("tab")
+        opened.append(tab.current_window_handle)
+        tab.get(url)
+        return str(tab.current_window_handle)
+
+    yield open_page
+    for handle in opened:
+        tab.switch_to.window(handle)
+        tab.close()
+    tab.switch_to.window(first)
+    tab.delete_all_cookies()
+
+
+def test_nothing_is_lost_or_doubled_while_tokens_expire_and_are_renewed(
+    deployment: Deployment,
+    tab: WebDriver,
+    tabs: Any,
+    redis_process: RedisProcess,
+) -> None:
+    deployment.log_in(tab)
+    pages = {
+        "cookie, renewed by the page": tab.current_window_handle,
+        "cookie, a page that does nothing": tabs(f"{deployment.site.url}/cookie"),
+        "token in the URL": tabs(f"{deployment.site.url}/url?token={deployment.token()}"),
+    }
+    wait_for(lambda: redis_process.subscribers(deployment.channel) == len(pages), "all pages listen")
+    tab.switch_to.window(pages["cookie, renewed by the page"])
+
+    published = [f"note {number}" for number in range(EVENTS_PER_S * TTL_S * RENEWALS)]
+    begun = time.monotonic()
+    for number, text in enumerate(published):
+        deployment.publish(text)
+        if number % EVENTS_PER_S == 0:
+            tab.execute_script("fetch('/renew', { method: 'POST' })")  # whatever the user does in the application
+        time.sleep(max(0.0, begun + number / EVENTS_PER_S - time.monotonic()))
+
+    for name, handle in pages.items():
+        tab.switch_to.window(handle)
+        wait_for(lambda: items(tab)[-1:] == published[-1:], f"the last note: {name}")
+        assert items(tab) == published, name
+    assert deployment.server.closed("expired") >= len(pages) * (RENEWALS - 1)
+
+
+def test_a_page_that_slept_until_its_token_had_expired_renews_it_and_gets_what_it_missed(
+    deployment: Deployment, tabs: Any, tab: WebDriver
+) -> None:
+    position = deployment.server.publish_id("before", deployment.channel)
+    deployment.publish("missed")
+
+    tabs(f"{deployment.site.url}/url?token={deployment.token(ttl=-60)}&position={position}")
+    wait_for(lambda: items(tab) == ["missed"], "what was missed")
+    deployment.publish("live")
+    wait_for(lambda: items(tab) == ["missed", "live"], "what is live")
+
+    assert deployment.server.refused("expired") == 1
+
+
+def test_whoever_has_logged_out_hears_nothing_more_once_the_token_has_expired(
+    deployment: Deployment,
+    tab: WebDriver,
+    tabs: Any,
+) -> None:
+    deployment.log_in(tab)
+    listening = tab.current_window_handle
+    wait_for(lambda: deployment.server.streams() == 1, "the page listens")
+    tabs(deployment.app)
+    wait_for(lambda: deployment.server.streams() == 2, "the other page listens, too")
+
+    tab.find_element("xpath", "//button[text()='Log out']").click()
+    logged_out = time.monotonic()
+
+    tab.switch_to.window(listening)
+    assert "notes" in tab.title
+    wait_for(lambda: tab.title == "Log in", "the page that listened asks who is there")
+    assert time.monotonic() - logged_out < TTL_S + 2
+    assert deployment.server.streams() == 0
+    assert tab.get_cookie("ssepush-token") is None
+
+
+def test_no_script_can_read_the_token(deployment: Deployment, tab: WebDriver, tabs: Any) -> None:
+    tabs(deployment.app)
+    deployment.log_in(tab)
+
+    cookie = tab.get_cookie("ssepush-token")
+
+    assert cookie is not None
+    assert cookie["httpOnly"]
+    assert cookie["sameSite"] == "Lax"
+    assert "ssepush-token" not in tab.execute_script("return document.cookie")
+
+
+def test_notes_reach_the_one_to_whom_they_are_written_and_nobody_else(
+    deployment: Deployment,
+    tab: WebDriver,
+    tabs: Any,
+) -> None:
+    tabs(deployment.app)
+    deployment.log_in(tab)
+    me = deployment.channel.removeprefix("private-")
+    wait_for(lambda: deployment.server.streams() == 1, "the page listens")
+
+    for to, text in (("somebody else", "not for me"), (me, "<i>for me</i>")):
+        tab.execute_script("document.querySelector('[name=to]').value = arguments[0]", to)
+        tab.find_element("name", "text").send_keys(f"{text}\n")
+
+    wait_for(lambda: items(tab) == [f"{me}: <i>for me</i>"], "my note, as text")
