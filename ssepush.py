@@ -1609,6 +1609,7 @@ class Connections:
         self.user: str = self._options.get("username", "") if self.has_password else ""
         self._idle: list[Any] = []  # the one that was used last at the end
         self._free = threading.BoundedSemaphore(self.MOST)
+        self._process = os.getpid()
 
     def connect(self, **changed: Any) -> Any:
         """A new connection, which belongs to the caller. RedisAway."""
@@ -1626,6 +1627,9 @@ class Connections:
         if not self._free.acquire(timeout=REDIS_S):
             raise RedisAway("all connections to Redis are busy")
         try:
+            if self._process != os.getpid():  # forked: the idle ones are our parent's
+                self._process = os.getpid()
+                self._idle.clear()
             connection = None
             with suppress(IndexError):
                 connection = self._idle.pop()
