@@ -6,10 +6,10 @@
 
 Open http://127.0.0.1:8000/ in two browsers, log in as two people, and write to one another.
 
-Who has logged in gets a token for their own channel, in a cookie that no script can read. Each answer of the application
-renews it. A stream ends when the token expires that it was opened with, and the page opens the next one with the new
-token, from where the last one ended: nothing is lost, and nothing comes twice. Whoever has logged out gets no new token,
-so what they may still hear ends after TOKEN_TTL_S at the latest.
+Whoever has logged in gets a token for their own channel, in a cookie that no script can read. Each answer of the
+application renews it. A stream ends when the token that it was opened with expires, and the page opens the next one
+with the new token, from where the last one ended: nothing is lost, and nothing comes twice. Whoever has logged out gets
+no new token, so what they may still hear ends after TOKEN_TTL_S at the latest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import secrets
 
+import werkzeug
 from flask import Flask, Response, redirect, render_template_string, request, session
 
 import ssepush
@@ -39,25 +40,28 @@ def page() -> str:
     if "user" not in session:
         return render_template_string(LOGIN)
     user = session["user"]
-    return render_template_string(PAGE, user=user, channel=channel_of(user), stream_url=STREAM_URL)
+    channel = channel_of(user)
+    return render_template_string(PAGE, user=user, channel=channel, stream_url=STREAM_URL)
 
 
 @app.post("/login")
-def login() -> object:
+def login() -> werkzeug.Response:
     session["user"] = request.form["user"]  # yours asks for a password, too
     return redirect("/")
 
 
 @app.post("/logout")
-def logout() -> object:
+def logout() -> werkzeug.Response:
     session.clear()
     return redirect("/")
 
 
 @app.post("/notes")
 def write() -> tuple[str, int]:
-    note = f"{session['user']}: {request.form['text']}"
-    ssepush.publish(note, type="note", channel=channel_of(request.form["to"]))
+    text = request.form["text"]
+    note = f"{session['user']}: {text}"
+    channel = channel_of(request.form["to"])
+    ssepush.publish(note, type="note", channel=channel)
     return "", 204
 
 

@@ -5,9 +5,10 @@
 
 Open http://127.0.0.1:8001/, ask, and reload the page in the middle; open its address in another browser, too.
 
-Each answer has a channel of its own, and a page reads it from the earliest word that is kept. So the history has to hold a
-whole answer: 5,000 words here, instead of the usual 100 events. Whoever makes the answer does not know who reads it: it
-goes on when all pages are closed, and is made once for all of them.
+Each answer has a channel of its own, and a page reads it from the earliest word that is kept. So the history has to
+hold a whole answer: 5,000 words here, instead of the usual 100 events. It is kept for a day; what has to last longer
+belongs in a database.
+Whoever makes the answer does not know who reads it: it goes on when all pages are closed, and is made once for all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import werkzeug
 from flask import Flask, redirect, render_template_string, request
 
 import ssepush
@@ -61,9 +63,11 @@ def ask() -> str:
 
 
 @app.post("/answers")
-def start() -> object:
+def start() -> werkzeug.Response:
     name = secrets.token_urlsafe(16)  # who knows it may read the answer
-    threading.Thread(target=answer, args=(f"answer-{name}", request.form["question"]), daemon=True).start()
+    question = request.form["question"]
+    worker = threading.Thread(target=answer, args=(f"answer-{name}", question), daemon=True)
+    worker.start()
     return redirect(f"/answers/{name}")
 
 

@@ -1,4 +1,4 @@
-"""Firefox and WebKit, to be asked as Chromium is: `get(url)`, `execute_script(script, *arguments)`; and sites for them."""
+"""Firefox and WebKit, to be asked in the same way as Chromium; and sites for them to open."""
 
 from __future__ import annotations
 
@@ -58,11 +58,15 @@ def firefox(folder: Path) -> Iterator[Firefox]:
 @contextlib.contextmanager
 def virtual_display() -> Iterator[str]:
     """The name of an X display that nobody sees: `":1"`. WebKit has no headless mode."""
-    command = [program("Xvfb"), "-displayfd", "1", "-screen", "0", "1280x900x24", "-nolisten", "tcp"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as display:
+    command = [program("Xvfb"), "-displayfd", "1", "-nolisten", "tcp"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as display:
         assert display.stdout
         try:
-            number = display.stdout.readline().strip()
+            number = display.stdout.readline().decode().strip()
             assert number, "Xvfb did not start"
             yield f":{number}"
         finally:
@@ -73,7 +77,7 @@ def virtual_display() -> Iterator[str]:
 def webkit(folder: Path) -> Iterator[Browser]:
     """Debian's WebKitGTK, in the smallest browser that there is around it."""
     webdriver = importlib.import_module("selenium.webdriver")
-    service_class = importlib.import_module("selenium.webdriver.webkitgtk.service").Service
+    services = importlib.import_module("selenium.webdriver.webkitgtk.service")
     browsers = sorted(Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"))
     assert browsers, "the package webkit2gtk-driver is missing"
     options = webdriver.WebKitGTKOptions()
@@ -81,7 +85,7 @@ def webkit(folder: Path) -> Iterator[Browser]:
     options.add_argument("--automation")
     with virtual_display() as display:
         environment = {**os.environ, "DISPLAY": display, "HOME": str(folder)}
-        service = service_class(program("WebKitWebDriver"), env=environment)
+        service = services.Service(program("WebKitWebDriver"), env=environment)
         driver = webdriver.WebKitGTK(options=options, service=service)
         try:
             driver.set_script_timeout(DEADLINE_S)
@@ -90,25 +94,34 @@ def webkit(folder: Path) -> Iterator[Browser]:
             driver.quit()
 
 
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    """Answers requests, and logs nothing."""
+
+    def answer(self, status: int, page: str = "") -> None:
+        body = page.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nobody reads it."""
+
+
 class Site:
     """A web site of the tests' own, on a free port: what it answers for each path."""
 
-    def __init__(self, answers: Mapping[str, Callable[[], str]]) -> None:
-        """answers: each is called anew for each request."""
-        answers_of = dict(answers)
+    def __init__(self, pages: Mapping[str, Callable[[], str]]) -> None:
+        """pages: each is called anew for each request."""
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_GET(self) -> None:
-                answer = answers_of.get(self.path.partition("?")[0])
-                body = answer().encode() if answer else b""
-                self.send_response(200 if answer else 404)
-                self.send_header("Content-Type", "text/html; charset=utf-8")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, format: str, *arguments: Any) -> None:
-                """Nobody reads it."""
+                path = self.path.partition("?")[0]
+                if path in pages:
+                    self.answer(200, pages[path]())
+                else:
+                    self.answer(404)
 
         self._server = http.server.ThreadingHTTPServer((LOOPBACK, 0), Handler)
         self.url = f"http://{LOOPBACK}:{self._server.server_port}"

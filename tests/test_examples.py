@@ -32,14 +32,16 @@ if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
 EXAMPLES = HERE / "examples"
+CONTENT = "return document.querySelector(arguments[0])?.textContent"
 ITEMS = "return Array.from(document.querySelectorAll('li'), item => item.textContent)"
 
 
 def example_for(server: ServerProcess, name: str, channel: str) -> str:
     """An example's text, with this server and channel instead of those that it names."""
     text = (EXAMPLES / name).read_text()
-    assert "http://127.0.0.1:5000/stream?channel=sse" in text
-    return text.replace("http://127.0.0.1:5000/stream?channel=sse", f"{server.url}/stream?channel={channel}")
+    documented = "http://127.0.0.1:5000/stream?channel=sse"
+    assert documented in text
+    return text.replace(documented, f"{server.url}/stream?channel={channel}")
 
 
 def items(browser: Browser) -> list[str]:
@@ -49,27 +51,31 @@ def items(browser: Browser) -> list[str]:
 
 def content(browser: Browser, selector: str) -> str:
     """What stands in an element of the page."""
-    return str(browser.execute_script("return document.querySelector(arguments[0])?.textContent", selector) or "")
+    found = browser.execute_script(CONTENT, selector)
+    return str(found or "")
 
 
 @contextlib.contextmanager
 def running_app(name: str, folder: Path, **environment: str) -> Iterator[str]:
     """An application of the examples, as its first lines say how to start it; its URL."""
     port = int(environment.get("PORT") or free_port())
-    variables = environment_with(PYTHONPATH=str(HERE), **{"PORT": str(port), **environment})
-    with (folder / f"{name}.log").open("w+b") as log:
-        command = [sys.executable, str(EXAMPLES / name)]
-        with subprocess.Popen(command, env=variables, stdout=log, stderr=log) as process:
-            try:
+    variables = environment_with(PYTHONPATH=str(HERE), **environment)
+    variables["PORT"] = str(port)
+    command = [sys.executable, str(EXAMPLES / name)]
+    log = folder / f"{name}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=variables, stdout=output, stderr=output)
 
-                def ready() -> bool:
-                    assert process.poll() is None, Path(log.name).read_text()
-                    return listens(port)
+    def ready() -> bool:
+        assert process.poll() is None, log.read_text()
+        return listens(port)
 
-                wait_for(ready, f"{name} takes connections")
-                yield f"http://{LOOPBACK}:{port}"
-            finally:
-                process.kill()
+    try:
+        wait_for(ready, f"{name} takes connections")
+        yield f"http://{LOOPBACK}:{port}"
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,8 @@ def second_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox
     """A Firefox."""
     if not HAS_TEST_EXTRA:
         pytest.skip("needs the test extra: pip install '.[test]'")
-    with firefox(tmp_path_factory.mktemp("firefox")) as browser:
+    folder = tmp_path_factory.mktemp("firefox")
+    with firefox(folder) as browser:
         yield browser
 
 
@@ -132,11 +139,13 @@ TABS = 8
 EVENTS = 1000
 CLOSED_LEADERS = 6
 TAKEOVER_S = 1.0
-MARK_ARRIVALS = """
+MARK_ROLE = "return document.getElementById('role').textContent"
+ARRIVALS = """
   const mark = (item) => { item.dataset.at = Date.now(); };
   const observer = new MutationObserver((records) => records.forEach((record) => record.addedNodes.forEach(mark)));
   observer.observe(document.getElementById("events"), { childList: true });
 """
+ROLE = "return document.getElementById('role').textContent"
 ARRIVALS = """
   const items = document.querySelectorAll("#events li");
   return Array.from(items, (item) => [item.textContent, Number(item.dataset.at ?? 0)]);
@@ -166,21 +175,29 @@ class Tabs:
         return self._driver.execute_script(script)
 
     def role(self, handle: str) -> str:
-        return str(self.in_tab(handle, "return document.getElementById('role').textContent"))
+        return str(self.in_tab(handle, ROLE))
 
     def leader(self) -> str:
-        """The handle of the tab that holds the stream."""
+        """The handle of the one tab that holds the stream."""
+        leaders: list[str] = wait_for(self.leaders, "a tab holds the stream")
+        assert len(leaders) == 1
+        return leaders[0]
 
-        def found() -> str:
-            leaders = [handle for handle in self.handles if self.role(handle) == "holds the stream"]
-            assert len(leaders) <= 1
-            return "".join(leaders)
+    def leaders(self) -> list[str]:
+        found = []
+        for handle in self.handles:
+            if self.role(handle) == "holds the stream":
+                found.append(handle)
+        return found
 
-        return str(wait_for(found, "a tab holds the stream"))
+    def waiting_for(self, text: str) -> list[str]:
+        """The tabs whose newest event is another."""
+        return [handle for handle in self.handles if self.arrivals(handle)[-1][0] != text]
 
     def arrivals(self, handle: str) -> list[tuple[str, float]]:
         """What a tab shows, and when each came (Unix time, ms; 0: before that was noted)."""
-        return [(text, at) for text, at in self.in_tab(handle, ARRIVALS)]
+        arrivals = self.in_tab(handle, ARRIVALS)
+        return [(text, at) for text, at in arrivals]
 
     def close(self, handle: str) -> None:
         self._driver.switch_to.window(handle)
@@ -215,33 +232,36 @@ def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_whil
         for _ in range(TABS):
             tabs.open()
         wait_for(lambda: server.streams() == 1, "the leader's stream is open")
-        joined: list[str] = []
-        left: list[list[str]] = []
-
         publisher = Publisher(server.port, "event", channel, pause=0.008)
-        for at in sorted(random.sample(range(EVENTS // 10, EVENTS), CLOSED_LEADERS)):
-            wait_for(lambda at=at: len(publisher.acknowledged) >= at, f"{at} events")
+
+        def published() -> int:
+            return len(publisher.acknowledged)
+
+        joined = ""
+        left: list[list[str]] = []
+        for number in sorted(random.sample(range(EVENTS // 10, EVENTS), CLOSED_LEADERS)):
+            wait_for(lambda number=number: published() >= number, "so many events")  # type: ignore[misc]
             leader = tabs.leader()
             wait_for(lambda: redis_process.subscribers(channel) == 1, "its stream is the only one")
             left.append([text for text, _ in tabs.arrivals(leader)])
             tabs.close(leader)
             if len(left) == CLOSED_LEADERS // 2:
                 wait_for(lambda: redis_process.subscribers(channel) == 1, "the next one has taken over")
-                joined.append(tabs.open())
-        wait_for(lambda: len(publisher.acknowledged) >= EVENTS, f"{EVENTS} events")
+                joined = tabs.open()
+        wait_for(lambda: published() >= EVENTS, "all events")
         publisher.stop()
 
-        published = [data for _, _, data in publisher.acknowledged]
-        published_at = {data: place[0] for place, _, data in publisher.acknowledged}
+        texts = [text for _, _, text in publisher.acknowledged]
+        published_at = {text: place[0] for place, _, text in publisher.acknowledged}
+        wait_for(lambda: not tabs.waiting_for(texts[-1]), "all tabs have the last event")
         for handle in tabs.handles:
-            wait_for(lambda handle=handle: tabs.arrivals(handle)[-1:][0][0] == published[-1], "the last event")
             arrivals = tabs.arrivals(handle)
             shown = [text for text, _ in arrivals]
-            assert shown == (published[-len(shown) :] if handle in joined else published)
+            assert shown == (texts[-len(shown) :] if handle == joined else texts)
             assert max(at - published_at[text] for text, at in arrivals) < 1000 * TAKEOVER_S
         for shown in left:
-            first = published.index(shown[0])
-            assert shown == published[first : first + len(shown)]
+            first = texts.index(shown[0])
+            assert shown == texts[first : first + len(shown)]
         assert server.metric("streams_opened_total") == CLOSED_LEADERS + 1
         assert redis_process.subscribers(channel) == 1
     assert not publisher.unsure
@@ -252,7 +272,8 @@ def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_whil
 
 def words(browser: Browser) -> list[int]:
     """The numbers of the words that the page shows."""
-    return [int(number) for number in re.findall(r"word (\d+) about rivers", content(browser, "#answer"))]
+    found = re.findall(r"word (\d+) about rivers", content(browser, "#answer"))
+    return [int(number) for number in found]
 
 
 def test_an_answer_is_whole_on_two_devices_though_it_was_reloaded_and_the_server_killed_in_the_middle(
@@ -283,9 +304,9 @@ def test_an_answer_is_whole_on_two_devices_though_it_was_reloaded_and_the_server
         assert content(tab, "#state") == content(second_browser, "#state") == "is being made …"
         start("--retry", "100", port=server.port, SSEPUSH_HISTORY="5000")
 
-        for browser in (tab, second_browser):
-            wait_for(lambda browser=browser: content(browser, "#state") == "complete", "the answer is complete")
-            assert words(browser) == list(range(1, 301))
+        wait_for(lambda: content(tab, "#state") == "complete", "the answer is complete")
+        wait_for(lambda: content(second_browser, "#state") == "complete", "on both")
+        assert words(tab) == list(range(1, 301))
         assert content(tab, "#answer") == content(second_browser, "#answer")
         tab.refresh()
         wait_for(lambda: content(tab, "#state") == "complete", "it can be read again")

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tests.engines import Browser, firefox, webkit
+from tests.engines import Browser, QuietHandler, firefox, webkit
 from tests.kit import (
     DEADLINE_S,
     HAS_TEST_EXTRA,
@@ -197,21 +197,29 @@ class Clients:
         self._site = site
         self._stack = contextlib.ExitStack()
         self.rows = documented()
-        self.channel_of = {row: f"client-{number}" for number, row in enumerate(self.rows)}
+        self.channel_of: dict[Documented, str] = {}
+        for number, row in enumerate(self.rows):
+            self.channel_of[row] = f"client-{number}"
         self.running: dict[Documented, Running] = {}
 
     def start(self, browsers: dict[str, Browser]) -> None:
-        """Start them all. A browser has one page, with a frame for each client that runs in it."""
+        """Start them all."""
         for row in self.rows:
             if row.place not in browsers:
                 self.running[row] = self._process(row)
         for place, browser in browsers.items():
             rows = [row for row in self.rows if row.place == place]
-            frames = "".join(f'<iframe src="/{self._write_page(row)}"></iframe>\n' for row in rows)
-            name = f"{place}.html"
-            (self._folder / name).write_text(COLLECTS + frames)
-            browser.get(f"{self._site}/{name}")
-            self.running |= {row: Frame(browser, row.name) for row in rows}
+            self._open_page(browser, place, rows)
+
+    def _open_page(self, browser: Browser, place: str, rows: list[Documented]) -> None:
+        """One page, with a frame for each client that runs in this browser."""
+        page = COLLECTS
+        for row in rows:
+            name = self._write_frame(row)
+            page += f'<iframe src="/{name}"></iframe>\n'
+            self.running[row] = Frame(browser, row.name)
+        (self._folder / f"{place}.html").write_text(page)
+        browser.get(f"{self._site}/{place}.html")
 
     def _code(self, row: Documented) -> str:
         """Its code, with this server and its channel instead of those in the docs."""
@@ -220,20 +228,19 @@ class Clients:
         return code.replace("/stream?channel=sse", f"/stream?channel={self.channel_of[row]}")
 
     def _process(self, row: Documented) -> Process:
-        path = self._folder / self.channel_of[row]
         if row.language == "python":
-            path = path.with_suffix(".py")
-            path.write_text(PYTHON_SHOWS + self._code(row))
-            command = [sys.executable, str(path)]
+            interpreter, suffix, shows = sys.executable, ".py", PYTHON_SHOWS
         else:
-            path = path.with_suffix(".mjs")
-            path.write_text(NODE_SHOWS + self._code(row))
-            command = [program("node"), str(path)]
-        process = Process(command, self._folder, path.with_suffix(".log"))
+            interpreter, suffix, shows = program("node"), ".mjs", NODE_SHOWS
+        name = self.channel_of[row]
+        path = self._folder / f"{name}{suffix}"
+        path.write_text(shows + self._code(row))
+        log = self._folder / f"{name}.log"
+        process = Process([interpreter, str(path)], self._folder, log)
         self._stack.callback(process.end)
         return process
 
-    def _write_page(self, row: Documented) -> str:
+    def _write_frame(self, row: Documented) -> str:
         name = f"{self.channel_of[row]}.html"
         shows = PAGE_SHOWS.replace("NAME", json.dumps(row.name))
         (self._folder / name).write_text(shows + self._code(row))
@@ -246,11 +253,19 @@ class Clients:
 
     def who_lack(self, text: str) -> set[Documented]:
         """Those that have not heard it."""
-        return {row for row, client in self.running.items() if text not in client.heard()}
+        lacking = set()
+        for row, client in self.running.items():
+            if text not in client.heard():
+                lacking.add(row)
+        return lacking
 
     def who_are_away(self, redis: RedisProcess) -> set[str]:
         """Those that have no stream open."""
-        return {row.name for row, channel in self.channel_of.items() if redis.subscribers(channel) != 1}
+        away = set()
+        for row, channel in self.channel_of.items():
+            if redis.subscribers(channel) != 1:
+                away.add(row.name)
+        return away
 
     def end(self) -> None:
         self._stack.close()
@@ -321,17 +336,13 @@ def answering_502(port: int) -> Iterator[set[str]]:
     """In place of the server: a proxy whose server is away; the channels of the streams that were asked for."""
     asked: set[str] = set()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
-            asked.update(parse_qs(urlsplit(self.path).query).get("channel", ()))
-            self.send_response(502)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            query = parse_qs(urlsplit(self.path).query)
+            asked.update(query.get("channel", ()))
+            self.answer(502)
 
         do_OPTIONS = do_GET
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Nobody reads it."""
 
     with http.server.ThreadingHTTPServer((LOOPBACK, port), Handler) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
@@ -357,6 +368,22 @@ def settled(condition: Callable[[], Any], seconds: float = DEADLINE_S) -> None:
     """Wait until the condition holds, or the time is over: the table says what has to be."""
     with contextlib.suppress(AssertionError):
         wait_for(condition, "", seconds)
+
+
+def verdict_on(client: Running) -> Verdict:
+    """What the table in the docs should say of a client that has been through all of it."""
+    heard = client.heard()
+    print(heard)
+    expected = ["first", "live", "second"]
+    return Verdict(
+        nothing_lost=yes_if([text for text in heard if text in expected] == expected),
+        after_502=yes_if(heard.count("third") == 1),
+        exact_data=yes_if(heard.count(EXACT) == 1),
+    )
+
+
+def yes_if(condition: bool) -> str:
+    return "yes" if condition else "no"
 
 
 def test_each_client_does_what_the_table_in_the_docs_says(
@@ -403,18 +430,9 @@ def test_each_client_does_what_the_table_in_the_docs_says(
         server = back(site)
         settled(lambda: not clients.who_lack("third") & survivors)
 
-        verdicts = {}
-        for row, client in clients.running.items():
-            heard = client.heard()
-            texts = [text for text in heard if text in ("first", "live", "second")]
-            verdicts[row.name, row.place] = Verdict(
-                nothing_lost="yes" if texts == ["first", "live", "second"] else "no",
-                after_502="yes" if heard.count("third") == 1 else "no",
-                exact_data="yes" if heard.count(EXACT) == 1 else "no",
-            )
-            print(row.name, row.place, heard)
+        found = {(row.name, row.place): verdict_on(client) for row, client in clients.running.items()}
         server.kill()
-    assert verdicts == {(row.name, row.place): row.verdict for row in clients.rows}
+    assert found == {(row.name, row.place): row.verdict for row in clients.rows}
 
 
 class Elsewhere:

@@ -63,10 +63,11 @@ class Deployment:
         self.app = app
         self.site = site
         self.channel = channel
+        self.user = channel.removeprefix("private-")
 
     def log_in(self, tab: WebDriver) -> None:
         tab.get(self.app)
-        tab.find_element("name", "user").send_keys(f"{self.channel.removeprefix('private-')}\n")
+        tab.find_element("name", "user").send_keys(f"{self.user}\n")
         wait_for(lambda: "notes" in tab.title, "logged in")
 
     def token(self, ttl: int = TTL_S) -> str:
@@ -89,13 +90,13 @@ def deployment(start: Start, channel: str, tmp_path: Path) -> Iterator[Deploymen
     def token() -> str:
         return ssepush.sign(private, ttl=TTL_S, secret=SECRET)
 
-    # Called when a page asks, which is after the server has started.
-    answers = {
+    server: ServerProcess
+    pages = {  # asked for after the server has started
         "/token": token,
         "/url": lambda: page(TOKEN_IN_URL, server, private),
         "/cookie": lambda: page(NOTHING_BUT_COOKIE, server, private),
     }
-    with Site(answers) as site:
+    with Site(pages) as site:
         port = free_port()
         origins = ["--allow-origin", f"http://{LOOPBACK}:{port}", "--allow-origin", site.url]
         server = start("--retry", "400", *origins, SSEPUSH_SECRET=SECRET)
@@ -215,7 +216,7 @@ def test_notes_reach_the_one_to_whom_they_are_written_and_nobody_else(
 ) -> None:
     tabs(deployment.app)
     deployment.log_in(tab)
-    me = deployment.channel.removeprefix("private-")
+    me = deployment.user
     wait_for(lambda: deployment.server.streams() == 1, "the page listens")
 
     for to, text in (("somebody else", "not for me"), (me, "<i>for me</i>")):
