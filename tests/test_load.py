@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import re
 import resource
 import signal
 import socket
@@ -20,7 +19,6 @@ import pytest
 import ssepush
 from tests.kit import (
     DEADLINE_S,
-    HERE,
     IDLE_THREADS,
     Baseline,
     EventStream,

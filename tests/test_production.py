@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import shlex
 import signal
 import ssl
@@ -31,7 +30,6 @@ from tests.kit import (
     assert_whole,
     both_ways,
     certificate,
-    environment_with,
     free_port,
     program,
     ssepush_command,
