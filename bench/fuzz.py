@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.kit import EventStream, Parser, Received, RedisProcess, ServerProcess, wait_for
+from tests.kit import IDLE_THREADS, EventStream, Parser, Received, RedisProcess, ServerProcess, wait_for
 
 BATCH = 64  # cases that are under way at once
 DEADLINE_S = 20.0
@@ -431,7 +431,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(server: ServerProcess, store: RedisProcess, options: Any) -> None:
     """Fuzz each target, and see that nothing is left of it."""
     server.get("/healthz")
-    wait_for(lambda: server.threads() <= 3, "only its own threads run: main, relay, accept")
+    wait_for(lambda: server.threads() <= IDLE_THREADS, "only its own threads run")
     threads, descriptors = server.threads(), server.descriptors()
     for name in options.targets or TARGETS:
         store.client.flushall()  # or the history of one would be replayed in another

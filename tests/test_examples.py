@@ -46,7 +46,7 @@ def example_for(server: ServerProcess, name: str, channel: str) -> str:
 
 def items(browser: Browser) -> list[str]:
     """What stands in the page's list."""
-    return list(browser.execute_script(ITEMS))
+    return list(browser.execute_script(ITEMS) or ())
 
 
 def content(browser: Browser, selector: str) -> str:

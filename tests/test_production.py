@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import shlex
 import signal
 import ssl
@@ -31,7 +30,6 @@ from tests.kit import (
     assert_whole,
     both_ways,
     certificate,
-    environment_with,
     free_port,
     program,
     ssepush_command,
@@ -183,38 +181,6 @@ def test_systemd_finds_the_unit_hardened(unit: Path) -> None:
     )
 
     assert done.returncode == 0, done.stdout[-200:] + done.stderr
-
-
-def test_two_instances_of_the_unit_share_a_port(
-    unit: Path,
-    redis_process: RedisProcess,
-    channel: str,
-) -> None:
-    port = free_port()
-    command = re.search(
-        "^ExecStart=(.*)$",
-        unit.read_text(),
-        re.MULTILINE,
-    )
-    assert command
-    on_our_port = command[1].replace("--port 5000", f"--port {port}")
-    arguments = shlex.split(on_our_port.replace("$SSEPUSH_OPTIONS", ""))
-    environment = environment_with(REDIS_URL=redis_process.url)
-    pipe = subprocess.PIPE
-    instances = [subprocess.Popen(arguments, stdout=pipe, text=True, env=environment) for _ in range(2)]
-    try:
-        for instance in instances:
-            assert instance.stdout
-            assert f":{port}/" in instance.stdout.readline()
-
-        stream = EventStream(port, f"/stream?channel={channel}")
-        ssepush.publish("hi", channel=channel, redis_url=redis_process.url)
-
-        assert stream.next().data == "hi"
-    finally:
-        for instance in instances:
-            instance.terminate()
-    assert [instance.wait(DEADLINE_S) for instance in instances] == [0, 0]
 
 
 # ── nginx ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -434,27 +400,3 @@ def test_the_log_of_nginx_shows_no_tokens(
     assert status == 200
     wait_for(lambda: "/stream" in (tmp_path / "access.log").read_text(), "the request is in the log")
     assert token not in (tmp_path / "access.log").read_text()
-
-
-def test_a_page_behind_nginx_is_of_the_same_origin_as_what_it_publishes_to(
-    start: Start, https: Callable[[int], Nginx], redis_process: RedisProcess
-) -> None:
-    server = start()
-    proxy = https(server.port)
-    connection = http.client.HTTPSConnection(
-        "localhost",
-        proxy.port,
-        timeout=DEADLINE_S,
-        context=proxy.trusting(),
-    )
-    statuses = []
-
-    for origin in (f"https://localhost:{proxy.port}", "https://localhost", "https://evil.example"):
-        headers = {"Content-Type": "application/json", "Origin": origin}
-        connection.request("POST", "/publish", '{"data": 1}', headers)
-        response = connection.getresponse()
-        response.read()
-        statuses.append(response.status)
-    connection.close()
-
-    assert statuses == [200, 403, 403]

@@ -228,7 +228,7 @@ def test_only_streams_are_answered_for_while_ssepush_is_away(deployment: Deploym
 
 
 def test_no_log_of_a_proxy_shows_a_token(deployment: Deployment) -> None:
-    token = ssepush.sign("private-log", 60, SECRET)
+    token = ssepush.sign("private-log", ttl=60, secret=SECRET)
     path = f"/stream?channel=private-log&token={quote(token)}"
     ours = deployment.proxies.values()
 

@@ -230,7 +230,7 @@ def test_the_deployed_redis_user_may_do_everything_that_is_needed(start: Start, 
     assert not restricted_redis.client.acl_log()
 
 
-FORBIDDEN = ("KEYS *", "GET other", "SET ssepush:x 1", "FLUSHALL", "CONFIG GET *", "SUBSCRIBE other", "PSUBSCRIBE *")
+FORBIDDEN = ("KEYS *", "GET other", "DEL ssepush:x", "FLUSHALL", "CONFIG GET *", "SUBSCRIBE other", "PSUBSCRIBE *")
 
 
 @pytest.mark.parametrize(
