@@ -367,6 +367,43 @@ def test_a_channel_that_redis_does_not_allow_is_named_with_the_rule_to_add(
     assert server.refused("redis-refused") == 1
 
 
+def test_a_replay_of_many_channels_reads_from_redis_what_it_sends_and_little_more(
+    own_redis: RedisProcess, start: Start, channel: str
+) -> None:
+    names = [f"{channel}-{number}" for number in range(20)]
+    server = start(redis=own_redis)
+    position = server.publish_id("first", names[0])
+    for name in names:
+        for number in range(10):
+            ssepush.publish(f"{number} " + "x" * 50_000, channel=name, redis_url=own_redis.url)
+    read_before = int(own_redis.client.info("stats")["total_net_output_bytes"])
+
+    with server.stream(*names, Last_Event_ID=position) as stream:
+        events = stream.take(200)
+
+    read = int(own_redis.client.info("stats")["total_net_output_bytes"]) - read_before
+    sent = sum(len(event.data) for event in events)
+    assert [event.data[0] for event in events] == [str(number) for number in range(10)] * 20
+    assert read < 1.5 * sent
+
+
+def test_a_slow_replay_is_not_ended_to_make_room_for_those_who_send_nothing(
+    many_files: None, own_redis: RedisProcess, start: Start, channel: str
+) -> None:
+    server = start(redis=own_redis)
+    position = server.publish_id("first", channel)
+    for number in range(50):
+        ssepush.publish(f"{number} " + "x" * 20_000, channel=channel, redis_url=own_redis.url)
+    with server.stream(channel, Last_Event_ID=position) as stream, contextlib.ExitStack() as idle:
+        events = stream.take(1)
+        for _ in range(1100):  # more than may be pending
+            idle.enter_context(connect(server.port))
+
+        events += stream.take(49)
+
+    assert [event.data.split()[0] for event in events] == [str(number) for number in range(50)]
+
+
 def test_a_page_of_events_waits_for_room_and_is_told_to_come_back() -> None:
     settings = ssepush.Settings()
     streams: list[ssepush.Stream] = []
