@@ -139,8 +139,7 @@ TABS = 8
 EVENTS = 1000
 CLOSED_LEADERS = 6
 TAKEOVER_S = 1.0
-MARK_ROLE = "return document.getElementById('role').textContent"
-ARRIVALS = """
+MARK_ARRIVALS = """
   const mark = (item) => { item.dataset.at = Date.now(); };
   const observer = new MutationObserver((records) => records.forEach((record) => record.addedNodes.forEach(mark)));
   observer.observe(document.getElementById("events"), { childList: true });
