@@ -59,6 +59,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import signal
 import socket
 import socketserver
@@ -1693,9 +1694,9 @@ class Connections:
 
 def is_readable(sock: socket.socket) -> bool:
     """Whether something has come that nobody asked for: the end, if anything."""
-    with DefaultSelector() as selector:
-        selector.register(sock, EVENT_READ)
-        return bool(selector.select(0))
+    poll = select.poll()  # needs no descriptor, of which there may be none
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 # ── Publishing from Python ───────────────────────────────────────────────────────────────────────────────────────────
@@ -2185,7 +2186,7 @@ class Handler(socketserver.BaseRequestHandler):
         deadline = monotonic() + 1.0
         while True:
             self.received.clear()
-            self._receive_some(deadline, is_begun=True)
+            self._receive_some(deadline)
 
     def _receive_head(self) -> Request:
         """The next request. HTTPError; OSError: none came in time."""
@@ -2198,19 +2199,19 @@ class Handler(socketserver.BaseRequestHandler):
             if received_bytes > MAX_HEAD_BYTES:
                 raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
             searched = max(0, received_bytes - 3)
-            self._receive_some(deadline, is_begun=False)
+            self._receive_some(deadline)
         head = self.received[:end].decode("latin-1")
         del self.received[: end + 4]
         method, _, _ = head.partition(" ")
         self.asked = Request(method)  # should the rest be malformed: HEAD is answered without body
         return request_of(head)
 
-    def _receive_some(self, deadline: float, is_begun: bool) -> None:
+    def _receive_some(self, deadline: float) -> None:
         """OSError: it took longer, or the browser has closed."""
         left_s = deadline - monotonic()
         if left_s <= 0:
             raise TimeoutError
-        with self.app.waits.on(self.request, is_begun):
+        with self.app.waits.on(self.request):
             self.request.settimeout(left_s)
             part = self.request.recv(64 * 1024)
         if not part:
@@ -2218,7 +2219,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.received += part
 
     def _send(self, data: bytes) -> None:
-        with self.app.waits.on(self.request, is_begun=True):
+        with self.app.waits.on(self.request):
             self.request.settimeout(WRITE_S)
             self.request.sendall(data)
 
@@ -2341,7 +2342,7 @@ class Handler(socketserver.BaseRequestHandler):
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = monotonic() + BODY_S
         while len(self.received) < length:
-            self._receive_some(deadline, is_begun=True)
+            self._receive_some(deadline)
         body = self.received[:length]
         del self.received[:length]
         self.unread = 0
@@ -2580,36 +2581,28 @@ class Workers:
 
 
 class Waits:
-    """The connections whose threads wait for the browser. Of too many, the oldest is ended. Any thread."""
+    """The connections whose threads wait for the browser. Of too many, one is ended. Any thread."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._silent: OrderedDict[socket.socket, None] = OrderedDict()  # have sent no whole request; the oldest first
-        self._begun: OrderedDict[socket.socket, None] = OrderedDict()  # are sent an answer, or send a body
+        self._waits: OrderedDict[socket.socket, None] = OrderedDict()  # who has moved nothing for longest, first
 
     @contextmanager
-    def on(
-        self,
-        sock: socket.socket,
-        is_begun: bool,
-    ) -> Iterator[None]:
-        """While a connection has yet to send its request or take its answer, it may be ended to make room."""
-        waits = self._begun if is_begun else self._silent
-        waits[sock] = None
-        if len(self._silent) + len(self._begun) > self.most:
+    def on(self, sock: socket.socket) -> Iterator[None]:
+        """While a connection has to send a part of its request, or take its answer, it may be ended to make room."""
+        self._waits[sock] = None
+        if len(self._waits) > self.most:
             self.end_oldest()
         try:
             yield
         finally:
-            waits.pop(sock, None)
+            self._waits.pop(sock, None)
 
     def end_oldest(self) -> None:
-        """Make room: first by one who has sent no whole request."""
-        for waits in (self._silent, self._begun):
-            with suppress(KeyError, OSError):  # there is none; it has gone by itself
-                sock, _ = waits.popitem(last=False)
-                sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
-                return
+        """Make room by the one who has moved nothing for longest."""
+        with suppress(KeyError, OSError):  # there is none; it has gone by itself
+            sock, _ = self._waits.popitem(last=False)
+            sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
 
 
 class Listener(http.server.ThreadingHTTPServer):
