@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import random
 import resource
 import signal
@@ -235,11 +234,11 @@ def test_streams_that_do_not_read_their_replay_hold_up_nobody(start: Start, chan
 # ── Many ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_thousand_streams_get_every_message_without_a_thread_more(server: ServerProcess, channel: str) -> None:
+@both_ways
+def test_a_thousand_streams_get_every_message_without_a_thread_more(start: Start, channel: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-    gc.collect()  # streams that other tests did not close
-    wait_for(lambda: server.streams() == 0, "the streams of other tests are gone")
+    server = start()
     threads = server.threads()
 
     streams = [server.stream(channel) for _ in range(1000)]
