@@ -1584,7 +1584,7 @@ def refusal(error: str, channel: str = "") -> str:
     """Redis's error in words that say what to do about it."""
     if re.search("NOAUTH|WRONGPASS|unauthenticated|[Aa]uthentication|invalid username", error):
         return "Redis refused the login: give user and password in the Redis URL, as redis://USER:PASSWORD@HOST:PORT/0"
-    if "permission" not in error.lower():
+    if not re.search("[Pp]ermission|user executing the script can't", error):
         return "Redis refused: " + re.sub(" script: .*", "", error)
     if channel and "channel" in error:
         return f"Redis refused: its user has no permission for channel {channel}: ACL SETUSER … &{channel}"
