@@ -14,7 +14,8 @@
 | ------- | -------------------------- | ------------------------------------------------------------------------- |
 | main    | 1                          | starts the others, waits for SIGTERM or Ctrl-C, drains                    |
 | accept  | 1 per listening socket     | accepts connections, and gives each to a request thread                   |
-| request | 1 per request under way    | owns its connection until it hands it over; publishes                     |
+| request | 1, and 1 per browser that  | owns its connection until it hands it over; publishes                     |
+|         | is waited for              |                                                                           |
 | relay   | 1                          | owns every Stream and Subscriber, and alone reads and writes their sockets |
 | replay  | REPLAY_THREADS             | reads pages of the history for the relay; touches no stream               |
 | watch   | 1                          | asks Redis every few seconds what nobody may have missed                  |
@@ -72,10 +73,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from threading import Thread
-from time import monotonic, sleep
+from time import monotonic
 from time import time as unix_time
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, urlsplit
@@ -114,6 +115,8 @@ REDIS_S = 5.0  # for Redis to answer
 READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TLS would hold what no selector can see
 SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
 STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it is cut
+COMPUTE_S = 0.005  # for which a thread computes before it makes way for another; Python's default
+YIELD_S = 0.0005  # the same while events go out: so long the relay waits for its turn, after each send
 SLICE_S = 0.002  # of other work in the relay between two looks at Redis: live events go first
 REPLAY_PAGE_BYTES = 128 * 1024  # of the history, read at once: a script that takes longer would hold up all of Redis
 REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take
@@ -299,8 +302,8 @@ class Stream:
 class Relay:
     """Owns all streams and subscribers. One thread, `run`, alone reads from their sockets and writes to them.
 
-    So they need no locks; `counts` has one, since any thread counts. `call`, `count` and `is_busy` may be called by any
-    thread; the rest is the relay's own, which others reach by `call`. Per wake-up it
+    So they need no locks; `counts` has one, since any thread counts. `call` and `count` are for any thread; the rest
+    is the relay's own, which others reach by `call`. Per wake-up it
     1. reads what Redis has sent, and sends it to the streams that follow the channel;
     2. notices browsers that left, or can take more of their backlog;
     3. does what other threads asked for, and then asks Redis for what that needs;
@@ -327,7 +330,7 @@ class Relay:
         self.counts: defaultdict[str, float] = defaultdict(int)  # samples of GET /metrics
         self._counting = threading.Lock()
         self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
-        self._delivering = False
+        self._asleep = False
         # Of this wake-up: who read the same bytes (and knows the same mark key), who has commands, who misses the same.
         self._received: dict[tuple[bytes, bytes], list[Subscriber]] = {}
         self._talking: set[Subscriber] = set()
@@ -346,30 +349,27 @@ class Relay:
     ) -> None:
         """Have the relay's thread call this. Any thread."""
         self._calls.append((function, *arguments))
-        with suppress(OSError):  # full: it is awake already; closed: it has ended
-            self._waker.send(b"\0")
+        if self._asleep:
+            with suppress(OSError):  # full: it is about to wake; closed: it has ended
+                self._waker.send(b"\0")
 
     def count(self, sample: str, number: float = 1) -> None:
         """Add to a sample of GET /metrics. Any thread."""
         with self._counting:
             self.counts[sample] += number
 
-    def is_busy(self) -> bool:
-        """Whether one more thread that computes would hold up events. Any thread."""
-        return self._delivering or len(self._calls) > 16
-
     def run(self) -> None:
         """The relay's thread, until it has drained."""
         ticked_at = -math.inf
         while self.streams or not self.draining:
             tick_s = self.tick_s()
+            self._asleep = True  # said before it looks for calls a last time, so that one of us sees the other
             ready = self._selector.select(0 if self._calls else tick_s)
+            self._asleep = False
             self._now = monotonic()
-            self._delivering = True
             for key, _ in ready:
                 self._safely(*key.data)
             self._pass_on()
-            self._delivering = False
             slice_ends_at = monotonic() + SLICE_S
             while self._calls and monotonic() < slice_ends_at:
                 self._safely(*self._calls.popleft())
@@ -462,7 +462,7 @@ class Relay:
         if stream.missed:
             stream.state = State.REPLAYING
             stream.held = []
-            self._send(stream, b"")
+            self._want_page(stream)
             return
         stream.position = position
         self._go_live(stream)
@@ -519,8 +519,6 @@ class Relay:
         stream.unsent_bytes = 0
         if stream.subscriber and stream.position:
             stream.subscriber.knows(stream.channels, stream.position)
-        self.count("streams_opened_total")
-        log.info("stream %d open: %s on %s", stream.number, stream.peer, named(stream.channels))
 
     def _hold_page(self, stream: Stream, page: Page | None) -> None:
         """The stream has taken its page, if it had one, and has another now, or None."""
@@ -553,6 +551,8 @@ class Relay:
     def _pass_on(self) -> None:
         """Pass on what was read in this wake-up: parsed once for all subscribers that read the same."""
         everything, self._received = self._received, {}
+        if everything:
+            sys.setswitchinterval(YIELD_S)
         for (received, mark_key), subscribers in everything.items():
             try:
                 self._pass_on_one(parse(received, mark_key, self.max_message), subscribers)
@@ -562,6 +562,8 @@ class Relay:
                     log.exception("the relay gives up the subscribers with which an error of its own happened")
                 for subscriber in subscribers:
                     self.lose(subscriber, "redis-lost", str(error))
+        if everything:
+            sys.setswitchinterval(COMPUTE_S)
 
     def _pass_on_one(self, read: Read, subscribers: Sequence[Subscriber]) -> None:
         for subscriber in subscribers:
@@ -641,6 +643,8 @@ class Relay:
         if stream.backlog is None:
             stream.backlog = deque()
         if stream.opening:
+            self.count("streams_opened_total")
+            log.info("stream %d open: %s on %s", stream.number, stream.peer, named(stream.channels))
             wire = stream.opening + wire
             stream.opening = b""
         if wire:
@@ -1163,8 +1167,7 @@ class Subscriber:
             if self.mark_key and mark_key != self.mark_key:
                 raise ConnectionError("Redis has forgotten the counter")
             self.mark_key = mark_key
-        states = {stream.state for stream in self.streams.get(channel, ())}
-        if states <= {State.OPENING}:
+        if all(stream.state is State.OPENING for stream in self.streams.get(channel, ())):
             self.seen.pop(channel, None)  # what came before this answer was for nobody who is still here
         return channel, waiting
 
@@ -1616,18 +1619,13 @@ class Connections:
         # Where a password is, a user's name is one; alone it may be a password that was put in its place.
         self.user: str = self._options.get("username", "") if self.has_password else ""
         self._idle: list[Any] = []  # the one that was used last at the end
+        self._without_socket: list[Any] = []  # which a subscriber has taken
         self._free = threading.BoundedSemaphore(self.MOST)
         self._process = os.getpid()
 
     def connect(self, **changed: Any) -> Any:
         """A new connection, which belongs to the caller. RedisAway."""
-        connection = self._class(**{**self._options, **changed})
-        try:
-            connection.connect()
-        except RedisError as error:
-            connection.disconnect()
-            raise away(error) from error
-        return connection
+        return connected(self._class(**{**self._options, **changed}))
 
     @contextmanager
     def _one(self) -> Iterator[Any]:
@@ -1667,13 +1665,15 @@ class Connections:
 
     def subscriber(self, shared: bool) -> Subscriber:
         """A new subscriber, of nothing yet. A shared one speaks RESP3, so that it may ask, too. RedisAway."""
-        connection = self.connect(protocol=3 if shared else 2)
-        # redis-py has no public name for the socket. Each reply of the handshake was read: nothing is buffered.
-        # It sends nothing in silence: that Redis's host vanished, redis-py's TCP keepalive tells.
-        sock: socket.socket = connection._sock
-        connection._sock = None
-        sock.setblocking(False)
-        return Subscriber(sock)
+        if shared:
+            return Subscriber(socket_of(self.connect(protocol=3)))
+        try:
+            connection = self._without_socket.pop()
+        except IndexError:
+            connection = self._class(**self._options)
+        subscriber = Subscriber(socket_of(connected(connection)))
+        self._without_socket.append(connection)  # redis-py's cost more to make than to connect
+        return subscriber
 
     def ping(self) -> None:
         """Ask Redis on a new connection whether it answers within a second. RedisAway."""
@@ -1690,6 +1690,28 @@ class Connections:
         """How many connections Redis takes, from everybody; 0 if it does not say. RedisAway."""
         found = re.search(rb"maxclients:(\d+)", self.call("INFO", "clients"))
         return int(found[1]) if found else 0
+
+
+def connected(connection: Any) -> Any:
+    """The same, connected and logged in. RedisAway."""
+    try:
+        connection.connect()
+    except RedisError as error:
+        connection.disconnect()
+        raise away(error) from error
+    return connection
+
+
+def socket_of(connection: Any) -> socket.socket:
+    """Its socket, non-blocking, which belongs to the caller. The connection has none then, and can be connected again.
+
+    redis-py has no public name for it. Each reply of the handshake was read, so nothing is buffered. It sends nothing
+    in silence: that Redis's host vanished, redis-py's TCP keepalive tells.
+    """
+    sock: socket.socket = connection._sock
+    connection._sock = None
+    sock.setblocking(False)
+    return sock
 
 
 def is_readable(sock: socket.socket) -> bool:
@@ -2211,17 +2233,27 @@ class Handler(socketserver.BaseRequestHandler):
         left_s = deadline - monotonic()
         if left_s <= 0:
             raise TimeoutError
-        with self.app.waits.on(self.request):
-            self.request.settimeout(left_s)
+        try:
+            self.request.setblocking(False)
             part = self.request.recv(64 * 1024)
+        except BlockingIOError:
+            with self.app.workers.waiting(self.request):
+                self.request.settimeout(left_s)
+                part = self.request.recv(64 * 1024)
         if not part:
             raise ConnectionError
         self.received += part
 
     def _send(self, data: bytes) -> None:
-        with self.app.waits.on(self.request):
-            self.request.settimeout(WRITE_S)
-            self.request.sendall(data)
+        """OSError: the browser has left, or does not take it."""
+        sent = 0
+        with suppress(BlockingIOError):
+            self.request.setblocking(False)
+            sent = self.request.send(data)
+        if sent < len(data):
+            with self.app.workers.waiting(self.request):
+                self.request.settimeout(WRITE_S)
+                self.request.sendall(data[sent:])
 
     def _head(
         self,
@@ -2386,7 +2418,8 @@ class Handler(socketserver.BaseRequestHandler):
         """Whether Redis and the relay answer within a second each; on the admin's port also whether this goes on."""
         if self.server.is_admin and self.app.stopping.is_set():
             raise HTTPError(503, ENDED["drain"])
-        self.app.check_health()
+        with self.app.workers.elsewhere():
+            self.app.check_health()
         return self._respond_json(200, {"state": "ok"})
 
     def answer_metrics(self) -> bool:
@@ -2420,7 +2453,8 @@ class Handler(socketserver.BaseRequestHandler):
             self._not_now("full", last_words)
         else:
             try:
-                self._count()
+                with self.app.workers.elsewhere():
+                    self._count()
             finally:
                 self.app.counting.release()
 
@@ -2534,7 +2568,7 @@ def taken_over(sock: socket.socket) -> socket.socket:
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MAX_PENDING = 1000  # connections that have yet to send a request or take an answer; one more ends the oldest of them
-IDLE_S = 1.0  # a request thread waits so long for its next connection
+STUCK_S = 0.005  # a thread that does nothing but compute has taken its next connection by then
 OUT_OF_DESCRIPTORS = {
     errno.EMFILE,
     errno.ENFILE,
@@ -2552,56 +2586,79 @@ def start_thread(name: str, target: Callable[[], object]) -> Thread:
 
 
 class Workers:
-    """Threads that do one piece of work after another: starting a thread costs more than waking one. Any thread."""
+    """The threads of requests. One is always free to take the next connection: more would take turns, which costs.
 
-    def __init__(self) -> None:
+    Who has to wait for a browser says so, and another thread takes its place. Of too many who wait, the one who has
+    moved nothing for longest is ended. Any thread.
+    """
+
+    def __init__(self, most_waiting: int) -> None:
+        self.most_waiting = most_waiting
         self._work: SimpleQueue[tuple[Any, ...]] = SimpleQueue()  # each a function and its arguments
-        self._idle: SimpleQueue[None] = SimpleQueue()  # one for each thread that will take what is put there next
+        self._lock = threading.Lock()
+        self._free = 0  # threads that look for work, or are at it without waiting for a browser
+        self._taken_at = 0.0
+        self._waiting: OrderedDict[socket.socket, None] = OrderedDict()  # who has moved nothing for longest, first
 
     def start(self, *work: Any) -> None:
-        """Have a thread call this function: an idle one, if there is any within a millisecond."""
+        """Have a thread call this function."""
         self._work.put(work)
+        self.relieve()
+
+    def relieve(self) -> None:
+        """Start a thread if none is free; or if those who are have taken no work for long: then they wait for Redis."""
+        with self._lock:
+            is_stuck = not self._work.empty() and monotonic() > self._taken_at + STUCK_S
+            if self._free and not is_stuck:
+                return
+            self._free += 1
+            self._taken_at = monotonic()
         try:
-            self._idle.get(timeout=0.001)
-        except Empty:
             start_thread("request", self._run)
+        except RuntimeError:  # there is no room for one: the work waits until somebody has time, or we are asked again
+            self._count_free(-1)
 
     def _run(self) -> None:
+        """Do one piece of work after another, for as long as nobody else does."""
         while True:
-            try:
-                function, *arguments = self._work.get(timeout=IDLE_S)
-            except Empty:
-                try:
-                    self._idle.get(block=False)  # nobody counts on this thread any more
-                except Empty:
-                    continue  # somebody does: work is on its way
-                return
+            function, *arguments = self._work.get()
+            self._taken_at = monotonic()
             function(*arguments)
-            self._idle.put(None)
+            with self._lock:
+                if self._free > 1:
+                    self._free -= 1
+                    return
 
-
-class Waits:
-    """The connections whose threads wait for the browser. Of too many, one is ended. Any thread."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._waits: OrderedDict[socket.socket, None] = OrderedDict()  # who has moved nothing for longest, first
+    def _count_free(self, change: int) -> None:
+        with self._lock:
+            self._free += change
 
     @contextmanager
-    def on(self, sock: socket.socket) -> Iterator[None]:
-        """While a connection has to send a part of its request, or take its answer, it may be ended to make room."""
-        self._waits[sock] = None
-        if len(self._waits) > self.most:
-            self.end_oldest()
+    def elsewhere(self) -> Iterator[None]:
+        """While this thread waits, another takes its place."""
+        self._count_free(-1)
+        self.relieve()
         try:
             yield
         finally:
-            self._waits.pop(sock, None)
+            self._count_free(1)
+
+    @contextmanager
+    def waiting(self, sock: socket.socket) -> Iterator[None]:
+        """The same, while a browser has to send a part of its request or take its answer: it may have to make room."""
+        self._waiting[sock] = None
+        if len(self._waiting) > self.most_waiting:
+            self.end_oldest()
+        try:
+            with self.elsewhere():
+                yield
+        finally:
+            self._waiting.pop(sock, None)
 
     def end_oldest(self) -> None:
         """Make room by the one who has moved nothing for longest."""
         with suppress(KeyError, OSError):  # there is none; it has gone by itself
-            sock, _ = self._waits.popitem(last=False)
+            sock, _ = self._waiting.popitem(last=False)
             sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
 
 
@@ -2633,19 +2690,21 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of descriptors the connection stays in the queue: pause, rather than spin."""
-        if self.app.relay.is_busy():
-            sleep(0.001)
         try:
             return super().get_request()
         except OSError as error:
             if error.errno in OUT_OF_DESCRIPTORS:
-                self.app.waits.end_oldest()
+                self.app.workers.end_oldest()
                 self.app.stopping.wait(0.05)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Have a thread answer."""
         self.app.workers.start(self.process_request_thread, request, client_address)
+
+    def service_actions(self) -> None:
+        """Called by serve_forever after each connection, and ten times a second."""
+        self.app.workers.relieve()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An error of ours: what a browser does, Handler keeps to itself."""
@@ -2679,8 +2738,7 @@ class Server:
         self.max_streams = max_streams
         self.page = page_and_policy()
         self.stopping = threading.Event()
-        self.workers = Workers()
-        self.waits = Waits(max_pending)
+        self.workers = Workers(max_pending)
         self.counting = threading.BoundedSemaphore(MAX_NUMBERS)
         self.places = threading.BoundedSemaphore(max_streams)
         self.relay = Relay(
@@ -2831,7 +2889,6 @@ class Server:
 
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C, then drain. The thread that calls this only waits."""
-        sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         relay = start_thread("relay", self.relay.run)
@@ -2839,6 +2896,7 @@ class Server:
             start_thread("replay", self._replay)
         if self.settings.history:
             start_thread("watch", self._watch)
+        self.workers.relieve()
         for listener in self.listeners:
             accept = functools.partial(listener.serve_forever, poll_interval=0.1)
             start_thread("accept", accept)
@@ -2848,6 +2906,9 @@ class Server:
         self.listener.stop()
         answering_s = min(1.0, self.settings.drain / 5)
         deadline = monotonic() + answering_s
+        all_taken = threading.Event()
+        self.workers.start(all_taken.set)
+        all_taken.wait(answering_s)
         for thread in tuple(self._answering):
             left_s = deadline - monotonic()
             thread.join(max(0.0, left_s))
@@ -2873,7 +2934,7 @@ HELP = {
     "start_time_seconds": "When this process started, in Unix time.",
     "streams": "Open streams.",
     "streams_closed_total": "Streams that were open and ended, by reason.",
-    "streams_opened_total": "Streams that were subscribed and sent all that they missed.",
+    "streams_opened_total": "Streams that were opened.",
     "streams_refused_total": "Streams that could not be served, by reason.",
     "streams_reset_total": "Streams that were told they may have missed something, by reason.",
     "subscribers": "Redis connections that feed streams.",

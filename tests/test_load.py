@@ -239,16 +239,15 @@ def test_a_thousand_streams_get_every_message_without_a_thread_more(start: Start
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
     server = start()
-    threads = server.threads()
 
     streams = [server.stream(channel) for _ in range(1000)]
 
-    wait_for(lambda: server.threads() <= threads, "no thread stays with a stream")
+    wait_for(lambda: server.threads() <= IDLE_THREADS, "no thread stays with a stream")
     for number in range(20):
         assert server.redis.publish(channel, f'{{"data": {number}}}') == server.subscribers_for(1000)
     for stream in streams:
         assert stream.data(20) == [str(number) for number in range(20)]
-    assert server.threads() <= threads
+    assert server.threads() <= IDLE_THREADS
     assert server.streams() == 1000
     for stream in streams:
         stream.close()
