@@ -115,8 +115,7 @@ REDIS_S = 5.0  # for Redis to answer
 READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TLS would hold what no selector can see
 SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
 STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it is cut
-COMPUTE_S = 0.005  # for which a thread computes before it makes way for another; Python's default
-YIELD_S = 0.0005  # the same while events go out: so long the relay waits for its turn, after each send
+PAUSE_S = 0.01  # at most, before other work while events are being passed on
 SLICE_S = 0.002  # of other work in the relay between two looks at Redis: live events go first
 REPLAY_PAGE_BYTES = 128 * 1024  # of the history, read at once: a script that takes longer would hold up all of Redis
 REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take
@@ -329,6 +328,7 @@ class Relay:
         self.draining = False
         self.counts: defaultdict[str, float] = defaultdict(int)  # samples of GET /metrics
         self._counting = threading.Lock()
+        self._passing_on = threading.Lock()
         self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
         self._asleep = False
         # Of this wake-up: who read the same bytes (and knows the same mark key), who has commands, who misses the same.
@@ -352,6 +352,11 @@ class Relay:
         if self._asleep:
             with suppress(OSError):  # full: it is about to wake; closed: it has ended
                 self._waker.send(b"\0")
+
+    def let_events_pass(self) -> None:
+        """Wait for a moment if events are being passed on, rather than compute beside that. Any thread."""
+        if self._passing_on.acquire(timeout=PAUSE_S):
+            self._passing_on.release()
 
     def count(self, sample: str, number: float = 1) -> None:
         """Add to a sample of GET /metrics. Any thread."""
@@ -457,17 +462,16 @@ class Relay:
 
     def _confirm(self, stream: Stream, position: str) -> None:
         """From here on, what arrives is for this stream. The position was the newest just before."""
+        stream.state = State.REPLAYING
+        stream.held = []
         if not stream.missed and not position and self.settings.history:
             stream.missed = missed_since("", stream.channels)  # there was no counter, so all that is kept is new
         if stream.missed:
-            stream.state = State.REPLAYING
-            stream.held = []
             self._want_page(stream)
             return
-        stream.position = position
-        self._go_live(stream)
         first_block = position_frame(position) if position else b"\n"
-        self._send(stream, body_part(first_block, stream.chunked))
+        page = Page(body_part(first_block, stream.chunked), 0, position)
+        self.take_page(page, [stream])
 
     def refuse(
         self,
@@ -491,34 +495,40 @@ class Relay:
             same = self._missing.setdefault((stream.missed, stream.chunked), [])
             same.append(stream)
 
-    def take_page(self, page: Page, streams: Sequence[Stream]) -> None:
-        """A page of the history was read for these streams, which missed the same."""
+    def take_page(self, page: Page, streams: Iterable[Stream]) -> None:
+        """A page of the history is there for these streams. Each takes it when no live event is waiting."""
         for stream in streams:
-            if stream.state is not State.REPLAYING:
-                continue
-            self._hold_page(stream, page)
-            stream.events += page.events
-            self.count("events_replayed_total", page.events)
-            if page.reset:
-                self.count(f'streams_reset_total{{reason="{page.reset}"}}')
-                log.debug("stream %d is reset: %s", stream.number, page.reset)
-            stream.missed = page.following
-            held = stream.held or []
-            if not stream.missed:
-                stream.position = stream.skip_to = page.position
-                self._go_live(stream)
-            self._send(stream, page.wire)
-            if not stream.missed:
-                for batch in held:
-                    self._deliver(batch, (stream,))
+            self._calls.append((self._take_page, stream, page))
 
-    def _go_live(self, stream: Stream) -> None:
-        """The stream has its position, and misses nothing before it."""
+    def _take_page(self, stream: Stream, page: Page) -> None:
+        if stream.state is State.ENDED:
+            return
+        self._hold_page(stream, page)
+        stream.events += page.events
+        self.count("events_replayed_total", page.events)
+        if page.reset:
+            self.count(f'streams_reset_total{{reason="{page.reset}"}}')
+            log.debug("stream %d is reset: %s", stream.number, page.reset)
+        if stream.missed:
+            stream.skip_to = page.position
+            stream.missed = page.following
+        held: Sequence[Batch] = ()
+        if not stream.missed:
+            held = self._go_live(stream, page.position)
+        self._send(stream, page.wire)
+        for batch in held:
+            self._deliver(batch, (stream,))
+
+    def _go_live(self, stream: Stream, position: str) -> Sequence[Batch]:
+        """The stream misses nothing up to this position. What came meanwhile is still to be sent."""
+        held = stream.held or ()
         stream.state = State.BEHIND
         stream.held = None
         stream.unsent_bytes = 0
-        if stream.subscriber and stream.position:
-            stream.subscriber.knows(stream.channels, stream.position)
+        stream.position = position
+        if stream.subscriber and position:
+            stream.subscriber.knows(stream.channels, position)
+        return held
 
     def _hold_page(self, stream: Stream, page: Page | None) -> None:
         """The stream has taken its page, if it had one, and has another now, or None."""
@@ -551,8 +561,6 @@ class Relay:
     def _pass_on(self) -> None:
         """Pass on what was read in this wake-up: parsed once for all subscribers that read the same."""
         everything, self._received = self._received, {}
-        if everything:
-            sys.setswitchinterval(YIELD_S)
         for (received, mark_key), subscribers in everything.items():
             try:
                 self._pass_on_one(parse(received, mark_key, self.max_message), subscribers)
@@ -562,8 +570,6 @@ class Relay:
                     log.exception("the relay gives up the subscribers with which an error of its own happened")
                 for subscriber in subscribers:
                     self.lose(subscriber, "redis-lost", str(error))
-        if everything:
-            sys.setswitchinterval(COMPUTE_S)
 
     def _pass_on_one(self, read: Read, subscribers: Sequence[Subscriber]) -> None:
         for subscriber in subscribers:
@@ -580,7 +586,8 @@ class Relay:
                     streams.extend(followers)
                 else:
                     self.lose(subscriber, "missed")
-            self._deliver(part, streams)
+            with self._passing_on:
+                self._deliver(part, streams)
             received = len(part.events) * len(subscribers)
             self.count("messages_received_total", received)
         for channel, why in read.dropped:
@@ -2191,6 +2198,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.unread = 0  # bytes of the body
         try:
             self.asked = self._receive_head()
+            self.app.relay.let_events_pass()
             self.unread = self.asked.content_length
             with self.app.answering():
                 return self._route()
@@ -2817,6 +2825,7 @@ class Server:
         relay = self.relay
         while True:
             missed, chunked, streams = self._missed.get()
+            relay.let_events_pass()
             try:
                 page = self.redis.page(missed, chunked)
                 relay.call(relay.take_page, page, streams)
@@ -2889,6 +2898,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C, then drain. The thread that calls this only waits."""
+        sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         relay = start_thread("relay", self.relay.run)
