@@ -19,6 +19,7 @@
 | relay   | 1                          | owns every Stream and Subscriber, and alone reads and writes their sockets |
 | replay  | REPLAY_THREADS             | reads pages of the history for the relay; touches no stream               |
 | watch   | 1                          | asks Redis every few seconds what nobody may have missed                  |
+| follow  | 1 with Sentinels, clusters | asks every second who the master is                                       |
 
 Promised: an event published through ssepush reaches every stream of its channel once, in order, also across lost
 connections; where that cannot be proved, the stream is told so by an event of type `stream-reset`. A plain PUBLISH by
@@ -79,7 +80,7 @@ from threading import Thread
 from time import monotonic
 from time import time as unix_time
 from typing import Any, NamedTuple, NoReturn
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
 
 if sys.version_info < (3, 11):  # noqa: UP036  # pip would say so; someone who runs the file itself has not asked pip
     print("ssepush: Python 3.11 or newer is needed, and this is", sys.version.split()[0], file=sys.stderr)
@@ -260,6 +261,7 @@ ENDED = {  # why a stream ended, as logs and metrics name it: what its browser i
 
 
 Backlog = deque[bytes | memoryview]
+Address = tuple[str, int]  # host and port
 
 
 class State(enum.Enum):
@@ -858,6 +860,12 @@ class Relay:
             if is_of_another or not subscriber.has_seen(newest):
                 self.lose(subscriber, "missed", "it has missed events")
 
+    def keep_to(self, master: Address) -> None:
+        """Give up subscribers of another Redis: it is no master any more."""
+        for subscriber in tuple(self.subscribers):
+            if subscriber.master != master:
+                self.lose(subscriber, "redis-lost", "Redis has failed over")
+
     def drain(self) -> None:
         """End every stream, one by one over at most 0.7 of the drain time; then `run` returns."""
         self.draining = True
@@ -1112,6 +1120,8 @@ class Subscriber:
     """
 
     sock: socket.socket
+    counter_key: str
+    master: Address | None = None  # whom it is connected to, if Redis may fail over
     streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # of the channels it follows
     seen: dict[bytes, str] = field(default_factory=dict)  # channel: position up to which none is missing
     position: str = ""  # the counter's newest id, when last asked
@@ -1148,7 +1158,7 @@ class Subscriber:
                 commands.append(command("UNSUBSCRIBE", channel))
                 self.asked.append((channel, []))
         if self.waiting:
-            commands.append(command("HMGET", COUNTER_KEY, "newest", "key"))
+            commands.append(command("HMGET", self.counter_key, "newest", "key"))
             self.asked.append((b"", []))
             wanted = [channel for stream in self.waiting for channel in stream.channels]
             for channel in dict.fromkeys(wanted):
@@ -1226,14 +1236,15 @@ class Subscriber:
 #      5      3       two            nothing is missing at the end. Had the history lost 5, the next would be 9; before
 #      9      5       three          that was 5, which the page has not seen: reset. 4, 6, 7, 8 are of other channels.
 
+# Keys. In a cluster they begin with ssepush:{0}: so that all are on one node, where the scripts run.
 COUNTER_KEY = "ssepush:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); key; lineage
 NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event. Emptied when too large: floor is newest then
 HISTORY_KEY = "ssepush:history:"  # + channel: a Redis Stream of {previous: id, message: bytes}
 PUBLISHED_KEY = "ssepush:published:"  # + channel + NUL + key: the id of what was published with it
 MAX_NEWEST = 100_000  # channels, at most 300 bytes each
 
-# All scripts begin with this. KEYS: counter, newest. ARGV[1]: 40 random hexadecimal digits, the key of marks if the
-# counter is born now. An id has 13 digits of milliseconds, which never go back, whatever the clock does; a hyphen; and
+# All scripts begin with this. KEYS: counter, newest. ARGV[1]: 40 random hexadecimal digits, the key of marks if there
+# is none yet. An id has 13 digits of milliseconds, which never go back, whatever the clock does; a hyphen; and
 # 16 of a sequence, which starts with the clock's microseconds, so that another counter's ids are told from ours. All
 # are of one length, so they compare as text. A channel of which the newest event is not known has had none after floor.
 # Lineage tells whether Redis may have forgotten: it is another after each start, and after a promotion. Then the
@@ -1258,7 +1269,7 @@ if not born then
   redis.call('UNLINK', KEYS[2])
   born = string.format('%.0f-%.0f', now + 1, math.max(clock[1] * 1e6 + clock[2], 1e15))
   if newest and ms(newest) >= ms(born) then born = string.format('%.0f-%s', ms(newest) + 1, seq(born)) end
-  newest, key = born, ARGV[1]
+  newest, key = born, key or ARGV[1]
   redis.call('HSET', KEYS[1], 'born', born, 'newest', newest, 'key', key, 'lineage', lineage)
 end
 if redis.call('HLEN', KEYS[2]) >= {MAX_NEWEST} then redis.call('UNLINK', KEYS[2]) end
@@ -1412,7 +1423,7 @@ class Redis:
         keys: Sequence[str],
         *arguments: str | bytes | int,
     ) -> Any:
-        all_keys = [COUNTER_KEY, NEWEST_KEY, *keys]
+        all_keys = [self.connections.key(name) for name in (COUNTER_KEY, NEWEST_KEY, *keys)]
         new_mark_key = secrets.token_hex(20)
         return self.connections.call("EVAL", script, len(all_keys), *all_keys, new_mark_key, *arguments)
 
@@ -1499,13 +1510,13 @@ class Redis:
         """The newest id of each channel that has one."""
         if not channels:
             return {}
-        answers = self.connections.call("HMGET", NEWEST_KEY, *channels)
+        answers = self.connections.call("HMGET", self.connections.key(NEWEST_KEY), *channels)
         pairs = zip(channels, answers, strict=True)
         return {channel: newest.decode() for channel, newest in pairs if newest}
 
     def mark_key(self) -> bytes:
         """What the scripts make marks with, b"" if there is no counter yet."""
-        key: bytes | None = self.connections.call("HGET", COUNTER_KEY, "key")
+        key: bytes | None = self.connections.call("HGET", self.connections.key(COUNTER_KEY), "key")
         return key or b""
 
 
@@ -1621,7 +1632,9 @@ class Connections:
 
     def __init__(self, url: str) -> None:
         """ValueError: the URL is wrong."""
-        self.address, self._class, self._options = connection_of(url)
+        self.masters, url = masters_of(url)
+        address, self._class, self._options = connection_of(url)
+        self.address = self.masters.address if self.masters else address
         self.has_password = "password" in self._options
         # Where a password is, a user's name is one; alone it may be a password that was put in its place.
         self.user: str = self._options.get("username", "") if self.has_password else ""
@@ -1632,7 +1645,23 @@ class Connections:
 
     def connect(self, **changed: Any) -> Any:
         """A new connection, which belongs to the caller. RedisAway."""
-        return connected(self._class(**{**self._options, **changed}))
+        return self._connected(self._class(**{**self._options, **changed}))
+
+    def _connected(self, connection: Any) -> Any:
+        if self.masters:
+            connection.host, connection.port = self.masters.find()
+        try:
+            connection.connect()
+        except RedisError as error:
+            connection.disconnect()
+            raise away(error) from error
+        return connection
+
+    def key(self, name: str) -> str:
+        """What Redis calls a key of ours."""
+        if self.masters and self.masters.is_cluster:
+            return name.replace("ssepush:", CLUSTER_PREFIX, 1)
+        return name
 
     @contextmanager
     def _one(self) -> Iterator[Any]:
@@ -1646,7 +1675,7 @@ class Connections:
             connection = None
             with suppress(IndexError):
                 connection = self._idle.pop()
-            if connection and is_readable(connection._sock):  # nothing was asked, so Redis has closed it
+            if connection and not self._is_usable(connection):
                 connection.disconnect()
                 connection = None
             connection = connection or self.connect()
@@ -1659,27 +1688,35 @@ class Connections:
         finally:
             self._free.release()
 
+    def _is_usable(self, connection: Any) -> bool:
+        if self.masters and (connection.host, connection.port) != self.masters.known:
+            return False
+        return not is_readable(connection._sock)  # nothing was asked, so Redis has closed it
+
     def call(self, *words: str | bytes | int) -> Any:
         """Redis's answer to a command. RedisAway, RedisRefused, Unanswered."""
-        with self._one() as connection:
-            try:
+        try:
+            with self._one() as connection:
                 connection.send_command(*words)
                 return connection.read_response()
-            except (ResponseError, BusyLoadingError, redis.AuthenticationError) as error:
+        except RedisError as error:
+            if self.masters:
+                self.masters.forget()
+            if isinstance(error, ResponseError | BusyLoadingError | redis.AuthenticationError):
                 raise away(error) from error
-            except RedisError as error:
-                raise Unanswered(f"Redis did not answer: {error}") from error
+            raise Unanswered(f"Redis did not answer: {error}") from error
 
     def subscriber(self, shared: bool) -> Subscriber:
         """A new subscriber, of nothing yet. A shared one speaks RESP3, so that it may ask, too. RedisAway."""
-        if shared:
-            return Subscriber(socket_of(self.connect(protocol=3)))
-        try:
-            connection = self._without_socket.pop()
-        except IndexError:
-            connection = self._class(**self._options)
-        subscriber = Subscriber(socket_of(connected(connection)))
-        self._without_socket.append(connection)  # redis-py's cost more to make than to connect
+        connection = None
+        if not shared:
+            with suppress(IndexError):
+                connection = self._connected(self._without_socket.pop())
+        connection = connection or self.connect(protocol=3 if shared else 2)
+        master = (connection.host, connection.port) if self.masters else None
+        subscriber = Subscriber(socket_of(connection), self.key(COUNTER_KEY), master)
+        if not shared:
+            self._without_socket.append(connection)  # redis-py's cost more to make than to connect
         return subscriber
 
     def ping(self) -> None:
@@ -1697,16 +1734,6 @@ class Connections:
         """How many connections Redis takes, from everybody; 0 if it does not say. RedisAway."""
         found = re.search(rb"maxclients:(\d+)", self.call("INFO", "clients"))
         return int(found[1]) if found else 0
-
-
-def connected(connection: Any) -> Any:
-    """The same, connected and logged in. RedisAway."""
-    try:
-        connection.connect()
-    except RedisError as error:
-        connection.disconnect()
-        raise away(error) from error
-    return connection
 
 
 def socket_of(connection: Any) -> socket.socket:
@@ -1782,6 +1809,7 @@ def position(redis_url: str | None = None) -> str | None:
 
 # ── Redis: its URL ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+URL_SCHEMES = "redis://, rediss:// or unix:// (or redis+sentinel://, redis+cluster://: see docs/reference.md)"
 PERCENT_ENCODED = "/ : @ # ? in a password are %2F %3A %40 %23 %3F"
 
 
@@ -1797,7 +1825,7 @@ def address_of(url: str) -> str:
     except ValueError:
         raise ValueError(f"the Redis URL is wrong: the port must be a number, and {PERCENT_ENCODED}") from None
     if parts.scheme not in ("redis", "rediss", "unix"):
-        raise ValueError("the Redis URL is wrong: it must begin with redis://, rediss:// or unix://")
+        raise ValueError(f"the Redis URL is wrong: it must begin with {URL_SCHEMES}")
     if parts.fragment or "@" in parts.path or "@" in parts.query:
         raise ValueError(f"the Redis URL is wrong: {PERCENT_ENCODED}")
     if parts.scheme == "unix":
@@ -1838,6 +1866,113 @@ def connection_of(
             what = f"parameter {parameter[1]} is not one that redis-py takes, or has a wrong value"
         raise ValueError(f"the Redis URL is wrong: {what}") from None
     return address, connection_class, options
+
+
+# ── Redis that fails over: Sentinels, and clusters ───────────────────────────────────────────────────────────────────
+#
+# Not redis-py's own classes for these: they take a master that has just woken up for one, and send a command again that
+# may have been done. Here each command goes to whom most Sentinels, or nodes of a cluster, take for the master, and
+# each script refuses on a Redis that is none. A master that hangs, or is cut off, does not say that it has lost its
+# place: so a thread asks every second.
+
+FAILOVER_URL = re.compile(r"(rediss?)\+(sentinel|cluster)://([^@/?]*@)?([^@/?]+)(/[^?]*)?(\?.*)?")
+FAILOVER_FORM = (
+    "the Redis URL is wrong: it is redis+sentinel://HOST:26379,HOST:26379/NAME/0, with the master's name as"
+    " Sentinels know it; or redis+cluster://HOST,HOST, without a database"
+)
+CLUSTER_PREFIX = "ssepush:{0}:"
+CLUSTER_SLOT = 13907  # of all keys that begin so
+FIND_S = 1.0  # an answer of Sentinels serves all who ask for so long
+
+
+class Masters:
+    """Who Redis's master is, as Sentinels tell; or the nodes of a cluster, of our keys' slot. Any thread."""
+
+    def __init__(self, address: str, nodes: Sequence[Connections], name: str) -> None:
+        """name: the master's, as Sentinels know it; "" for a cluster."""
+        self.address = address
+        self.is_cluster = not name
+        self.known: Address | None = None
+        self._nodes = list(nodes)
+        self._name = name
+        self._lock = threading.Lock()
+        self._asked_at = -math.inf
+
+    def find(self) -> Address:
+        """The master, as of a second ago at most. RedisAway: it is not known."""
+        with self._lock:
+            if monotonic() > self._asked_at + FIND_S:
+                self.known = self._ask()
+                self._asked_at = monotonic()
+            if not self.known:
+                raise RedisAway(f"none of {self.address} knows a master")
+            return self.known
+
+    def forget(self) -> None:
+        """It may be another now."""
+        self._asked_at = -math.inf
+
+    def _ask(self) -> Address | None:
+        """Whom most of those take for it who answer."""
+        named: Counter[Address] = Counter()
+        silent = []
+        for node in self._nodes:
+            try:
+                master = self._named_by(node)
+            except RedisAway:
+                silent.append(node)
+                continue
+            if master:
+                named[master] += 1
+                if named[master] > len(self._nodes) / 2:
+                    break
+        self._nodes.sort(key=silent.__contains__)  # who is silent is asked last from now on
+        for master, _ in named.most_common(1):
+            return master
+        return None
+
+    def _named_by(self, node: Connections) -> Address | None:
+        if not self.is_cluster:
+            found = node.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)
+            return (found[0].decode(), int(found[1])) if found else None
+        for first, last, master, *_ in node.call("CLUSTER", "SLOTS"):
+            if first <= CLUSTER_SLOT <= last:
+                return master[0].decode(), master[1]
+        return None
+
+
+def masters_of(url: str) -> tuple[Masters | None, str]:
+    """Of a URL that names Sentinels or a cluster: who knows its master, and the URL as if a node were the master.
+
+    `redis+sentinel://user:password@host1:26379,host2:26379/mymaster/0?sentinel_password=…`, `redis+cluster://host1,host2`;
+    any other URL comes back as it is. ValueError: it is wrong.
+    """
+    if not re.match(r"rediss?\+(sentinel|cluster):", url):
+        return None, url
+    found = FAILOVER_URL.fullmatch(url)
+    if not found:
+        raise ValueError(FAILOVER_FORM)
+    scheme, kind, login, hosts, path, query = found.groups("")
+    name, database = "", path.strip("/")
+    parameters = dict(parse_qsl(query[1:]))
+    user = quote(parameters.pop("sentinel_username", ""), safe="")
+    password = quote(parameters.pop("sentinel_password", ""), safe="")
+    node_login, port = login, 6379
+    if kind == "sentinel":
+        name, _, database = database.partition("/")
+        node_login, port = "", 26379
+        if password:
+            node_login = f"{user}:{password}@"
+    if bool(name) != (kind == "sentinel") or (kind == "cluster" and database not in ("", "0")):
+        raise ValueError(FAILOVER_FORM)
+    nodes = []
+    for host in hosts.split(","):
+        host_and_port = host if re.search(":[0-9]+$", host) else f"{host}:{port}"
+        of_node = {**parameters, "socket_timeout": FIND_S, "socket_connect_timeout": FIND_S}
+        nodes.append(Connections(f"{scheme}://{node_login}{host_and_port}?{urlencode(of_node)}"))
+    address = f"{scheme}+{kind}://{hosts}{path}"
+    first, *_ = hosts.split(",")
+    return Masters(address, nodes, name), f"{scheme}://{login}{first}/{database}?{urlencode(parameters)}"
 
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2847,6 +2982,12 @@ class Server:
                 self.relay.call(self.relay.check, newest, self.redis.mark_key())
                 newest = self.redis.newest(tuple(channels))  # compared the next time: what is on its way has come then
 
+    def _follow(self, masters: Masters) -> None:
+        """The follow thread: keep subscribers at Redis's master."""
+        while not self.stopping.wait(FIND_S):
+            with suppress(RedisAway):
+                self.relay.call(self.relay.keep_to, masters.find())
+
     def check_health(self) -> None:
         """HTTPError 503: Redis, or the relay's thread, does not answer within a second. One look serves all who ask."""
         with self._health_lock:
@@ -2906,6 +3047,9 @@ class Server:
             start_thread("replay", self._replay)
         if self.settings.history:
             start_thread("watch", self._watch)
+        masters = self.redis.connections.masters
+        if masters:
+            start_thread("follow", functools.partial(self._follow, masters))
         self.workers.relieve()
         for listener in self.listeners:
             accept = functools.partial(listener.serve_forever, poll_interval=0.1)
@@ -3100,7 +3244,7 @@ def add_serving_options(add: Callable[..., object]) -> None:
 def add_redis_options(add: Callable[..., object]) -> None:
     """What the server and `publish` need alike. No defaults here: those of a subcommand would hide the others."""
     add = functools.partial(add, default=argparse.SUPPRESS)
-    add("--redis-url", help="redis://, rediss:// or unix:// (REDIS_URL; else 127.0.0.1:6379, or embedded)")
+    add("--redis-url", help="redis://, rediss://, unix://, redis+sentinel:// … (REDIS_URL; else local, or embedded)")
     add("--history", type=HISTORY, help="events kept per channel; 0: none (100)")
     add("--history-ttl", type=SECONDS, help="s for which they are kept (86400)")
     add("--max-event", type=number(16, 2**28), help="bytes of the largest event (1 MiB)")
@@ -3220,6 +3364,10 @@ def redis_cli(redis: Redis) -> str:
         called = f"REDISCLI_AUTH=… {called}"
     if redis.connections.user:
         called += f" --user {redis.connections.user}"
+    masters = redis.connections.masters
+    if masters:
+        host, port = masters.known or ("THE-MASTER", 6379)
+        return f"{called} -h {host} -p {port}"
     if redis.connections.address.startswith("unix://"):
         path = redis.connections.address.removeprefix("unix://")
         return f"{called} -s {path}"

@@ -175,13 +175,19 @@ def redis_binary() -> str:
 class RedisProcess:
     """A Redis of the tests' own, which they may kill, stop and restart."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        password: str | None = None,
+    ) -> None:
+        """password: with which the tests' own client logs in; the options have it, too."""
         self.port = free_port()
         self.folder = folder
         self.options = options
         self.url = f"redis://{LOOPBACK}:{self.port}/0"
         self.socket_path = folder / "redis.sock"
-        self.client = redis.Redis(port=self.port, socket_timeout=DEADLINE_S)
+        self.client = redis.Redis(port=self.port, password=password, socket_timeout=DEADLINE_S)
         self.start()
 
     def command(self) -> list[str]:

@@ -132,7 +132,7 @@ def batch(*events: tuple[str, str]) -> ssepush.Batch:
 def test_a_subscriber_notices_an_event_that_is_missing_between_reads_and_within_one() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        subscriber = ssepush.Subscriber(ours)
+        subscriber = ssepush.Subscriber(ours, ssepush.COUNTER_KEY)
 
         assert subscriber.follows(batch(("2", "1")))
         assert subscriber.follows(batch(("3", "2"), ("5", "3")))
@@ -157,7 +157,7 @@ class RelayBetween:
         self.redis, ours = socket.socketpair()
         self.redis.settimeout(DEADLINE_S)
         ours.setblocking(False)
-        self.subscriber = ssepush.Subscriber(ours)
+        self.subscriber = ssepush.Subscriber(ours, ssepush.COUNTER_KEY)
         self._thread = threading.Thread(target=self.relay.run)
 
     def __enter__(self) -> RelayBetween:

@@ -417,7 +417,7 @@ def test_a_page_of_events_waits_for_room_and_is_told_to_come_back() -> None:
         ours, redis_side = socket.socketpair()
         ours.setblocking(False)
         with redis_side:
-            relay.open(stream, ssepush.Subscriber(ours))
+            relay.open(stream, ssepush.Subscriber(ours, ssepush.COUNTER_KEY))
             relay._confirm(stream, "")
             relay.call(relay.drain)
             relay.run()
