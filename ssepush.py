@@ -18,7 +18,7 @@
 |         | is waited for              |                                                                           |
 | relay   | 1                          | owns every Stream and Subscriber, and alone reads and writes their sockets |
 | replay  | REPLAY_THREADS             | reads pages of the history for the relay; touches no stream               |
-| watch   | 1                          | asks Redis every few seconds what nobody may have missed                  |
+| watch   | 1                          | asks Redis every few seconds for the channels' newest ids                 |
 | follow  | 1 with Sentinels, clusters | asks every second who the master is                                       |
 
 Promised: an event published through ssepush reaches every stream of its channel once, in order, also across lost
@@ -106,17 +106,16 @@ log = logging.getLogger("ssepush")
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
 MAX_CHANNELS = 20  # on one stream: a browser opens at most 6 connections per host, so pages share one stream
 MAX_CHANNEL_BYTES = 200
-MAX_KEY_BYTES = 200
 MAX_ID_BYTES = 128  # what browsers send back across origins without asking first
 MAX_EVENT_BYTES = 2**20  # unless --max-event says more: what publishers may send, and streams must pass on
 MAX_DEPTH = 500  # arrays and objects inside each other: less than any reader's stack has room for
-MAX_DIGITS = 4300  # of a whole number: Python reads no longer one
+MAX_DIGITS = 4300  # of a whole number: Python refuses to read a longer one
 TOO_LONG = 10**MAX_DIGITS
 REDIS_S = 5.0  # for Redis to answer
 READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TLS would hold what no selector can see
 SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
 STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it is cut
-PAUSE_S = 0.01  # at most, before other work while events are being passed on
+PAUSE_S = 0.01  # for which a request or a replay waits at most while events are being passed on
 SLICE_S = 0.002  # of other work in the relay between two looks at Redis: live events go first
 REPLAY_PAGE_BYTES = 128 * 1024  # of the history, read at once: a script that takes longer would hold up all of Redis
 REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take
@@ -269,7 +268,7 @@ class State(enum.Enum):
 
     OPENING = "not for this stream: Redis has not confirmed its subscription"
     REPLAYING = "held, until what was missed before it has been read from the history"
-    BEHIND = "waits until the browser has taken what was sent before it; or is dropped, if the replay had it"
+    BEHIND = "dropped if the replay had it; or waits until the browser has taken what was sent before it"
     LIVE = "sent at once"
     ENDED = "nothing: the connection is closed"
 
@@ -287,7 +286,7 @@ class Stream:
     missed: Missed | None = None  # what to read from the history before anything live
     expires_at: float = math.inf  # on the monotonic clock, as all times here
     opened_at: float = field(default_factory=monotonic)
-    subscriber: Subscriber | None = None
+    subscriber: Subscriber = field(init=False)
     state: State = State.OPENING
     position: str = ""  # the one it began at; what was passed on since, its subscriber knows
     skip_to: str = ""  # live events up to this position were in the replay
@@ -321,7 +320,7 @@ class Relay:
         self.settings = settings
         self.on_missed = on_missed
         self.on_end = on_end
-        # What is published is not larger than this, with its id and mark; what is, is dropped unread.
+        # No message that is published through ssepush is larger, with its id and mark. What is, is dropped unread.
         largest = max(settings.max_event, settings.max_backlog, MAX_EVENT_BYTES)
         self.max_message = largest + 1024
         self.streams: set[Stream] = set()
@@ -369,8 +368,8 @@ class Relay:
         """The relay's thread, until it has drained."""
         ticked_at = -math.inf
         while self.streams or not self.draining:
-            tick_s = self.tick_s()
-            self._asleep = True  # said before it looks for calls a last time, so that one of us sees the other
+            tick_s = self._tick_s()
+            self._asleep = True  # before it looks for calls a last time: who calls after that look wakes it
             ready = self._selector.select(0 if self._calls else tick_s)
             self._asleep = False
             self._now = monotonic()
@@ -385,12 +384,12 @@ class Relay:
                 ticked_at = self._now
                 self._safely(self._tick)
         for subscriber in tuple(self.subscribers):
-            self.lose(subscriber)
+            self._close(subscriber)
         self._log_complaints()
         for closable in (self._selector, self._waker, self._woken):
             closable.close()
 
-    def tick_s(self) -> float:
+    def _tick_s(self) -> float:
         """How often to look at the clock, in seconds."""
         if self.draining:
             return 0.02
@@ -467,7 +466,7 @@ class Relay:
         stream.state = State.REPLAYING
         stream.held = []
         if not stream.missed and not position and self.settings.history:
-            stream.missed = missed_since("", stream.channels)  # there was no counter, so all that is kept is new
+            stream.missed = missed_since("", stream.channels)  # there is no counter yet: reading makes one
         if stream.missed:
             self._want_page(stream)
             return
@@ -515,20 +514,20 @@ class Relay:
             stream.skip_to = page.position
             stream.missed = page.following
         held: Sequence[Batch] = ()
-        if not stream.missed:
-            held = self._go_live(stream, page.position)
+        if not stream.missed:  # to be known before this is sent: then more is asked for, or the stream is live
+            held = self._finish_replay(stream, page.position)
         self._send(stream, page.wire)
         for batch in held:
             self._deliver(batch, (stream,))
 
-    def _go_live(self, stream: Stream, position: str) -> Sequence[Batch]:
-        """The stream misses nothing up to this position. What came meanwhile is still to be sent."""
+    def _finish_replay(self, stream: Stream, position: str) -> Sequence[Batch]:
+        """The stream misses nothing up to this position. Returns what came meanwhile, and is still to be sent."""
         held = stream.held or ()
         stream.state = State.BEHIND
         stream.held = None
         stream.unsent_bytes = 0
         stream.position = position
-        if stream.subscriber and position:
+        if position:
             stream.subscriber.knows(stream.channels, position)
         return held
 
@@ -587,7 +586,7 @@ class Relay:
                     followers = subscriber.streams.get(part.channel, ())
                     streams.extend(followers)
                 else:
-                    self.lose(subscriber, "missed")
+                    self.lose(subscriber, "missed", "it has missed events")
             with self._passing_on:
                 self._deliver(part, streams)
             received = len(part.events) * len(subscribers)
@@ -729,7 +728,7 @@ class Relay:
             if stream.expires_at <= self._now:
                 self.end(stream, "drain" if self.draining else "expired")
             elif stream.state is State.OPENING:
-                if silent_s > REDIS_S and stream.subscriber:
+                if silent_s > REDIS_S:
                     self.lose(stream.subscriber, "redis-lost", "it did not confirm a subscription")
             elif stream.backlog:
                 if silent_s > 2 * heartbeat_s:
@@ -743,19 +742,9 @@ class Relay:
 
     def _send_heartbeats(self, streams: Iterable[Stream]) -> None:
         for stream in streams:
-            if stream.state is State.ENDED or stream.backlog:
-                continue
-            wire = body_part(HEARTBEAT, stream.chunked)
-            if stream.state is not State.LIVE:
+            if stream.state in (State.LIVE, State.BEHIND) and not stream.backlog:
+                wire = body_part(HEARTBEAT, stream.chunked)
                 self._send(stream, wire)
-                continue
-            try:
-                stream.sent_at = self._now
-                stream.sock.send(wire)  # a buffer that has no room for these bytes needs no heartbeat
-            except BlockingIOError:
-                continue
-            except OSError:
-                self.end(stream, "gone")
 
     def _log_complaints(self) -> None:
         for what, number in self._complaints.items():
@@ -796,13 +785,13 @@ class Relay:
 
     def _stop_feeding(self, stream: Stream) -> None:
         subscriber = stream.subscriber
-        if subscriber is None or subscriber.lost:
+        if subscriber.lost:
             return
         subscriber.remove(stream)
         if self.settings.shared:
             self._talking.add(subscriber)
         else:
-            self.lose(subscriber)
+            self._close(subscriber)
 
     def _say_goodbye(self, stream: Stream, reason: str, told: str) -> None:
         """What a browser can still be told. Nothing, if it has not taken what was sent before."""
@@ -823,31 +812,31 @@ class Relay:
     def _position(self, stream: Stream) -> str:
         """The id up to which a stream without a backlog has been sent everything, "" if there is none."""
         newest = stream.position
-        if stream.subscriber:
-            for channel in stream.channels:
-                newest = max(newest, stream.subscriber.seen.get(channel, ""))
+        for channel in stream.channels:
+            newest = max(newest, stream.subscriber.seen.get(channel, ""))
         return newest
 
     def lose(
         self,
         subscriber: Subscriber,
-        reason: str = "redis-lost",
-        why: str = "",
+        reason: str,
+        why: str,
     ) -> None:
-        """Close its connection. Its streams end, and come back by themselves: each new one opens a new connection."""
+        """End its streams. Their pages come back by themselves, each by a new connection to Redis."""
         if subscriber.lost:
             return
-        if why:
-            self.complain(f"lost a Redis subscriber: {why}")
-        subscriber.lost = True
-        if subscriber in self.subscribers:
-            self.subscribers.discard(subscriber)
-            self._selector.unregister(subscriber.sock)
-        subscriber.sock.close()
+        self.complain(f"lost a Redis subscriber: {why}")
+        self._close(subscriber)
         fed = subscriber.streams.values()
         for stream in set[Stream]().union(*fed):
             self.end(stream, reason)
         subscriber.streams.clear()
+
+    def _close(self, subscriber: Subscriber) -> None:
+        subscriber.lost = True
+        self.subscribers.discard(subscriber)
+        self._selector.unregister(subscriber.sock)
+        subscriber.sock.close()
 
     def check(
         self,
@@ -856,7 +845,7 @@ class Relay:
     ) -> None:
         """Give up subscribers that have missed a channel's newest event, or follow a counter that is no more."""
         for subscriber in tuple(self.subscribers):
-            is_of_another = subscriber.mark_key not in (b"", mark_key)
+            is_of_another = subscriber.mark_key != mark_key
             if is_of_another or not subscriber.has_seen(newest):
                 self.lose(subscriber, "missed", "it has missed events")
 
@@ -991,19 +980,14 @@ def batch_of(channel: bytes, events: Sequence[Framed]) -> Batch:
     numbered = [event for event in events if event.position]
     if not numbered:
         return batch
-    seen = numbered[0].position
-    is_whole = True
-    published_s = 0.0
-    for event in numbered:
-        is_whole = is_whole and (event is numbered[0] or event.previous <= seen)
-        seen = event.position
-        published_s += int(event.position[:13]) / 1000
+    pairs = itertools.pairwise(numbered)
+    times_s = [int(event.position[:13]) / 1000 for event in numbered]
     return batch._replace(
         previous=numbered[0].previous,
-        position=seen,
-        is_whole=is_whole,
+        position=numbered[-1].position,
+        is_whole=all(after.previous <= before.position for before, after in pairs),
         numbered=len(numbered),
-        published_s=published_s,
+        published_s=sum(times_s),
     )
 
 
@@ -1185,7 +1169,7 @@ class Subscriber:
                 raise ConnectionError("Redis has forgotten the counter")
             self.mark_key = mark_key
         if all(stream.state is State.OPENING for stream in self.streams.get(channel, ())):
-            self.seen.pop(channel, None)  # what came before this answer was for nobody who is still here
+            self.seen.pop(channel, None)  # what was seen before this answer, streams have seen that have ended
         return channel, waiting
 
     def knows(self, channels: Iterable[bytes], position: str) -> None:
@@ -1244,11 +1228,16 @@ PUBLISHED_KEY = "ssepush:published:"  # + channel + NUL + key: the id of what wa
 MAX_NEWEST = 100_000  # channels, at most 300 bytes each
 
 # All scripts begin with this. KEYS: counter, newest. ARGV[1]: 40 random hexadecimal digits, the key of marks if there
-# is none yet. An id has 13 digits of milliseconds, which never go back, whatever the clock does; a hyphen; and
-# 16 of a sequence, which starts with the clock's microseconds, so that another counter's ids are told from ours. All
-# are of one length, so they compare as text. A channel of which the newest event is not known has had none after floor.
-# Lineage tells whether Redis may have forgotten: it is another after each start, and after a promotion. Then the
-# counter is born anew, unless this was a restart with an append-only file: no older replication id, and aof_enabled.
+# is none yet.
+#
+# An id has 13 digits of milliseconds, which never go back, whatever the clock does; a hyphen; and 16 of a sequence,
+# which starts with the clock's microseconds, so that another counter's ids are told from ours. The bounds keep the
+# number of digits, so that ids compare as text. A channel of which the newest event is not known has had none after
+# floor.
+#
+# Lineage is Redis's replication id, which changes at each start and each promotion. If it has changed, Redis may have
+# lost events, so a new counter is born; but not after a mere restart with an append-only file: then replid2, that of a
+# former master, is zero. A new counter is born 1 ms from now, later than any id before it.
 COUNTER_LUA = f"""
 local function ms(id) return string.sub(id, 1, 13) end
 local function seq(id) return string.sub(id, 15) end
@@ -1289,7 +1278,7 @@ redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
 redis.call('HSET', KEYS[2], ARGV[2], id)
 local mark = redis.sha1hex((key or '') .. id .. before .. ARGV[2])
 local members = ', "id": "' .. id .. '", "previous": "' .. before .. '", "mark": "' .. mark .. '"}}'
-local message = string.sub(ARGV[3], 1, -2) .. members
+local message = string.sub(ARGV[3], 1, -2) .. members  -- in place of its last brace
 local receivers = redis.call('PUBLISH', ARGV[2], message)
 if not previous then redis.call('UNLINK', KEYS[3]) end  -- it proves nothing any more, and may hold later ids
 redis.pcall('XADD', KEYS[3], 'MAXLEN', '=', ARGV[4], id, 'previous', before, 'message', message)
@@ -1307,7 +1296,7 @@ return newest
 # channels' messages merged by id, as far as the budget goes; ids: the same per channel to read on, none if that is all.
 PAGE_LUA = f"""{COUNTER_LUA}
 local channels = #KEYS - 2
-local last, is_proven, whole, page, at, size = {{}}, {{}}, {{}}, {{}}, {{}}, {{}}
+local last, is_proven, upto, page, at, size = {{}}, {{}}, {{}}, {{}}, {{}}, {{}}
 local function reset(reason, kept) return {{newest, reason, kept or 0, {{}}, {{}}}} end
 for i = 1, channels do
   local after = ARGV[1 + i]
@@ -1317,18 +1306,18 @@ for i = 1, channels do
   end
   is_proven[i] = after ~= ''
   last[i] = is_proven[i] and after or born
-  whole[i] = redis.call('HGET', KEYS[2], ARGV[1 + channels + i]) or floor
+  upto[i] = redis.call('HGET', KEYS[2], ARGV[1 + channels + i]) or floor
   page[i], at[i], size[i] = {{}}, 1, 1
 end
 local messages, bytes = {{}}, 0
 while bytes < {REPLAY_PAGE_BYTES} do
   local first
   for i = 1, channels do
-    if not page[i][at[i]] and whole[i] > last[i] then
-      page[i], at[i] = redis.call('XRANGE', KEYS[2 + i], '(' .. last[i], whole[i], 'COUNT', size[i]), 1
+    if not page[i][at[i]] and upto[i] > last[i] then
+      page[i], at[i] = redis.call('XRANGE', KEYS[2 + i], '(' .. last[i], upto[i], 'COUNT', size[i]), 1
       if #page[i] == 0 then
         if is_proven[i] then return reset('expired') end
-        whole[i] = last[i]
+        upto[i] = last[i]
       end
     end
     local entry = page[i][at[i]]
@@ -1340,7 +1329,7 @@ while bytes < {REPLAY_PAGE_BYTES} do
   last[first], is_proven[first], at[first] = id, true, at[first] + 1
   messages[#messages + 1] = fields[4]
   bytes = bytes + #fields[4]
-  size[first] = #fields[4] < 4096 and 20 or 1  -- to be read at once: what is not sent now is read again
+  size[first] = #fields[4] < 4096 and 20 or 1  -- to read at once: those that the budget leaves out are read again
 end
 local ids = {{}}
 for i = 1, channels do ids[i] = is_proven[i] and last[i] or '' end
@@ -1444,13 +1433,13 @@ class Redis:
             raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
         if key and not self.history:
             raise ValueError("key needs a history (--history)")
-        keys = [HISTORY_KEY + channel, f"{PUBLISHED_KEY}{channel}\0{key}"]
+        keys = [HISTORY_KEY + channel, f"{PUBLISHED_KEY}{channel}\0{key or ''}"]
         try:
             if not self.history:
                 return Published(self.connections.call("PUBLISH", channel, message))
             answer = self._run(PUBLISH_LUA, keys, channel, message, self.history, self.history_ttl, key or "")
         except RedisRefused as error:
-            raise error.on(channel) from None
+            raise RedisRefused(error.error, channel) from None
         published = Published(answer[0])
         published.id = answer[1].decode()
         published.duplicate = bool(answer[2])
@@ -1477,7 +1466,7 @@ class Redis:
                 following = missed._replace(after=tuple(event_id.decode() for event_id in read_to))
             else:
                 frames.append(position_frame(position))
-        events = len(messages) or len(reset[:1])
+        events = len(messages) + bool(reset)
         return Page(body_part(b"".join(frames), chunked), events, position, reset, following)
 
     def _read(
@@ -1585,14 +1574,9 @@ class RedisRefused(RedisAway):
 
     status = "redis-refused"
 
-    def __init__(self, error: object) -> None:
+    def __init__(self, error: object, channel: str = "") -> None:
         self.error = str(error)
-        super().__init__(refusal(self.error))
-
-    def on(self, channel: str) -> RedisRefused:
-        """The same, about this channel."""
-        self.args = (refusal(self.error, channel),)
-        return self
+        super().__init__(refusal(self.error, channel))
 
 
 class Unanswered(RedisAway):
@@ -1640,7 +1624,7 @@ class Connections:
         self.user: str = self._options.get("username", "") if self.has_password else ""
         self._idle: list[Any] = []  # the one that was used last at the end
         self._without_socket: list[Any] = []  # which a subscriber has taken
-        self._free = threading.BoundedSemaphore(self.MOST)
+        self._running = threading.BoundedSemaphore(self.MOST)
         self._process = os.getpid()
 
     def connect(self, **changed: Any) -> Any:
@@ -1666,7 +1650,7 @@ class Connections:
     @contextmanager
     def _one(self) -> Iterator[Any]:
         """A connection that nobody else uses meanwhile; it is kept for the next if all went well. RedisAway."""
-        if not self._free.acquire(timeout=REDIS_S):
+        if not self._running.acquire(timeout=REDIS_S):
             raise RedisAway("all connections to Redis are busy")
         try:
             if self._process != os.getpid():  # forked: the idle ones are our parent's
@@ -1686,7 +1670,7 @@ class Connections:
                 raise
             self._idle.append(connection)
         finally:
-            self._free.release()
+            self._running.release()
 
     def _is_usable(self, connection: Any) -> bool:
         if self.masters and (connection.host, connection.port) != self.masters.known:
@@ -1871,9 +1855,9 @@ def connection_of(
 # ── Redis that fails over: Sentinels, and clusters ───────────────────────────────────────────────────────────────────
 #
 # Not redis-py's own classes for these: they take a master that has just woken up for one, and send a command again that
-# may have been done. Here each command goes to whom most Sentinels, or nodes of a cluster, take for the master, and
-# each script refuses on a Redis that is none. A master that hangs, or is cut off, does not say that it has lost its
-# place: so a thread asks every second.
+# may have been done. Here each command goes to the node that most Sentinels, or nodes of the cluster, take for the
+# master, and each script refuses to run on one that is none. A master that hangs, or is cut off, does not say that it
+# has been replaced: so a thread asks every second.
 
 FAILOVER_URL = re.compile(r"(rediss?)\+(sentinel|cluster)://([^@/?]*@)?([^@/?]+)(/[^?]*)?(\?.*)?")
 FAILOVER_FORM = (
@@ -1882,11 +1866,11 @@ FAILOVER_FORM = (
 )
 CLUSTER_PREFIX = "ssepush:{0}:"
 CLUSTER_SLOT = 13907  # of all keys that begin so
-FIND_S = 1.0  # an answer of Sentinels serves all who ask for so long
+FIND_S = 1.0  # for which an answer of Sentinels is used again
 
 
 class Masters:
-    """Who Redis's master is, as Sentinels tell; or the nodes of a cluster, of our keys' slot. Any thread."""
+    """Finds Redis's master, by asking Sentinels; in a cluster that of our keys' slot, by asking nodes. Any thread."""
 
     def __init__(self, address: str, nodes: Sequence[Connections], name: str) -> None:
         """name: the master's, as Sentinels know it; "" for a cluster."""
@@ -1913,7 +1897,7 @@ class Masters:
         self._asked_at = -math.inf
 
     def _ask(self) -> Address | None:
-        """Whom most of those take for it who answer."""
+        """The one that most of the nodes name that answer."""
         named: Counter[Address] = Counter()
         silent = []
         for node in self._nodes:
@@ -1927,9 +1911,7 @@ class Masters:
                 if named[master] > len(self._nodes) / 2:
                     break
         self._nodes.sort(key=silent.__contains__)  # who is silent is asked last from now on
-        for master, _ in named.most_common(1):
-            return master
-        return None
+        return max(named, key=named.__getitem__, default=None)
 
     def _named_by(self, node: Connections) -> Address | None:
         if not self.is_cluster:
@@ -2346,7 +2328,10 @@ class Handler(socketserver.BaseRequestHandler):
             self._read_on()
 
     def _read_on(self) -> NoReturn:
-        """For a moment: closing with unread bytes would reset the connection before the answer is read. OSError."""
+        """For a moment: closing with unread bytes would reset the connection before the answer is read.
+
+        The OSError at its end is that of `handle`.
+        """
         self.request.shutdown(socket.SHUT_WR)
         deadline = monotonic() + 1.0
         while True:
@@ -2561,7 +2546,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Whether Redis and the relay answer within a second each; on the admin's port also whether this goes on."""
         if self.server.is_admin and self.app.stopping.is_set():
             raise HTTPError(503, ENDED["drain"])
-        with self.app.workers.elsewhere():
+        with self.app.workers.stepping_aside():
             self.app.check_health()
         return self._respond_json(200, {"state": "ok"})
 
@@ -2596,7 +2581,7 @@ class Handler(socketserver.BaseRequestHandler):
             self._not_now("full", last_words)
         else:
             try:
-                with self.app.workers.elsewhere():
+                with self.app.workers.stepping_aside():
                     self._count()
             finally:
                 self.app.counting.release()
@@ -2628,26 +2613,26 @@ class Handler(socketserver.BaseRequestHandler):
             position = position_of(missed.after[0]) if missed else ""
             self._not_now("expired", token_expired_frame(position) + RENEW)
             return
-        peer, *_ = self.client_address or ("",)  # that of a Unix socket is ""
-        retry = retry_line(settings.retry)
-        stream = Stream(
-            number=next(self.app.stream_numbers),
-            peer=peer,
-            channels=channels,
-            chunked=self.asked.is_1_1,
-            sock=self.request,
-            opening=self._stream_of(retry),
-            missed=missed,
-            expires_at=monotonic() + left_s,
-        )
         prepare(self.request, settings.heartbeat)
+        retry = retry_line(settings.retry)
+        opening = self._stream_of(retry)
         try:
             subscriber = self.app.admit()
         except NotNow as error:
             last_words = farewell(str(error), settings.retry)
             self._not_now(error.reason, last_words)
             return
-        stream.sock = taken_over(self.request)
+        peer, *_ = self.client_address or ("",)  # that of a Unix socket is ""
+        stream = Stream(
+            number=next(self.app.stream_numbers),
+            peer=peer,
+            channels=channels,
+            chunked=self.asked.is_1_1,
+            sock=taken_over(self.request),
+            opening=opening,
+            missed=missed,
+            expires_at=monotonic() + left_s,
+        )
         relay = self.app.relay
         relay.call(relay.open, stream, subscriber)
 
@@ -2718,7 +2703,7 @@ OUT_OF_DESCRIPTORS = {
     errno.ENOBUFS,
     errno.ENOMEM,
 }
-HEALTH_S = 1.0  # an answer about Redis's health serves all who ask for so long
+HEALTH_S = 1.0  # for which an answer about Redis's health is used again
 
 
 def start_thread(name: str, target: Callable[[], object]) -> Thread:
@@ -2729,17 +2714,17 @@ def start_thread(name: str, target: Callable[[], object]) -> Thread:
 
 
 class Workers:
-    """The threads of requests. One is always free to take the next connection: more would take turns, which costs.
+    """The threads of requests. One runs, and answers one connection after another: more would take turns, which costs.
 
-    Who has to wait for a browser says so, and another thread takes its place. Of too many who wait, the one who has
-    moved nothing for longest is ended. Any thread.
+    A thread that has to wait for a browser steps aside, and another is started in its place. Of too many that wait, the
+    one whose connection has moved nothing for longest is ended. Any thread.
     """
 
     def __init__(self, most_waiting: int) -> None:
         self.most_waiting = most_waiting
         self._work: SimpleQueue[tuple[Any, ...]] = SimpleQueue()  # each a function and its arguments
         self._lock = threading.Lock()
-        self._free = 0  # threads that look for work, or are at it without waiting for a browser
+        self._running = 0  # threads that look for work, or are at it without waiting for a browser
         self._taken_at = 0.0
         self._waiting: OrderedDict[socket.socket, None] = OrderedDict()  # who has moved nothing for longest, first
 
@@ -2749,17 +2734,17 @@ class Workers:
         self.relieve()
 
     def relieve(self) -> None:
-        """Start a thread if none is free; or if those who are have taken no work for long: then they wait for Redis."""
+        """Start a thread if none runs; or if work is not taken in time: then those that run are waiting for Redis."""
         with self._lock:
             is_stuck = not self._work.empty() and monotonic() > self._taken_at + STUCK_S
-            if self._free and not is_stuck:
+            if self._running and not is_stuck:
                 return
-            self._free += 1
+            self._running += 1
             self._taken_at = monotonic()
         try:
             start_thread("request", self._run)
         except RuntimeError:  # there is no room for one: the work waits until somebody has time, or we are asked again
-            self._count_free(-1)
+            self._count_running(-1)
 
     def _run(self) -> None:
         """Do one piece of work after another, for as long as nobody else does."""
@@ -2768,23 +2753,23 @@ class Workers:
             self._taken_at = monotonic()
             function(*arguments)
             with self._lock:
-                if self._free > 1:
-                    self._free -= 1
+                if self._running > 1:
+                    self._running -= 1
                     return
 
-    def _count_free(self, change: int) -> None:
+    def _count_running(self, change: int) -> None:
         with self._lock:
-            self._free += change
+            self._running += change
 
     @contextmanager
-    def elsewhere(self) -> Iterator[None]:
+    def stepping_aside(self) -> Iterator[None]:
         """While this thread waits, another takes its place."""
-        self._count_free(-1)
+        self._count_running(-1)
         self.relieve()
         try:
             yield
         finally:
-            self._count_free(1)
+            self._count_running(1)
 
     @contextmanager
     def waiting(self, sock: socket.socket) -> Iterator[None]:
@@ -2793,13 +2778,13 @@ class Workers:
         if len(self._waiting) > self.most_waiting:
             self.end_oldest()
         try:
-            with self.elsewhere():
+            with self.stepping_aside():
                 yield
         finally:
             self._waiting.pop(sock, None)
 
     def end_oldest(self) -> None:
-        """Make room by the one who has moved nothing for longest."""
+        """Make room by ending the one that has moved nothing for longest."""
         with suppress(KeyError, OSError):  # there is none; it has gone by itself
             sock, _ = self._waiting.popitem(last=False)
             sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
@@ -2965,8 +2950,8 @@ class Server:
                 page = self.redis.page(missed, chunked)
                 relay.call(relay.take_page, page, streams)
             except RedisAway as error:
-                why = str(error)
-                relay.call(relay.refuse, streams, error.status, why)
+                reason = "redis-refused" if isinstance(error, RedisRefused) else "redis-away"
+                relay.call(relay.refuse, streams, reason, str(error))
             except Exception as error:
                 log.exception("a page of the history could not be read")
                 relay.call(relay.refuse, streams, "redis-away", str(error))
@@ -3046,6 +3031,8 @@ class Server:
         for _ in range(REPLAY_THREADS):
             start_thread("replay", self._replay)
         if self.settings.history:
+            with suppress(RedisAway):
+                self.redis.position()  # there is a counter from now on, whose key subscribers know from their start
             start_thread("watch", self._watch)
         masters = self.redis.connections.masters
         if masters:
@@ -3061,7 +3048,7 @@ class Server:
         answering_s = min(1.0, self.settings.drain / 5)
         deadline = monotonic() + answering_s
         all_taken = threading.Event()
-        self.workers.start(all_taken.set)
+        self.workers.start(all_taken.set)  # after all that are in the queue
         all_taken.wait(answering_s)
         for thread in tuple(self._answering):
             left_s = deadline - monotonic()

@@ -289,3 +289,24 @@ def test_publishing_to_a_channel_that_the_redis_user_may_not_use_is_an_error_tha
 
     assert answer.status == 503
     assert "permission" in answer.error
+
+
+@both_ways
+def test_streams_whose_replay_redis_does_not_answer_are_told_to_come_back(
+    own_redis: RedisProcess,
+    start: Start,
+    channel: str,
+) -> None:
+    server = start(redis=own_redis)
+    missed = server.publish_id("missed", channel)
+    own_redis.client.client_pause(20_000, all=False)  # scripts wait, all else is answered
+
+    headers = {"Last_Event_ID": missed}
+    streams = [server.stream(channel, **headers), server.stream(f"{channel}-other", **headers)]
+
+    for stream in streams:
+        assert stream.until_end() == []
+        assert stream.says_why()
+        assert stream.comes_back_after()
+    assert server.refused("redis-away") == 2
+    assert server.streams() == 0
