@@ -68,10 +68,10 @@ def wait_for_content(
 def running_app(
     name: str,
     folder: Path,
+    port: int,
     **environment: str,
 ) -> Iterator[str]:
     """An application of the examples, as its first lines say how to start it; its URL."""
-    port = free_port()
     variables = environment_with(
         PYTHONPATH=str(HERE),
         PORT=str(port),
@@ -329,7 +329,7 @@ def test_an_answer_is_whole_on_two_devices_though_it_was_reloaded_and_the_server
         "SSEPUSH_HISTORY": "5000",
         "WORDS_PER_S": "75",
     }
-    with running_app("llm_stream.py", tmp_path, **environment) as url:
+    with running_app("llm_stream.py", tmp_path, free_port(), **environment) as url:
         tab.get(url)
         question = tab.find_element("name", "question")
         question.clear()
