@@ -762,8 +762,8 @@ class Relay:
         """End a stream, for a key of ENDED: feed it no longer, say goodbye, close. A second time does no harm."""
         if stream.state is State.ENDED:
             return
-        was_opening = bool(stream.opening)
         self._stop_feeding(stream)
+        self._count_end(stream, reason)  # before its browser can ask
         self._say_goodbye(stream, reason, told or ENDED[reason])
         stream.state = State.ENDED
         stream.held = stream.backlog = None
@@ -773,7 +773,9 @@ class Relay:
         self._selector.unregister(stream.sock)
         stream.sock.close()
         self.on_end()
-        if was_opening:
+
+    def _count_end(self, stream: Stream, reason: str) -> None:
+        if stream.opening:  # its browser has been sent nothing yet
             if reason == "redis-lost":
                 reason = "redis-away"
             self.count(f'streams_refused_total{{reason="{reason}"}}')

@@ -20,12 +20,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     Most tests wait most of the time: there may be one process more than processors.
     """
-    is_whole_suite = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    source = config.args_source
+    is_whole_suite = source == pytest.Config.ArgsSource.TESTPATHS
     is_worker = hasattr(config, "workerinput")
-    if not is_whole_suite or is_worker or not config.pluginmanager.hasplugin("xdist"):
+    has_xdist = config.pluginmanager.hasplugin("xdist")
+    if not is_whole_suite or is_worker or not has_xdist:
         return
     option = config.option
-    if option.numprocesses is None and not option.usepdb and not option.collectonly:
+    is_watched = option.usepdb or option.collectonly
+    if option.numprocesses is None and not is_watched:
         processors = os.cpu_count() or 1
         option.numprocesses = min(processors + 1, MAX_WORKERS)
         option.dist = "worksteal"

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -27,6 +28,7 @@ from tests.kit import (
     DEADLINE_S,
     DEPLOY,
     HERE,
+    LOOPBACK,
     EventStream,
     Page,
     Publisher,
@@ -44,21 +46,42 @@ from tests.kit import (
 )
 
 pytestmark = needs_test_extra
-RELEASES = Path(__file__).parent / "releases"
+TESTS = HERE / "tests"
 
 
-def get(url: str) -> tuple[int, str]:
+def get(port: int, path: str) -> tuple[int, str]:
     """The status and the body; 0 if nobody is there."""
+    url = f"http://{LOOPBACK}:{port}{path}"
     try:
-        with urllib.request.urlopen(url, timeout=DEADLINE_S) as response:
-            return response.status, response.read().decode()
+        response = urllib.request.urlopen(url, timeout=DEADLINE_S)
     except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+        response = error
     except OSError:
         return 0, ""
+    with response:
+        body = response.read().decode()
+        return response.status, body
 
 
-def run_program(*command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def status_of(port: int, path: str) -> int:
+    status, _ = get(port, path)
+    return status
+
+
+def deployed(name: str) -> str:
+    """The text of a file of deploy/."""
+    return (DEPLOY / name).read_text()
+
+
+def docs(page: str) -> str:
+    """The text of a page of the docs."""
+    return (HERE / "docs" / page).read_text()
+
+
+def run_program(
+    *command: str | Path,
+    stdin: str = "",
+) -> subprocess.CompletedProcess[str]:
     """One run of a program, to its end, in the project's folder and with the python3 of the tests."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
@@ -73,6 +96,34 @@ def run_program(*command: str, stdin: str = "") -> subprocess.CompletedProcess[s
     )
 
 
+def said_by(*command: str | Path, stdin: str = "") -> str:
+    """What a program that ends well prints."""
+    done = run_program(*command, stdin=stdin)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+class Started:
+    """The server as something deployed starts it, with a line that says where it is."""
+
+    def __init__(self, command: list[str], redis: RedisProcess) -> None:
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment_with(REDIS_URL=redis.url),
+        )
+
+    def first_line(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline()
+
+    def ended(self) -> int:
+        """End it; its status."""
+        self.process.terminate()
+        return self.process.wait(DEADLINE_S)
+
+
 # ── systemd ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -80,67 +131,92 @@ def run_program(*command: str, stdin: str = "") -> subprocess.CompletedProcess[s
 def unit(tmp_path: Path) -> Path:
     """The unit, with a program that is there."""
     started = tmp_path / "ssepush"
-    started.write_text(f'#!/bin/sh\nexec {shlex.join(ssepush_command())} "$@"\n')
+    command = shlex.join(ssepush_command())
+    started.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     started.chmod(0o755)
-    text = (DEPLOY / "ssepush@.service").read_text()
+    text = deployed("ssepush@.service")
     unit = tmp_path / "ssepush@.service"
     unit.write_text(text.replace("/opt/ssepush/bin/ssepush ", f"{started} "))
     return unit
 
 
 def test_systemd_finds_nothing_wrong_with_the_unit(unit: Path) -> None:
-    done = run_program(program("systemd-analyze"), "verify", str(unit))
+    analyze = program("systemd-analyze")
 
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    done = run_program(analyze, "verify", unit)
+
+    assert done.stdout + done.stderr == ""
+    assert done.returncode == 0
 
 
 def test_systemd_finds_the_unit_hardened(unit: Path) -> None:
+    analyze = program("systemd-analyze")
     instance = unit.with_name("ssepush@1.service")
     instance.write_text(unit.read_text())
-    analyze = [program("systemd-analyze"), "security", "--offline=true", "--threshold=20", "--no-pager"]
+    options = ["--offline=true", "--threshold=20", "--no-pager"]
 
-    done = run_program(*analyze, str(instance))
+    done = run_program(analyze, "security", *options, instance)
 
     assert done.returncode == 0, done.stdout[-200:] + done.stderr
 
 
-def command_of(unit: Path, instance: int, port: int, admin: int) -> list[str]:
+def command_of(
+    unit: Path,
+    instance: int,
+    port: int,
+    admin: int,
+) -> list[str]:
     """What systemd would run for an instance, but for the ports."""
-    command = re.search("^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
+    text = unit.read_text()
+    command = re.search("^ExecStart=(.*)$", text, re.MULTILINE)
     assert command
-    text = command[1].replace("$SSEPUSH_OPTIONS", "").replace("900%i", str(admin))
-    assert "%" not in text, instance
-    return shlex.split(text.replace("--port 5000", f"--port {port}"))
+    line = command[1]
+    for old, new in {
+        "$SSEPUSH_OPTIONS": "",
+        "900%i": str(admin),
+        "--port 5000": f"--port {port}",
+    }.items():
+        line = line.replace(old, new)
+    assert "%" not in line, instance
+    return shlex.split(line)
+
+
+def open_streams(admin: int) -> int:
+    """How many streams a server says that it has, at its port for admins."""
+    _, text = get(admin, "/metrics")
+    (number,) = re.findall("^ssepush_streams ([0-9]+)$", text, re.MULTILINE)
+    return int(number)
 
 
 def test_two_instances_of_the_unit_share_a_port_and_each_shows_its_own_metrics(
-    unit: Path, redis_process: RedisProcess, channel: str
+    unit: Path,
+    redis_process: RedisProcess,
+    channel: str,
 ) -> None:
     port = free_port()
     admins = [free_port(), free_port()]
     instances = []
     for number, admin in enumerate(admins, 1):
         command = command_of(unit, number, port, admin)
-        environment = environment_with(REDIS_URL=redis_process.url)
-        instances.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+        instances.append(Started(command, redis_process))
     try:
         for instance in instances:
-            assert instance.stdout
-            assert f":{port}/" in instance.stdout.readline()
+            assert f":{port}/" in instance.first_line()
         streams = [EventStream(port, f"/stream?channel={channel}") for _ in range(12)]
         ssepush.publish("hi", channel=channel, redis_url=redis_process.url)
-        assert [stream.next().data for stream in streams] == ["hi"] * 12
+        for stream in streams:
+            assert stream.next().data == "hi"
 
-        shown = [get(f"http://127.0.0.1:{admin}/metrics")[1] for admin in admins]
-        public = [get(f"http://127.0.0.1:{port}{path}")[0] for path in ("/metrics", "/healthz")]
+        shown = [open_streams(admin) for admin in admins]
+        public_metrics = status_of(port, "/metrics")
+        public_health = status_of(port, "/healthz")
     finally:
-        for instance in instances:
-            instance.terminate()
+        statuses = [instance.ended() for instance in instances]
 
-    open_streams = [re.findall("^ssepush_streams ([0-9]+)$", text, re.MULTILINE) for text in shown]
-    assert sum(int(number) for (number,) in open_streams) == 12
-    assert public == [404, 404]
-    assert [instance.wait(DEADLINE_S) for instance in instances] == [0, 0]
+    assert sum(shown) == 12
+    assert public_metrics == 404
+    assert public_health == 404
+    assert statuses == [0, 0]
 
 
 # ── Redis's rights ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -150,28 +226,36 @@ def test_two_instances_of_the_unit_share_a_port_and_each_shows_its_own_metrics(
 def restricted_redis(tmp_path: Path) -> Iterator[RedisProcess]:
     """A Redis that knows the deployed user."""
     users = tmp_path / "users.acl"
-    users.write_text((DEPLOY / "redis.acl").read_text())
+    users.write_text(deployed("redis.acl"))
     process = RedisProcess(tmp_path, "--aclfile", str(users))
     yield process
     process.kill()
 
 
-def test_the_channels_of_the_docs_are_those_that_the_deployed_user_may_read(restricted_redis: RedisProcess) -> None:
-    rules = (DEPLOY / "redis.acl").read_text().strip()
-    for page in ("operations.md", "security.md"):
-        named = re.findall(r"^user ssepush .*$", (HERE / "docs" / page).read_text(), re.MULTILINE)
-        assert set(named) <= {rules}
-    user = redis.Redis.from_url(restricted_redis.url_of("ssepush", "CHANGE-ME"), protocol=2)
+@pytest.mark.parametrize("page", ["operations.md", "security.md"])
+def test_the_docs_show_no_other_rights_than_those_deployed(page: str) -> None:
+    rights = deployed("redis.acl").strip()
 
-    with contextlib.closing(user), contextlib.closing(user.pubsub()) as pubsub:  # type: ignore[no-untyped-call]
-        pubsub.subscribe("sse", "sse:news", "private-orders")
-        confirmed = [pubsub.get_message(timeout=DEADLINE_S)["type"] for _ in range(3)]
+    shown = re.findall(r"^user ssepush .*$", docs(page), re.MULTILINE)
+
+    assert set(shown) <= {rights}
+
+
+def test_the_channels_of_the_docs_are_those_that_the_deployed_user_may_read(restricted_redis: RedisProcess) -> None:
+    url = restricted_redis.url_of("ssepush", "CHANGE-ME")
+    user = redis.Redis.from_url(url, protocol=2)
+    pubsub: Any = user.pubsub()  # type: ignore[no-untyped-call]
+    allowed = ["sse", "sse:news", "private-orders"]
+
+    with contextlib.closing(user), contextlib.closing(pubsub):
+        pubsub.subscribe(*allowed)
+        for _ in allowed:
+            confirmation = pubsub.get_message(timeout=DEADLINE_S)
+            assert confirmation["type"] == "subscribe"
         pubsub.subscribe("orders")
 
         with pytest.raises(redis.exceptions.NoPermissionError):
             pubsub.get_message(timeout=DEADLINE_S)
-
-    assert confirmed == ["subscribe"] * 3
 
 
 CELERY_CHANNEL = "/0.celeryev/task.sent"
@@ -189,7 +273,8 @@ def task_is_sent(url: str) -> None:
 
 
 def test_strangers_read_the_arguments_of_celerys_tasks_on_a_shared_redis_without_rights(
-    start: Start, own_redis: RedisProcess
+    start: Start,
+    own_redis: RedisProcess,
 ) -> None:
     server = start(redis=own_redis)
     stranger = server.opened(CELERY_CHANNEL)
@@ -197,14 +282,16 @@ def test_strangers_read_the_arguments_of_celerys_tasks_on_a_shared_redis_without
     task_is_sent(own_redis.url)
 
     message = json.loads(stranger.next().data)
-    body = base64.b64decode(message["body"]).decode()
-    assert "4111 1111 1111 1111" in body
+    body = base64.b64decode(message["body"])
+    assert b"4111 1111 1111 1111" in body
 
 
 def test_with_the_deployed_rights_strangers_read_nothing_of_celery(
-    start: Start, restricted_redis: RedisProcess
+    start: Start,
+    restricted_redis: RedisProcess,
 ) -> None:
-    server = start(redis=restricted_redis.url_of("ssepush", "CHANGE-ME"))
+    url = restricted_redis.url_of("ssepush", "CHANGE-ME")
+    server = start(redis=url)
     stranger = server.stream(CELERY_CHANNEL)
     reader = server.opened("sse")
 
@@ -218,138 +305,161 @@ def test_with_the_deployed_rights_strangers_read_nothing_of_celery(
 # ── Containers: there is no registry of images here, so their steps are run without one ─────────────────────────────
 
 
-def instructions() -> list[tuple[str, str]]:
-    """The Containerfile's, as `("RUN", "…")`."""
+def values_of(name: str) -> list[str]:
+    """What stands behind an instruction of the Containerfile, each time that it is there."""
     found = []
-    for line in (DEPLOY / "Containerfile").read_text().splitlines():
-        name, _, rest = line.partition(" ")
-        if name.isupper():
-            found.append((name, rest))
+    for line in deployed("Containerfile").splitlines():
+        instruction, _, rest = line.partition(" ")
+        if instruction == name:
+            found.append(rest)
     return found
 
 
-def values_of(name: str) -> list[str]:
-    return [rest for instruction, rest in instructions() if instruction == name]
+def copied() -> list[str]:
+    """The files that are copied into the image."""
+    sources_and_target = values_of("COPY")[0].split()
+    return sources_and_target[:-1]
 
 
 def test_the_image_has_two_stages_is_not_run_by_root_and_copies_what_is_there() -> None:
     base = "docker.io/library/python:3.13-slim"
+    _, second_copy = values_of("COPY")
+
     assert values_of("FROM") == [f"{base} AS build", base]
     assert values_of("USER") == ["65534:65534"]
-    first, second = values_of("COPY")
-    assert all((HERE / name).exists() for name in first.split()[:-1])
-    assert second == "--from=build /opt/ssepush /opt/ssepush"
+    for name in copied():
+        assert (HERE / name).exists()
+    assert second_copy == "--from=build /opt/ssepush /opt/ssepush"
 
 
 def test_the_steps_of_the_build_install_this_version_with_its_page(tmp_path: Path) -> None:
     source = tmp_path / "src"
     source.mkdir()
-
-    def here(text: str) -> str:
-        return text.replace("/opt/ssepush", f"{tmp_path}/opt/ssepush")
-
-    copied = values_of("COPY")[0].split()[:-1]
-    for name in copied:
+    installed = tmp_path / "opt" / "ssepush"
+    for name in copied():
         shutil.copy(HERE / name, source)
-    for step in values_of("RUN"):
-        command = here(step).split()
-        subprocess.run(command, check=True, cwd=source, capture_output=True, timeout=120)
-    version = run_program(here("/opt/ssepush/bin/ssepush"), "--version")
-    measure = "import ssepush; print(len(ssepush.page_and_policy()[0]))"
-    page = run_program(here("/opt/ssepush/bin/python3"), "-I", "-c", measure)
 
-    assert version.stdout == f"ssepush {ssepush.__version__}\n"
-    assert int(page.stdout) == (HERE / "index.html").stat().st_size
+    for step in values_of("RUN"):
+        command = step.replace("/opt/ssepush", str(installed))
+        subprocess.run(
+            command.split(),
+            check=True,
+            cwd=source,
+            capture_output=True,
+            timeout=120,
+        )
+    version = said_by(installed / "bin" / "ssepush", "--version")
+    measure = "import ssepush; print(len(ssepush.page_and_policy()[0]))"
+    page_bytes = said_by(installed / "bin" / "python3", "-I", "-c", measure)
+
+    page = HERE / "index.html"
+    assert version == f"ssepush {ssepush.__version__}\n"
+    assert int(page_bytes) == page.stat().st_size
 
 
 def test_what_the_image_starts_is_healthy_by_its_own_check_and_shows_metrics_inside_alone(
     redis_process: RedisProcess,
 ) -> None:
-    port, admin = free_port(), free_port()
-    changes = {
-        '"/opt/ssepush/bin/ssepush"': ", ".join(map(json.dumps, ssepush_command())),
+    port = free_port()
+    admin = free_port()
+    program_words = [json.dumps(word) for word in ssepush_command()]
+    here = {
+        '"/opt/ssepush/bin/ssepush"': ", ".join(program_words),
         "/opt/ssepush/bin/python3": sys.executable,
         '"5000"': f'"{port}"',
         ":9000": f":{admin}",
-        "0.0.0.0": "127.0.0.1",
+        "0.0.0.0": LOOPBACK,
     }
 
-    def here(words: str) -> list[str]:
-        for old, new in changes.items():
-            words = words.replace(old, new)
-        return [str(word) for word in json.loads(words)]
+    def command_in(text: str) -> list[str]:
+        """The command, with programs and ports of this machine."""
+        for old, new in here.items():
+            text = text.replace(old, new)
+        return [str(word) for word in json.loads(text)]
 
-    health = here(values_of("HEALTHCHECK")[0].partition("CMD ")[2])
-    command = here(values_of("ENTRYPOINT")[0])
-    environment = environment_with(REDIS_URL=redis_process.url)
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    (health,) = values_of("HEALTHCHECK")
+    (entry,) = values_of("ENTRYPOINT")
+    _, _, check = health.partition("CMD ")
+    server = Started(command_in(entry), redis_process)
     try:
-        assert server.stdout
-        assert f":{port}/" in server.stdout.readline()
-        healthy = run_program(*health).returncode
-        _, inside = get(f"http://127.0.0.1:{admin}/metrics")
-        outside, _ = get(f"http://127.0.0.1:{port}/metrics")
+        assert f":{port}/" in server.first_line()
+        healthy = run_program(*command_in(check))
+        _, metrics_inside = get(admin, "/metrics")
+        outside = status_of(port, "/metrics")
     finally:
-        server.terminate()
-    ended = server.wait(DEADLINE_S)
-    unhealthy = run_program(*health).returncode
+        ended = server.ended()
+    unhealthy = run_program(*command_in(check))
 
-    assert healthy == 0
-    assert "ssepush_streams 0" in inside
+    assert healthy.returncode == 0
+    assert "ssepush_streams 0" in metrics_inside
     assert outside == 404
     assert ended == 0
-    assert unhealthy == 1
+    assert unhealthy.returncode == 1
 
 
 def test_compose_starts_the_image_beside_a_redis_that_keeps_what_it_has() -> None:
-    compose = yaml.safe_load((DEPLOY / "compose.yml").read_text())
+    compose = yaml.safe_load(deployed("compose.yml"))
     services = compose["services"]
     ours = services["ssepush"]
+    redis = services["redis"]
 
-    assert ours["build"] == {"context": "..", "dockerfile": "deploy/Containerfile"}
-    assert services["redis"]["command"] == ["redis-server", "--appendonly", "yes"]
+    assert ours["build"] == {
+        "context": "..",
+        "dockerfile": "deploy/Containerfile",
+    }
+    assert redis["command"] == ["redis-server", "--appendonly", "yes"]
     assert ours["environment"]["REDIS_URL"] == "redis://redis:6379/0"
     assert ours["ports"] == ["127.0.0.1:5000:5000"]
-    assert "ports" not in services["redis"]
+    assert "ports" not in redis
     # The server's own parser takes the options.
-    options = ssepush.command_line().parse_args(ours["command"])
+    parser = ssepush.command_line()
+    options = parser.parse_args(ours["command"])
     assert options.allow_host == ["events.example.org"]
 
 
 # ── Alerts and the dashboard ─────────────────────────────────────────────────────────────────────────────────────────
 
-# The server is about to export these. Whoever adds one takes it from here.
-
 
 def queries() -> list[str]:
     """The dashboard's, with its variables filled in."""
-    dashboard = json.loads((DEPLOY / "grafana.json").read_text())
-    found = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    return [query.replace("$__rate_interval", "5m").replace("$instance", ".*") for query in found]
+    dashboard = json.loads(deployed("grafana.json"))
+    found = []
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            query = target["expr"]
+            query = query.replace("$__rate_interval", "5m")
+            query = query.replace("$instance", ".*")
+            found.append(query)
+    return found
+
+
+def promtool(*arguments: str | Path, stdin: str = "") -> str:
+    """What it prints when it finds nothing wrong."""
+    return said_by(program("promtool"), *arguments, stdin=stdin)
 
 
 def test_prometheus_takes_the_alerts() -> None:
-    done = run_program(program("promtool"), "check", "rules", str(DEPLOY / "alerts.yml"))
+    said = promtool("check", "rules", DEPLOY / "alerts.yml")
 
-    assert done.returncode == 0, done.stderr
-    assert "12 rules found" in done.stdout
+    assert "12 rules found" in said
 
 
 def test_each_alert_fires_when_it_should_and_none_for_a_quiet_server() -> None:
-    done = run_program(program("promtool"), "test", "rules", str(Path(__file__).parent / "alerts_test.yml"))
-
-    assert done.returncode == 0, done.stdout + done.stderr
+    promtool("test", "rules", TESTS / "alerts_test.yml")
 
 
 def test_prometheus_takes_each_query_of_the_dashboard(tmp_path: Path) -> None:
-    rules = [{"record": f"panel:query:{number}", "expr": query} for number, query in enumerate(queries())]
+    rules = []
+    for number, query in enumerate(queries()):
+        rule = {"record": f"panel:query:{number}", "expr": query}
+        rules.append(rule)
+    group = {"name": "dashboard", "rules": rules}
     file = tmp_path / "queries.yml"
-    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    file.write_text(json.dumps({"groups": [group]}))
 
-    done = run_program(program("promtool"), "check", "rules", str(file))
+    said = promtool("check", "rules", file)
 
-    assert done.returncode == 0, done.stderr
-    assert f"{len(rules)} rules found" in done.stdout
+    assert f"{len(rules)} rules found" in said
 
 
 def exported_by(server: ServerProcess, channel: str) -> set[str]:
@@ -364,15 +474,18 @@ def exported_by(server: ServerProcess, channel: str) -> set[str]:
     wait_for(lambda: server.closed("gone") == 1, "the stream is closed")
     with server.stream(channel, Last_Event_ID="none of ours") as reset:
         reset.wait(lambda: reset.events, "the reset")
-        text = server.get("/metrics").body.decode()
+        _, text = get(server.port, "/metrics")
     return set(re.findall("^(ssepush_[a-z0-9_]+)", text, re.MULTILINE))
 
 
 def test_alerts_and_dashboard_ask_for_what_the_server_exports(start: Start, channel: str) -> None:
-    exported = exported_by(start("--max-streams", "1"), channel)
-    alerts = yaml.safe_load((DEPLOY / "alerts.yml").read_text())
+    server = start("--max-streams", "1")
+    exported = exported_by(server, channel)
+    alerts = yaml.safe_load(deployed("alerts.yml"))
     rules = alerts["groups"][0]["rules"]
-    asked = " ".join([*queries(), *(rule["expr"] for rule in rules)])
+    conditions = [rule["expr"] for rule in rules]
+    asked = " ".join(queries() + conditions)
+
     names = set(re.findall(r"\bssepush_[a-z0-9_]+", asked))
 
     assert names <= exported
@@ -384,12 +497,12 @@ def test_prometheus_finds_nothing_wrong_with_the_metrics(start: Start, channel: 
     with server.opened(channel) as stream:
         server.publish("hi", channel)
         stream.next()
-        text = server.get("/metrics").body.decode()
+        _, text = get(server.port, "/metrics")
 
     done = run_program(program("promtool"), "check", "metrics", stdin=text)
 
-    complaints = [line for line in done.stderr.splitlines() if "no help text" not in line]
-    assert complaints == []
+    complaints = done.stderr.splitlines()
+    assert [line for line in complaints if "no help text" not in line] == []
 
 
 # ── Upgrading ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -398,9 +511,14 @@ def test_prometheus_finds_nothing_wrong_with_the_metrics(start: Start, channel: 
 class WanderingPage(Page):
     """A page that comes back at another server each time, as behind a proxy."""
 
-    def __init__(self, ports: Sequence[int], *channels: str) -> None:
+    def __init__(
+        self,
+        ports: Sequence[int],
+        *channels: str,
+    ) -> None:
         self.ports = itertools.cycle(ports)
-        super().__init__(next(self.ports), *channels, leave_after=self._move_on)
+        first = next(self.ports)
+        super().__init__(first, *channels, leave_after=self._move_on)
 
     def _move_on(self) -> int:
         self.port = next(self.ports)
@@ -414,15 +532,21 @@ class WanderingPage(Page):
 
 
 @pytest.fixture
-def last_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServerProcess]:
+def last_release(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., ServerProcess]:
     """Starts a server of the last release."""
     old = tmp_path / "ssepush.py"
-    shutil.copy(RELEASES / "ssepush-1.0.0.py", old)
+    shutil.copy(TESTS / "releases" / "ssepush-1.0.0.py", old)
     shutil.copy(HERE / "index.html", tmp_path)
+
+    def old_command(*arguments: str) -> list[str]:
+        return [sys.executable, str(old), *arguments]
 
     def start(*options: str, redis: RedisProcess) -> ServerProcess:
         with monkeypatch.context() as patched:
-            patched.setattr("tests.kit.ssepush_command", lambda *more: [sys.executable, str(old), *more])
+            patched.setattr("tests.kit.ssepush_command", old_command)
             return ServerProcess(redis, *options)
 
     return start
@@ -444,15 +568,26 @@ def test_pages_that_move_between_the_last_release_and_this_one_miss_nothing_and_
     ports = [old.port, new.port]
 
     def publish(data: str) -> None:
-        ssepush.publish(data, channel=channels[0], redis_url=own_redis.url, history=10000)
+        ssepush.publish(
+            data,
+            channel=channels[0],
+            redis_url=own_redis.url,
+            history=10000,
+        )
 
-    pages = [WanderingPage(order, *channels) for order in ([old.port, new.port], [new.port, old.port]) * 3]
+    pages = []
+    for _ in range(3):
+        pages.append(WanderingPage([old.port, new.port], *channels))
+        pages.append(WanderingPage([new.port, old.port], *channels))
     wait_for(lambda: all(page.streams for page in pages), "all pages are open")
     # Whoever has no position yet has nothing to come back with.
     publish("last")
     wait_for(lambda: all(page.events for page in pages), "all pages have a position")
 
-    publishers = [Publisher(port, f"by {port}", *channels, pause=0.004) for port in ports]
+    publishers = []
+    for port in ports:
+        publisher = Publisher(port, f"by {port}", *channels, pause=0.004)
+        publishers.append(publisher)
     wait_for(lambda: min(page.streams for page in pages) > 12, "each page has moved a dozen times")
     for publisher in publishers:
         publisher.stop()
@@ -462,7 +597,8 @@ def test_pages_that_move_between_the_last_release_and_this_one_miss_nothing_and_
     old.end()
 
     for page in pages:
-        assert not [event for event in page.events if event.type == "stream-reset"]
+        types = {event.type for event in page.events}
+        assert "stream-reset" not in types
         assert_whole(page, publishers)
 
 
@@ -471,58 +607,76 @@ def test_pages_that_move_between_the_last_release_and_this_one_miss_nothing_and_
 
 def blocks(page: str, language: str) -> list[str]:
     """The code that a page of the docs shows."""
-    text = (HERE / "docs" / page).read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    block = rf"^```{language}\n(.*?)^```$"
+    return re.findall(block, docs(page), re.MULTILINE | re.DOTALL)
 
 
-def the_block(page: str, holds: str, language: str = "sh") -> str:
+def the_block(
+    page: str,
+    holds: str,
+    language: str = "sh",
+) -> str:
     """The one of them that holds this."""
-    (block,) = [block for block in blocks(page, language) if holds in block]
+    found = blocks(page, language)
+    (block,) = [block for block in found if holds in block]
     return block
 
 
 def settings_of(text: str) -> list[str]:
     """A configuration without comments, indentation and empty lines."""
-    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines()]
-    return [line for line in lines if line]
+    settings = []
+    for line in text.splitlines():
+        setting = re.sub(r"(^|\s)#.*", "", line)
+        settings.append(setting.strip())
+    return [setting for setting in settings if setting]
 
 
 def test_the_docs_show_what_the_deployed_nginx_has() -> None:
     (shown,) = blocks("operations.md", "nginx")
-    deployed = settings_of((DEPLOY / "nginx.conf").read_text())
-    start = deployed.index("proxy_http_version 1.1;")
+    settings = settings_of(deployed("nginx.conf"))
+    start = settings.index("proxy_http_version 1.1;")
 
-    assert deployed[start:-1] == settings_of(shown)
+    assert settings[start:-1] == settings_of(shown)
 
 
 def test_prometheus_takes_the_configuration_that_the_docs_show(tmp_path: Path) -> None:
     (shown,) = blocks("operations.md", "yaml")
+    file = tmp_path / "prometheus.yml"
+    file.write_text(shown)
     shutil.copy(DEPLOY / "alerts.yml", tmp_path)
-    (tmp_path / "prometheus.yml").write_text(shown)
 
-    done = run_program(program("promtool"), "check", "config", str(tmp_path / "prometheus.yml"))
-
-    assert done.returncode == 0, done.stdout + done.stderr
+    promtool("check", "config", file)
 
 
 def test_the_server_takes_the_options_that_the_docs_give_to_systemd() -> None:
     shown = the_block("operations.md", "SSEPUSH_OPTIONS")
     (given,) = re.findall("^SSEPUSH_OPTIONS=(.*)$", shown, re.MULTILINE)
 
-    options = ssepush.command_line().parse_args(given.split())
+    parser = ssepush.command_line()
+    options = parser.parse_args(given.split())
 
     assert options.allow_host == ["events.example.org"]
     assert options.allow_origin == ["https://www.example.org"]
-    assert "EnvironmentFile=-/etc/ssepush.env" in (DEPLOY / "ssepush@.service").read_text()
+    unit = deployed("ssepush@.service")
+    assert "EnvironmentFile=-/etc/ssepush.env" in unit
 
 
 def test_a_password_is_encoded_as_the_docs_say(start: Start, tmp_path: Path) -> None:
     password = "a/b@c#d?e%f"
-    encoded = run_program("sh", "-c", the_block("operations.md", "quote"), stdin=password).stdout.strip()
+    encode = the_block("operations.md", "quote")
     guarded = RedisProcess(tmp_path)
-    guarded.client.execute_command("ACL", "SETUSER", "guest", "on", f">{password}", "allkeys", "allchannels", "+@all")  # type: ignore[no-untyped-call]
+    guarded.client.acl_setuser(
+        "guest",
+        enabled=True,
+        passwords=[f"+{password}"],
+        keys=["*"],
+        channels=["*"],
+        categories=["+@all"],
+    )
 
-    reached = ssepush.publish("hi", redis_url=guarded.url_of("guest", encoded))
+    encoded = said_by("sh", "-c", encode, stdin=password)
+    url = guarded.url_of("guest", encoded.strip())
+    reached = ssepush.publish("hi", redis_url=url)
     guarded.kill()
 
     assert reached == 0
@@ -530,7 +684,8 @@ def test_a_password_is_encoded_as_the_docs_say(start: Start, tmp_path: Path) -> 
 
 def test_a_token_is_made_as_the_docs_say(start: Start) -> None:
     command = the_block("security.md", "sign private-7")
-    token, secret = run_program("sh", "-c", f"{command}\necho $SSEPUSH_SECRET").stdout.split()
+    said = said_by("sh", "-c", f"{command}\necho $SSEPUSH_SECRET")
+    token, secret = said.split()
     server = start(SSEPUSH_SECRET=secret)
 
     with server.stream("private-7", query=f"token={token}") as stream:
@@ -540,14 +695,27 @@ def test_a_token_is_made_as_the_docs_say(start: Start) -> None:
 
 
 def test_the_docs_warn_of_the_channel_on_which_celery_tells_all() -> None:
-    assert f"channel={CELERY_CHANNEL}" in the_block("security.md", "celeryev")
+    warning = the_block("security.md", "celeryev")
+
+    assert f"channel={CELERY_CHANNEL}" in warning
 
 
 def test_the_docs_build_the_image_as_the_containerfile_says() -> None:
-    shown = the_block("operations.md", "podman build").splitlines()
+    shown = the_block("operations.md", "podman build")
 
-    said = (DEPLOY / "Containerfile").read_text()
-    assert re.findall("^# +(podman .*)$", said, re.MULTILINE) == shown
+    said = re.findall("^# +(podman .*)$", deployed("Containerfile"), re.MULTILINE)
+
+    assert said == shown.splitlines()
+
+
+def shapes(log: str) -> set[str]:
+    """The lines of a log without their time and numbers, but for those that are none of the log."""
+    found = set()
+    for line in log.splitlines():
+        shape = re.sub(r"^\S+ \S+ |[0-9.,]+", "", line)
+        if shape.startswith(("INFO", "WARNING")):
+            found.add(shape)
+    return found
 
 
 def test_what_the_docs_say_of_the_log_is_what_it_says(start: Start) -> None:
@@ -557,10 +725,7 @@ def test_what_the_docs_say_of_the_log_is_what_it_says(start: Start) -> None:
     wait_for(lambda: server.said("dropped"), "what was dropped is in the log")
     stream.close()
     wait_for(lambda: server.said("closed:"), "so is the end of the stream")
-    shown = the_block("operations.md", "stream 1 open", "")
 
-    def shape(text: str) -> set[str]:
-        lines = [re.sub(r"^\S+ \S+ |[0-9.,]+", "", line) for line in text.splitlines()]
-        return {line for line in lines if line.startswith(("INFO", "WARNING"))}
+    shown = the_block("operations.md", "stream 1 open", language="")
 
-    assert shape(shown) <= shape(server.output)
+    assert shapes(shown) <= shapes(server.output)

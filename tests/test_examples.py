@@ -55,16 +55,36 @@ def content(browser: Browser, selector: str) -> str:
     return str(found or "")
 
 
+def wait_for_content(
+    browser: Browser,
+    selector: str,
+    text: str,
+) -> None:
+    """Until this stands there."""
+    wait_for(lambda: content(browser, selector) == text, f"{selector} says {text}")
+
+
 @contextlib.contextmanager
-def running_app(name: str, folder: Path, **environment: str) -> Iterator[str]:
+def running_app(
+    name: str,
+    folder: Path,
+    port: int,
+    **environment: str,
+) -> Iterator[str]:
     """An application of the examples, as its first lines say how to start it; its URL."""
-    port = int(environment.get("PORT") or free_port())
-    variables = environment_with(PYTHONPATH=str(HERE), **environment)
-    variables["PORT"] = str(port)
-    command = [sys.executable, str(EXAMPLES / name)]
+    variables = environment_with(
+        PYTHONPATH=str(HERE),
+        PORT=str(port),
+        **environment,
+    )
     log = folder / f"{name}.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=variables, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [sys.executable, EXAMPLES / name],
+            env=variables,
+            stdout=output,
+            stderr=output,
+        )
 
     def ready() -> bool:
         assert process.poll() is None, log.read_text()
@@ -88,17 +108,23 @@ def second_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox
         yield browser
 
 
-@pytest.fixture(params=["Chromium", "Firefox"])
+@pytest.fixture(
+    params=["tab", "second_browser"],
+    ids=["Chromium", "Firefox"],
+)
 def browser(request: pytest.FixtureRequest) -> Any:
     """Each browser by turns."""
-    return request.getfixturevalue("tab" if request.param == "Chromium" else "second_browser")
+    return request.getfixturevalue(request.param)
 
 
 # ── minimal.html ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_minimal_page_has_at_most_25_lines() -> None:
-    assert len((EXAMPLES / "minimal.html").read_text().splitlines()) <= 25
+    page = EXAMPLES / "minimal.html"
+    lines = page.read_text().splitlines()
+
+    assert len(lines) <= 25
 
 
 def test_the_minimal_page_opened_from_disk_shows_what_comes_and_what_it_missed(
@@ -112,25 +138,26 @@ def test_the_minimal_page_opened_from_disk_shows_what_comes_and_what_it_missed(
     page = tmp_path / "minimal.html"
     page.write_text(example_for(server, "minimal.html", channel))
     browser.get(page.as_uri())
-    wait_for(lambda: content(browser, "p") == "open", "the stream is open")
+    wait_for_content(browser, "p", "open")
 
     server.publish("<b>plain</b>", channel)
     server.publish({"value": "PHP"}, channel, type="new_answers")
     wait_for(lambda: items(browser) == ["PHP", "<b>plain</b>"], "both are shown, the newest first")
 
     server.kill()
-    wait_for(lambda: content(browser, "p") == "waiting …", "the page waits")
+    wait_for_content(browser, "p", "waiting …")
     other = start()
     other.publish("missed", channel)
     back = start("--retry", "100", port=server.port)
     wait_for(lambda: items(browser)[:1] == ["missed"], "what was missed is shown")
 
     back.publish("", channel, type="stream-reset")
-    wait_for(lambda: items(browser) == [] and content(browser, "p") == "open", "the page was loaded anew")
+    wait_for(lambda: items(browser) == [], "the page was loaded anew")
+    wait_for_content(browser, "p", "open")
 
     back.publish("", channel, type="server_closed")
-    wait_for(lambda: content(browser, "p") == "closed", "the page is closed")
-    wait_for(lambda: redis_process.subscribers(channel) == 0, "its stream is gone")
+    wait_for_content(browser, "p", "closed")
+    redis_process.wait_for_subscribers(channel, 0)
 
 
 # ── one-stream-for-all-tabs.html ─────────────────────────────────────────────────────────────────────────────────────
@@ -191,10 +218,14 @@ class Tabs:
 
     def waiting_for(self, text: str) -> list[str]:
         """The tabs whose newest event is another."""
-        return [handle for handle in self.handles if self.arrivals(handle)[-1][0] != text]
+        return [handle for handle in self.handles if self.shown(handle)[-1] != text]
+
+    def shown(self, handle: str) -> list[str]:
+        """The events in a tab, in order."""
+        return [text for text, _ in self.arrivals(handle)]
 
     def arrivals(self, handle: str) -> list[tuple[str, float]]:
-        """What a tab shows, and when each came (Unix time, ms; 0: before that was noted)."""
+        """The same, and when each came (Unix time, ms; 0: before that was noted)."""
         arrivals = self.in_tab(handle, ARRIVALS)
         return [(text, at) for text, at in arrivals]
 
@@ -233,31 +264,36 @@ def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_whil
         wait_for(lambda: server.streams() == 1, "the leader's stream is open")
         publisher = Publisher(server.port, "event", channel, pause=0.008)
 
-        def published() -> int:
-            return len(publisher.acknowledged)
+        def wait_until_published(number: int) -> None:
+            wait_for(lambda: len(publisher.acknowledged) >= number, f"{number} events")
 
         joined = ""
         left: list[list[str]] = []
-        for number in sorted(random.sample(range(EVENTS // 10, EVENTS), CLOSED_LEADERS)):
-            wait_for(lambda number=number: published() >= number, "so many events")  # type: ignore[misc]
+        moments = random.sample(range(EVENTS // 10, EVENTS), CLOSED_LEADERS)
+        for number in sorted(moments):
+            wait_until_published(number)
             leader = tabs.leader()
-            wait_for(lambda: redis_process.subscribers(channel) == 1, "its stream is the only one")
-            left.append([text for text, _ in tabs.arrivals(leader)])
+            redis_process.wait_for_subscribers(channel, 1)
+            left.append(tabs.shown(leader))
             tabs.close(leader)
             if len(left) == CLOSED_LEADERS // 2:
-                wait_for(lambda: redis_process.subscribers(channel) == 1, "the next one has taken over")
+                redis_process.wait_for_subscribers(channel, 1)  # the next one has taken over
                 joined = tabs.open()
-        wait_for(lambda: published() >= EVENTS, "all events")
+        wait_until_published(EVENTS)
         publisher.stop()
 
-        texts = [text for _, _, text in publisher.acknowledged]
-        published_at = {text: place[0] for place, _, text in publisher.acknowledged}
+        texts = []
+        published_at = {}
+        for (at, _), _, text in publisher.acknowledged:
+            texts.append(text)
+            published_at[text] = at
         wait_for(lambda: not tabs.waiting_for(texts[-1]), "all tabs have the last event")
         for handle in tabs.handles:
-            arrivals = tabs.arrivals(handle)
-            shown = [text for text, _ in arrivals]
-            assert shown == (texts[-len(shown) :] if handle == joined else texts)
-            assert max(at - published_at[text] for text, at in arrivals) < 1000 * TAKEOVER_S
+            shown = tabs.shown(handle)
+            from_joining = texts[-len(shown) :]
+            assert shown == (from_joining if handle == joined else texts)
+            for text, arrived_at in tabs.arrivals(handle):
+                assert arrived_at - published_at[text] < 1000 * TAKEOVER_S
         for shown in left:
             first = texts.index(shown[0])
             assert shown == texts[first : first + len(shown)]
@@ -271,8 +307,13 @@ def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_whil
 
 def words(browser: Browser) -> list[int]:
     """The numbers of the words that the page shows."""
-    found = re.findall(r"word (\d+) about rivers", content(browser, "#answer"))
+    answer = content(browser, "#answer")
+    found = re.findall(r"word (\d+) about rivers", answer)
     return [int(number) for number in found]
+
+
+def wait_for_words(browser: Browser, number: int) -> None:
+    wait_for(lambda: len(words(browser)) >= number, f"{number} words of the answer")
 
 
 def test_an_answer_is_whole_on_two_devices_though_it_was_reloaded_and_the_server_killed_in_the_middle(
@@ -288,25 +329,26 @@ def test_an_answer_is_whole_on_two_devices_though_it_was_reloaded_and_the_server
         "SSEPUSH_HISTORY": "5000",
         "WORDS_PER_S": "75",
     }
-    with running_app("llm_stream.py", tmp_path, **environment) as url:
+    with running_app("llm_stream.py", tmp_path, free_port(), **environment) as url:
         tab.get(url)
         question = tab.find_element("name", "question")
         question.clear()
         question.send_keys("rivers\n")
-        wait_for(lambda: len(words(tab)) >= 20, "the answer has begun")
+        wait_for_words(tab, 20)
 
         tab.refresh()
-        wait_for(lambda: len(words(tab)) >= 50, "it goes on after reloading")
+        wait_for_words(tab, 50)
         second_browser.get(tab.current_url)
-        wait_for(lambda: len(words(second_browser)) >= 100, "it is on the other device")
+        wait_for_words(second_browser, 100)
         server.kill()
-        assert content(tab, "#state") == content(second_browser, "#state") == "is being made …"
+        assert content(tab, "#state") == "is being made …"
+        assert content(second_browser, "#state") == "is being made …"
         start("--retry", "100", port=server.port, SSEPUSH_HISTORY="5000")
 
-        wait_for(lambda: content(tab, "#state") == "complete", "the answer is complete")
-        wait_for(lambda: content(second_browser, "#state") == "complete", "on both")
+        wait_for_content(tab, "#state", "complete")
+        wait_for_content(second_browser, "#state", "complete")
         assert words(tab) == list(range(1, 301))
         assert content(tab, "#answer") == content(second_browser, "#answer")
         tab.refresh()
-        wait_for(lambda: content(tab, "#state") == "complete", "it can be read again")
+        wait_for_content(tab, "#state", "complete")
         assert words(tab) == list(range(1, 301))

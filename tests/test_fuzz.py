@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import subprocess
@@ -24,10 +23,10 @@ from hypothesis import strategies as st
 @both_ways
 def test_two_thousand_mutants_of_each_kind_do_no_harm(way: tuple[str, ...]) -> None:
     kinds = [*way, "publish", "messages"] if way else []
-    fuzz = [sys.executable, str(HERE / "bench" / "fuzz.py")]
+    program = HERE / "bench" / "fuzz.py"
 
     run = subprocess.run(
-        [*fuzz, "--cases", "2000", *kinds],
+        [sys.executable, program, "--cases=2000", *kinds],
         capture_output=True,
         text=True,
         timeout=240,
@@ -39,29 +38,46 @@ def test_two_thousand_mutants_of_each_kind_do_no_harm(way: tuple[str, ...]) -> N
 
 # ── What Hypothesis thinks of ────────────────────────────────────────────────────────────────────────────────────────
 
-DIFFICULT = st.sampled_from("\r\n\0\u2028\u0085\ud800:\ufeff ")
-ANY_CHARACTER = st.characters(exclude_categories=())
-TEXT = st.text(ANY_CHARACTER | DIFFICULT, max_size=40)
-MAYBE_TEXT = st.none() | TEXT
-FRACTIONS = st.floats(allow_nan=False, allow_infinity=False)
-NUMBERS = st.integers() | FRACTIONS
-LEAVES = st.none() | st.booleans() | NUMBERS | TEXT
-
-
-def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4)
-
-
-VALUES = st.recursive(LEAVES, containers, max_leaves=8)
-MEMBERS = st.sampled_from(["data", "type", "id", "retry", "other"])
-
 
 def encoded(text: str) -> bytes:
     return text.encode(errors="surrogatepass")
 
 
-OBJECTS = st.dictionaries(MEMBERS, VALUES).map(json.dumps).map(encoded)
+def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    lists = st.lists(inner, max_size=4)
+    objects = st.dictionaries(TEXT, inner, max_size=4)
+    return lists | objects
+
+
+DIFFICULT = st.sampled_from("\r\n\0\u2028\u0085\ud800:\ufeff ")
+ANY_CHARACTER = st.characters(exclude_categories=())
+TEXT = st.text(ANY_CHARACTER | DIFFICULT, max_size=40)
+MAYBE_TEXT = st.none() | TEXT
+MAYBE_RETRY = st.none() | st.integers(0)
+
+FRACTIONS = st.floats(allow_nan=False, allow_infinity=False)
+NUMBERS = st.integers() | FRACTIONS
+CONSTANTS = st.none() | st.booleans()
+LEAVES = CONSTANTS | NUMBERS | TEXT
+VALUES = st.recursive(LEAVES, containers, max_leaves=8)
+
+MEMBERS = st.sampled_from(
+    [
+        "data",
+        "type",
+        "id",
+        "retry",
+        "other",
+    ]
+)
+OBJECTS = st.dictionaries(MEMBERS, VALUES)
+JSON_OBJECTS = OBJECTS.map(json.dumps).map(encoded)
 BYTES = st.binary(max_size=200) | TEXT.map(encoded)
+
+
+def framed(message: bytes) -> bytes:
+    """What a stream is sent of a message. ValueError: nothing."""
+    return ssepush.framed(message, b"channel", b"").frame
 
 
 def parsed(frame: bytes) -> Parser:
@@ -74,20 +90,17 @@ def has_line_break(text: str | None) -> bool:
     return bool(re.search("[\r\n]", text or ""))
 
 
-def has_surrogate(*texts: str | None) -> bool:
-    return any(re.search("[\ud800-\udfff]", text or "") for text in texts)
+def has_surrogate(text: str | None) -> bool:
+    return bool(re.search("[\ud800-\udfff]", text or ""))
 
 
 def is_no_id(id: str | None) -> bool:
     """Whether an id cannot be sent, or is longer than a browser may send back."""
     if not id:
         return False
-    if len(encoded(id)) > ssepush.MAX_ID_BYTES:
-        return True
-    return has_line_break(id) or "\0" in id
-
-
-MAYBE_RETRY = st.none() | st.integers(0)
+    size = len(encoded(id))
+    is_too_long = size > ssepush.MAX_ID_BYTES
+    return is_too_long or has_line_break(id) or "\0" in id
 
 
 @given(TEXT, MAYBE_TEXT, MAYBE_TEXT, MAYBE_RETRY)
@@ -104,25 +117,31 @@ def test_a_message_is_dispatched_exactly_or_refused_and_no_field_is_forged(
     id: str | None,
     retry: int | None,
 ) -> None:
-    members = {
-        "data": data,
-        "type": type,
-        "id": id,
-        "retry": retry,
-    }
-    given = {name: member for name, member in members.items() if member is not None}
+    members: dict[str, Any] = {"data": data}
+    if type is not None:
+        members["type"] = type
+    if id is not None:
+        members["id"] = id
+    if retry is not None:
+        members["retry"] = retry
+    message = json.dumps(members)
+    is_half_character = any(map(has_surrogate, (data, type, id)))
     is_forging = has_line_break(type) or is_no_id(id)
-    is_unsendable = is_forging or has_surrogate(data, type, id)
 
     try:
-        frame = ssepush.framed(json.dumps(given).encode(), b"channel", b"").frame
+        frame = framed(message.encode())
     except ValueError:
-        assert is_unsendable
+        assert is_forging or is_half_character
         return
 
-    assert not is_unsendable
+    assert not is_forging
+    assert not is_half_character
     read = parsed(frame)
-    event = Received(one_line_end(data), type or "message", id or "")
+    event = Received(
+        data=one_line_end(data),
+        type=type or "message",
+        id=id or "",
+    )
     assert read.events == [event]
     assert read.retry_ms == retry
     assert read.comments == []
@@ -141,9 +160,9 @@ def test_what_is_published_comes_out_as_that_event_or_is_refused(
         assert has_line_break(type) or has_surrogate(text)
         return
 
-    frame, _, _ = ssepush.framed(message, b"channel", b"")
-    [event] = parsed(frame).events
+    read = parsed(framed(message))
 
+    [event] = read.events
     assert event.type == (type or "message")
     if isinstance(data, str):
         assert event.data == one_line_end(data)
@@ -151,53 +170,58 @@ def test_what_is_published_comes_out_as_that_event_or_is_refused(
         assert event.json == data
 
 
-@given(BYTES | OBJECTS)
+@given(BYTES | JSON_OBJECTS)
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_on_a_channel_become_one_event_or_none(message: bytes) -> None:
-    with contextlib.suppress(ValueError):
-        frame, _, _ = ssepush.framed(message, b"channel", b"")
+    try:
+        frame = framed(message)
+    except ValueError:
+        return
 
-        assert len(parsed(frame).events) == 1
+    read = parsed(frame)
+    assert len(read.events) == 1
 
 
 CHANNELS = st.sampled_from([b"a", b"b"])
-MESSAGE = st.tuples(CHANNELS, st.binary(max_size=40))
-MESSAGES = st.lists(MESSAGE, max_size=8)
+SHORT = st.binary(max_size=40)
+MESSAGES = st.builds(resp_array, st.just(b"message"), CHANNELS, SHORT)
+REPLIES = st.lists(MESSAGES, max_size=8).map(b"".join)
 
 
-@given(MESSAGES, st.data())
+@given(REPLIES, st.data())
 def test_a_read_that_is_cut_anywhere_parses_to_the_same(
-    messages: list[tuple[bytes, bytes]],
+    replies: bytes,
     draw: st.DataObject,
 ) -> None:
-    replies = [resp_array(b"message", name, message) for name, message in messages]
-    chunk = b"".join(replies)
-    cut = draw.draw(st.integers(0, len(chunk)))
-    whole = ssepush.parse(chunk, b"", 1000)
+    places = st.integers(0, len(replies))
+    cut = draw.draw(places)
+    whole = ssepush.parse(replies, b"", 1000)
 
-    first = ssepush.parse(chunk[:cut], b"", 1000)
-    rest = ssepush.parse(first.rest + chunk[cut:], b"", 1000)
+    first = ssepush.parse(replies[:cut], b"", 1000)
+    unread = first.rest + replies[cut:]
+    rest = ssepush.parse(unread, b"", 1000)
 
     assert events_in(first) + events_in(rest) == events_in(whole)
     assert first.dropped + rest.dropped == whole.dropped
     assert not whole.rest
 
 
-def events_in(read: ssepush.Read) -> list[Any]:
-    events = []
+def events_in(read: ssepush.Read) -> list[tuple[bytes, ssepush.Framed]]:
+    """The events that were read, each with its channel."""
+    found = []
     for part in read.parts:
         if isinstance(part, ssepush.Batch):
-            events += [(part.channel, event) for event in part.events]
-    return events
+            for event in part.events:
+                found.append((part.channel, event))
+    return found
 
 
 HEADS = st.from_regex(r"[A-Z]+ /\S* HTTP/1\.1\r\nHost: a.b(\r\n.*)*")
+LATIN_1 = st.characters(max_codepoint=255)
+LATIN_1_TEXT = st.text(LATIN_1, max_size=60)
 
 
-LATIN_1 = st.text(st.characters(max_codepoint=255), max_size=60)
-
-
-@given(LATIN_1 | HEADS)
+@given(LATIN_1_TEXT | HEADS)
 @settings(max_examples=300, deadline=None)
 def test_any_head_is_a_request_or_an_error_of_its_sender(head: str) -> None:
     try:
@@ -205,5 +229,8 @@ def test_any_head_is_a_request_or_an_error_of_its_sender(head: str) -> None:
     except ssepush.HTTPError:
         return
 
-    for value in [request.path, *request.headers, *request.headers.values()]:
-        assert not re.search("[\r\n\0]", value)
+    parts = [request.path]
+    for name, value in request.headers.items():
+        parts += [name, value]
+    for part in parts:
+        assert not re.search("[\r\n\0]", part)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Sequence
-from queue import Empty, SimpleQueue
-from typing import Any
+from queue import SimpleQueue
 
 import pytest
 
 import ssepush
-from tests.kit import DEADLINE_S, dispatched, resp_array, wait_for
+from tests.kit import DEADLINE_S, Received, dispatched, resp_array, wait_for
 
 # ── Ids and marks ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -21,35 +20,66 @@ OURS = "1764000000001-1764000000000001"
 
 
 def test_positions_are_in_the_order_of_their_ids_and_empty_for_foreign_ones() -> None:
-    times = (1764000000000, 1764000000001, 9999999999999)
-    numbers = (1000000000000000, 1000000000000001, 2**53 - 1)
+    ids = [
+        "1764000000000-1000000000000000",
+        "1764000000000-1000000000000001",
+        "1764000000000-9007199254740991",
+        "1764000000001-1000000000000000",
+        "1764000000001-1000000000000001",
+        "1764000000001-9007199254740991",
+        "9999999999999-1000000000000000",
+        "9999999999999-1000000000000001",
+        "9999999999999-9007199254740991",
+    ]
+    foreign = [
+        None,
+        "",
+        "7",
+        "1-2-3",
+        "a764000000001-1764000000000001",
+        "１764000000001-1764000000000001",
+        "1764000000001-1764000000000001\n",
+        "1764000000001-17640000000000010",
+        "01764000000001-1764000000000001",
+    ]
 
-    positions = [ssepush.position_of(f"{ms}-{seq}") for ms in times for seq in numbers]
+    positions = [ssepush.position_of(id) for id in ids]
+    none = [ssepush.position_of(id) for id in foreign]
 
     assert positions == sorted(set(positions))
     assert positions[0]
-    for foreign in (None, "", "7", "1-2-3", "a" + OURS[1:], "１" + OURS[1:], OURS + "\n", OURS + "0", "0" + OURS):
-        assert ssepush.position_of(foreign) == ""
+    assert set(none) == {""}
 
 
-def message(channel: bytes, event_id: str = OURS, previous: str = OLDER, mark_key: bytes = KEY) -> bytes:
+UNMARKED = f'{{"data": "hi", "id": "{OURS}"}}'.encode()
+
+
+def message(channel: bytes, key: bytes = KEY) -> bytes:
     """What a script of ours publishes."""
-    mark = ssepush.mark_of(mark_key, event_id, previous, channel)
-    return f'{{"data": "hi", "id": "{event_id}", "previous": "{previous}", "mark": "{mark}"}}'.encode()
+    mark = ssepush.mark_of(key, OURS, OLDER, channel)
+    text = f'{{"data": "hi", "id": "{OURS}", "previous": "{OLDER}", "mark": "{mark}"}}'
+    return text.encode()
 
 
 def test_an_id_counts_with_its_mark() -> None:
     framed = ssepush.framed(message(b"c"), b"c", KEY)
 
-    assert (framed.position, framed.previous) == (OURS, OLDER)
+    assert framed.position == OURS
+    assert framed.previous == OLDER
     assert dispatched(framed.frame).id == OURS
 
 
+def with_another_previous(message: bytes) -> bytes:
+    older = OLDER.encode()
+    assert older in message
+    return message.replace(older, OURS.encode())
+
+
 FORGED = {
-    "without a mark": f'{{"data": "hi", "id": "{OURS}"}}'.encode(),
+    "without a mark": UNMARKED,
     "of another channel": message(b"other"),
-    "of another key": message(b"c", mark_key=b"x" * 40),
-    "with another previous": message(b"c").replace(OLDER.encode(), OURS.encode()),
+    "of another key": message(b"c", key=b"x" * 40),
+    "with another previous": with_another_previous(message(b"c")),
     "a mark that is no text": f'{{"data": "hi", "id": "{OURS}", "mark": 7}}'.encode(),
 }
 
@@ -59,74 +89,124 @@ def test_an_id_of_our_form_without_its_mark_is_not_sent_and_the_event_is(name: s
     framed = ssepush.framed(FORGED[name], b"c", KEY)
 
     assert framed.position == ""
-    assert dispatched(framed.frame) == ("hi", "message", "")
+    assert dispatched(framed.frame) == Received("hi", "message", "")
 
 
 def test_an_id_of_a_counter_that_knows_no_marks_counts_as_it_is() -> None:
-    framed = ssepush.framed(f'{{"data": "hi", "id": "{OURS}"}}'.encode(), b"c", b"")
+    framed = ssepush.framed(UNMARKED, b"c", b"")
 
     assert framed.position == OURS
 
 
 # ── What Redis sends ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-REPLIES = b"".join(
-    [
-        b"*2\r\n$30\r\n" + OLDER.encode() + b"\r\n$40\r\n" + KEY + b"\r\n",
-        b"*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:1\r\n",
-        resp_array(b"message", b"a", b"one\r\n$3\r\n*2\r\n"),
-        resp_array(b"message", b"a", b""),
-        resp_array(b"message", b"b", message(b"b")),
-        resp_array(b"message", b"b", b"\xff"),
-        resp_array(b"message", b"a", b"three"),
-        b"-NOPERM not this channel\r\n",
-        b"*2\r\n$-1\r\n$-1\r\n",
-        b">3\r\n$11\r\nunsubscribe\r\n$1\r\na\r\n:0\r\n",
-    ]
-)
+COUNTER = b"*2\r\n$30\r\n%b\r\n$40\r\n%b\r\n" % (OLDER.encode(), KEY)
+REPLIES = [
+    COUNTER,
+    b"*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:1\r\n",
+    resp_array(b"message", b"a", b"one\r\n$3\r\n*2\r\n"),
+    resp_array(b"message", b"a", b""),
+    resp_array(b"message", b"b", message(b"b")),
+    resp_array(b"message", b"b", b"\xff"),
+    resp_array(b"message", b"a", b"three"),
+    b"-NOPERM not this channel\r\n",
+    b"*2\r\n$-1\r\n$-1\r\n",
+    b">3\r\n$11\r\nunsubscribe\r\n$1\r\na\r\n:0\r\n",
+]
 
 
-def parsed(chunks: Sequence[bytes]) -> tuple[list[Any], list[ssepush.Answer], list[Any]]:
-    """Events, answers, and what was dropped, when a subscriber reads the bytes in these chunks."""
-    events: list[Any] = []
-    answers: list[ssepush.Answer] = []
-    drops: list[Any] = []
-    rest, missing = b"", 0
-    for number, chunk in enumerate(chunks, 1):
-        rest += chunk
-        read = ssepush.parse(rest, KEY, 1000)
-        still_to_come = sum(map(len, chunks[number:]))
-        assert read.missing <= still_to_come
-        assert bool(read.missing) == bool(read.rest)
-        rest, missing = read.rest, read.missing
+class Parsed:
+    """What a subscriber has got of the bytes that it has read."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[bytes, ssepush.Framed]] = []  # each with its channel
+        self.answers: list[ssepush.Answer] = []
+        self.dropped: list[tuple[bytes, str]] = []
+
+    def add(self, read: ssepush.Read) -> None:
+        self.dropped += read.dropped
         for part in read.parts:
             if isinstance(part, ssepush.Answer):
-                answers.append(part)
-                continue
-            assert part.plain == b"".join(event.frame for event in part.events)
-            events += [(part.channel, event.position, event.frame) for event in part.events]
-        drops += read.dropped
-    assert (rest, missing) == (b"", 0)
-    return events, answers, drops
+                self.answers.append(part)
+            else:
+                self.add_events(part)
+
+    def add_events(self, batch: ssepush.Batch) -> None:
+        frames = [event.frame for event in batch.events]
+        assert batch.plain == b"".join(frames)
+        for event in batch.events:
+            self.events.append((batch.channel, event))
+
+    def described(self) -> list[tuple[bytes, str, str]]:
+        """The channel, the position and the data of each event."""
+        found = []
+        for channel, event in self.events:
+            data = dispatched(event.frame).data
+            found.append((channel, event.position, data))
+        return found
+
+
+def parsed(chunks: Sequence[bytes]) -> Parsed:
+    """What a subscriber gets of the bytes when it reads them in these chunks."""
+    result = Parsed()
+    rest = b""
+    still_to_come = sum(map(len, chunks))
+    for chunk in chunks:
+        still_to_come -= len(chunk)
+        read = ssepush.parse(rest + chunk, KEY, 1000)
+        rest = read.rest
+        assert read.missing <= still_to_come
+        assert bool(read.missing) == bool(rest)
+        result.add(read)
+    assert rest == b""
+    return result
+
+
+def in_chunks(replies: bytes, size: int) -> list[bytes]:
+    starts = range(0, len(replies), size)
+    return [replies[start : start + size] for start in starts]
+
+
+def test_replies_of_redis_are_events_answers_and_what_is_dropped() -> None:
+    whole = parsed([b"".join(REPLIES)])
+
+    assert whole.described() == [
+        (b"a", "", "one\n$3\n*2\n"),
+        (b"a", "", ""),
+        (b"b", OURS, "hi"),
+        (b"a", "", "three"),
+    ]
+    assert whole.dropped == [(b"b", "message is not UTF-8")]
+    counters = [answer.counter for answer in whole.answers]
+    assert counters == [
+        (OLDER, KEY),
+        None,
+        None,
+        ("", b""),
+        None,
+    ]
+    assert "NOPERM" in whole.answers[2].error
 
 
 def test_replies_of_redis_are_the_same_however_they_are_cut_into_reads() -> None:
-    events, answers, drops = whole = parsed([REPLIES])
+    replies = b"".join(REPLIES)
+    cuts = range(1, len(replies))
+    whole = parsed([replies])
 
-    assert [event[:2] for event in events] == [(b"a", ""), (b"a", ""), (b"b", OURS), (b"a", "")]
-    assert [dispatched(frame).data for _, _, frame in events] == ["one\n$3\n*2\n", "", "hi", "three"]
-    assert drops == [(b"b", "message is not UTF-8")]
-    assert [answer.counter for answer in answers] == [(OLDER, KEY), None, None, ("", b""), None]
-    assert "NOPERM" in answers[2].error
-    for cut in range(1, len(REPLIES)):
-        assert parsed([REPLIES[:cut], REPLIES[cut:]]) == whole
-    assert parsed([REPLIES[at : at + 1] for at in range(len(REPLIES))]) == whole
-    assert parsed([REPLIES[at : at + 7] for at in range(0, len(REPLIES), 7)]) == whole
+    in_two = [parsed([replies[:cut], replies[cut:]]) for cut in cuts]
+    by_byte = parsed(in_chunks(replies, 1))
+    by_seven = parsed(in_chunks(replies, 7))
+
+    for cut in [*in_two, by_byte, by_seven]:
+        assert cut.events == whole.events
+        assert cut.answers == whole.answers
+        assert cut.dropped == whole.dropped
 
 
 def batch(*events: tuple[str, str]) -> ssepush.Batch:
     """Events of the channel c with these positions, each with the one before it."""
-    return ssepush.batch_of(b"c", [ssepush.Framed(b"data: x\n\n", *event) for event in events])
+    framed = [ssepush.Framed(b"data: x\n\n", *event) for event in events]
+    return ssepush.batch_of(b"c", framed)
 
 
 def test_a_subscriber_notices_an_event_that_is_missing_between_reads_and_within_one() -> None:
@@ -151,14 +231,21 @@ class RelayBetween:
         self.ended: SimpleQueue[None] = SimpleQueue()
         self.missed: SimpleQueue[list[ssepush.Stream]] = SimpleQueue()
         settings = ssepush.Settings(drain=0.1)
-        self.relay = ssepush.Relay(
-            settings, lambda missed, chunked, streams: self.missed.put(streams), lambda: self.ended.put(None)
-        )
-        self.redis, ours = socket.socketpair()
-        self.redis.settimeout(DEADLINE_S)
-        ours.setblocking(False)
+        self.relay = ssepush.Relay(settings, self._read_missed, self._end)
+        self.redis, ours = pair()
         self.subscriber = ssepush.Subscriber(ours, ssepush.COUNTER_KEY)
         self._thread = threading.Thread(target=self.relay.run)
+
+    def _read_missed(
+        self,
+        missed: ssepush.Missed,
+        chunked: bool,
+        streams: list[ssepush.Stream],
+    ) -> None:
+        self.missed.put(streams)
+
+    def _end(self) -> None:
+        self.ended.put(None)
 
     def __enter__(self) -> RelayBetween:
         self._thread.start()
@@ -169,30 +256,62 @@ class RelayBetween:
         self._thread.join(DEADLINE_S)
         self.redis.close()
 
-    def open(self, *channels: bytes, missed: ssepush.Missed | None = None) -> tuple[ssepush.Stream, socket.socket]:
-        """A new stream, and its browser."""
-        browser, ours = socket.socketpair()
-        browser.settimeout(DEADLINE_S)
-        ours.setblocking(False)
-        stream = ssepush.Stream(1, "127.0.0.1", channels, chunked=False, sock=ours, opening=b"HEAD\n", missed=missed)
+    def open(self, missed: ssepush.Missed | None = None) -> tuple[ssepush.Stream, socket.socket]:
+        """A new stream of channel c, and its browser."""
+        browser, ours = pair()
+        stream = ssepush.Stream(
+            1,
+            "127.0.0.1",
+            (b"c",),
+            chunked=False,
+            sock=ours,
+            opening=b"HEAD\n",
+            missed=missed,
+        )
         self.relay.call(self.relay.open, stream, self.subscriber)
         return stream, browser
 
-    def is_asked(self, *channels: bytes) -> None:
-        """Wait until Redis has been asked for the counter, and to subscribe to these."""
+    def is_asked(self) -> None:
+        """Wait until Redis has been asked for the counter, and to subscribe to the channel."""
         wanted = ssepush.command("HMGET", ssepush.COUNTER_KEY, "newest", "key")
-        wanted += b"".join(ssepush.command("SUBSCRIBE", channel) for channel in channels)
+        wanted += ssepush.command("SUBSCRIBE", b"c")
         assert self.redis.recv(len(wanted), socket.MSG_WAITALL) == wanted
 
-    def answer(self, *channels: bytes) -> None:
+    def answer(self) -> None:
         """Answer that."""
-        self.redis.sendall(b"*2\r\n$30\r\n" + OLDER.encode() + b"\r\n$40\r\n" + KEY + b"\r\n")
-        for channel in channels:
-            self.redis.sendall(b"*3\r\n$9\r\nsubscribe\r\n$1\r\n%b\r\n:1\r\n" % channel)
+        self.redis.sendall(COUNTER)
+        self.redis.sendall(SUBSCRIBED)
+
+    def publish(self, message: bytes) -> None:
+        """What Redis sends when somebody publishes it."""
+        self.redis.sendall(resp_array(b"message", b"c", message))
+
+    def replay(self, page: bytes, streams: list[ssepush.Stream]) -> None:
+        """Give these streams what they missed, up to the newest."""
+        events = ssepush.Page(page, 1, OURS)
+        self.relay.call(self.relay.take_page, events, streams)
+
+
+SUBSCRIBED = b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n"
+MISSED = ssepush.missed_since(OLDER, [b"c"])
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection: the test's, and that of the relay, which never waits for it."""
+    theirs, ours = socket.socketpair()
+    theirs.settimeout(DEADLINE_S)
+    ours.setblocking(False)
+    return theirs, ours
 
 
 def wait_until_held(stream: ssepush.Stream, number: int) -> None:
-    wait_for(lambda: len(stream.held or ()) == number, f"{number} reads are held")
+    """Wait until a stream keeps so many events until it has got what it missed."""
+
+    def held() -> int:
+        batches = stream.held or ()
+        return sum(len(batch.events) for batch in batches)
+
+    wait_for(lambda: held() == number, f"{number} events are held")
 
 
 def read_until(sock: socket.socket, end: bytes) -> bytes:
@@ -206,104 +325,111 @@ def read_until(sock: socket.socket, end: bytes) -> bytes:
 
 def test_a_stream_is_told_its_position_when_redis_has_confirmed_and_what_came_before_is_not_for_it() -> None:
     with RelayBetween() as between:
-        _, browser = between.open(b"c")
+        _, browser = between.open()
         with browser:
-            between.is_asked(b"c")
-            between.redis.sendall(resp_array(b"message", b"c", b"too early"))
-            between.answer(b"c")
-            between.redis.sendall(resp_array(b"message", b"c", b"hello"))
+            between.is_asked()
+            between.publish(b"too early")
+            between.answer()
+            between.publish(b"hello")
 
             received = read_until(browser, b"hello\n\n")
 
-    assert received.startswith(b"HEAD\nevent: stream-position\nid: " + OLDER.encode() + b"\n")
+    position = OLDER.encode()
+    assert received.startswith(b"HEAD\nevent: stream-position\nid: %b\n" % position)
     assert b"too early" not in received
 
 
 def test_a_redis_that_answers_what_was_not_asked_is_left_and_the_stream_told_to_come_back() -> None:
     with RelayBetween() as between:
-        _, browser = between.open(b"c")
+        _, browser = between.open()
         with browser:
-            between.is_asked(b"c")
-            between.answer(b"c")
+            between.is_asked()
+            between.answer()
             read_until(browser, b"data: \n\n")
 
-            between.redis.sendall(b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n")
+            between.redis.sendall(SUBSCRIBED)
 
-            assert b": Redis is away\nretry: " in read_until(browser, b"\n\n")
+            told = read_until(browser, b"\n\n")
+            assert b": Redis is away\nretry: " in told
             between.ended.get(timeout=DEADLINE_S)
             assert between.redis.recv(1) == b""
 
 
 def test_streams_that_miss_the_same_are_read_once_and_others_apart() -> None:
-    missed = ssepush.missed_since(OLDER, [b"c"])
     with RelayBetween() as between:
-        first, browser = between.open(b"c", missed=missed)
+        first, browser = between.open(MISSED)
         with browser:
-            between.is_asked(b"c")
-            second, other_browser = between.open(b"c", missed=missed)
+            between.is_asked()
+            second, other_browser = between.open(MISSED)
             with other_browser:
-                between.is_asked(b"c")
-                between.answer(b"c")
-                between.answer(b"c")
+                between.is_asked()
+                between.answer()
+                between.answer()
                 streams = between.missed.get(timeout=DEADLINE_S)
                 if len(streams) == 1:  # the answers came in two wake-ups
                     streams += between.missed.get(timeout=DEADLINE_S)
-
                 assert set(streams) == {first, second}
-                with pytest.raises(Empty):
-                    between.missed.get(block=False)
-                page = ssepush.Page(b"data: missed\n\n", 1, OURS)
-                between.relay.call(between.relay.take_page, page, streams)
+                assert between.missed.empty()
+
+                between.replay(b"data: missed\n\n", streams)
+
                 for each in (browser, other_browser):
-                    assert read_until(each, b"missed\n\n") == b"HEAD\ndata: missed\n\n"
+                    received = read_until(each, b"missed\n\n")
+                    assert received == b"HEAD\ndata: missed\n\n"
                 wait_for(lambda: between.relay.replay_bytes == 0, "the page is taken")
 
 
 def test_a_stream_that_resumed_is_not_sent_again_what_the_replay_had() -> None:
     with RelayBetween() as between:
-        _, browser = between.open(b"c", missed=ssepush.missed_since(OLDER, [b"c"]))
+        stream, browser = between.open(MISSED)
         with browser:
-            between.is_asked(b"c")
-            between.answer(b"c")
+            between.is_asked()
+            between.answer()
             streams = between.missed.get(timeout=DEADLINE_S)
-            between.redis.sendall(resp_array(b"message", b"c", message(b"c")))
-            between.redis.sendall(resp_array(b"message", b"c", b"plain"))
-            page = ssepush.Page(b"data: replayed\n\n", 1, OURS)
-            wait_for(lambda: streams[0].held and sum(len(held.events) for held in streams[0].held) == 2, "it is held")
+            assert streams == [stream]
+            between.publish(message(b"c"))
+            between.publish(b"plain")
+            wait_until_held(stream, 2)
 
-            between.relay.call(between.relay.take_page, page, streams)
+            between.replay(b"data: replayed\n\n", streams)
 
-            assert read_until(browser, b"plain\n\n") == b"HEAD\ndata: replayed\n\ndata: plain\n\n"
+            received = read_until(browser, b"plain\n\n")
+            assert received == b"HEAD\ndata: replayed\n\ndata: plain\n\n"
+
+
+def fail(*arguments: object) -> None:
+    raise MemoryError
 
 
 def test_an_error_of_ours_while_events_are_passed_on_ends_the_streams_that_they_were_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with RelayBetween() as between:
-        _, browser = between.open(b"c")
+        _, browser = between.open()
         with browser:
-            between.is_asked(b"c")
-            between.answer(b"c")
+            between.is_asked()
+            between.answer()
             read_until(browser, b"data: \n\n")
-            monkeypatch.setattr(between.relay, "_count_sent", lambda *_: (_ for _ in ()).throw(MemoryError()))
+            monkeypatch.setattr(between.relay, "_count_sent", fail)
 
-            between.redis.sendall(resp_array(b"message", b"c", b"hello"))
+            between.publish(b"hello")
 
-            assert b"retry: " in read_until(browser, b"retry: ")
+            read_until(browser, b"retry: ")
             between.ended.get(timeout=DEADLINE_S)
 
 
 def test_all_that_was_held_during_a_replay_is_sent_after_it_in_order() -> None:
     with RelayBetween() as between:
-        stream, browser = between.open(b"c", missed=ssepush.missed_since(OLDER, [b"c"]))
+        stream, browser = between.open(MISSED)
         with browser:
-            between.is_asked(b"c")
-            between.answer(b"c")
+            between.is_asked()
+            between.answer()
             streams = between.missed.get(timeout=DEADLINE_S)
-            for number in range(1, 4):
-                between.redis.sendall(resp_array(b"message", b"c", b"%d" % number))
+            for number in (1, 2, 3):
+                between.publish(b"%d" % number)
                 wait_until_held(stream, number)
 
-            between.relay.call(between.relay.take_page, ssepush.Page(b"data: 0\n\n", 1, OURS), streams)
+            between.replay(b"data: 0\n\n", streams)
 
-            assert read_until(browser, b"data: 3\n\n") == b"HEAD\n" + b"".join(b"data: %d\n\n" % n for n in range(4))
+            received = read_until(browser, b"data: 3\n\n")
+            assert received == b"HEAD\ndata: 0\n\ndata: 1\n\ndata: 2\n\ndata: 3\n\n"

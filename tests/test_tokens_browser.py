@@ -101,13 +101,12 @@ def deployment(start: Start, channel: str, tmp_path: Path) -> Iterator[Deploymen
         origins = ["--allow-origin", f"http://{LOOPBACK}:{port}", "--allow-origin", site.url]
         server = start("--retry", "400", *origins, SSEPUSH_SECRET=SECRET)
         environment = {
-            "PORT": str(port),
             "STREAM_URL": f"{server.url}/stream",
             "REDIS_URL": server.redis.url,
             "SSEPUSH_SECRET": SECRET,
             "TOKEN_TTL_S": str(TTL_S),
         }
-        with running_app("flask_app.py", tmp_path, **environment) as app:
+        with running_app("flask_app.py", tmp_path, port, **environment) as app:
             yield Deployment(server, app, site, private)
 
 

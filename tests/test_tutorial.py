@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import http.client
+import itertools
 import os
 import re
 import signal
@@ -204,14 +205,13 @@ def blocks_of(page: Path) -> list[Block]:
     text = page.read_text()
     found = list(BLOCK.finditer(text))
     blocks = []
-    for number, block in enumerate(found):
+    for block, following in itertools.zip_longest(found, found[1:]):
         language, code = block.groups()
         before = text[: block.start()]
         line = before.count("\n") + 1
         printed = ""
-        for following in found[number + 1 : number + 2]:
-            if following[1] == "text":
-                printed = following[2]
+        if following and following[1] == "text":
+            printed = following[2]
         if language != "text":
             where = f"{page.name}, line {line}"
             blocks.append(Block(where, language, code, printed))
@@ -267,7 +267,11 @@ class Reader:
             )
             return
         is_mixed = "&\n" in commands
-        output = self.start(*start.groups()) if start else self.run(commands)
+        if start:
+            variables, name = start.groups()
+            output = self.start(variables, name)
+        else:
+            output = self.run(commands)
         is_told = block.printed or not start
         if is_told:
             assert is_like(output, block.printed, is_mixed), f"{block.where}: printed\n{output}"
@@ -284,11 +288,15 @@ class Reader:
         port = PORT.search(source)
         assert port, f"{name} does not end with its port"
         self.page_port = port[1]
-        pairs = [variable.split("=") for variable in variables.split()]
+        environment = {}
+        for variable in variables.split():
+            key, _, value = variable.partition("=")
+            environment[key] = value
         log = self.folder / f"{name}.log"
-        self.stage = Stage(name, self.redis, log, dict(pairs))
+        self.stage = Stage(name, self.redis, log, environment)
         output = log.read_text()
-        return output.replace(str(self.stage.port), self.page_port)
+        own_port = str(self.stage.port)
+        return output.replace(own_port, self.page_port)
 
     def stop(self) -> None:
         if self.stage:
@@ -312,7 +320,11 @@ class Reader:
         return done.stdout
 
 
-def is_like(output: str, expected: str, is_mixed: bool = False) -> bool:
+def is_like(
+    output: str,
+    expected: str,
+    is_mixed: bool = False,
+) -> bool:
     """Whether a page's text describes the output; is_mixed: that of several commands at once, in no order."""
     lines = output.rstrip("\n").split("\n")
     patterns = []
@@ -327,7 +339,10 @@ def is_like(output: str, expected: str, is_mixed: bool = False) -> bool:
     return all(map(re.fullmatch, patterns, lines))
 
 
-def in_order_of(patterns: list[str], lines: list[str]) -> list[str]:
+def in_order_of(
+    patterns: list[str],
+    lines: list[str],
+) -> list[str]:
     """The lines that are not empty, each in the place of the first pattern that it fits; the others after them."""
     rest = [line for line in lines if line]
     ordered = []
@@ -413,7 +428,10 @@ def test_a_browser_gets_no_event_from_the_frames_of_the_article_and_each_digit_f
 def test_a_browser_that_comes_back_again_and_again_gets_each_event_of_stage_5_once(start: StartStage) -> None:
     stage = start("stage5_resume.py", PAUSE_S="0.01")
     numbers = [str(number) for number in range(100)]
-    publishing = threading.Thread(target=publish_all, args=(stage.port, numbers))
+    publishing = threading.Thread(
+        target=publish_all,
+        args=(stage.port, numbers),
+    )
     received: list[str] = []
 
     publish_all(stage.port, ["-1"])  # before the first event of all, there is no position to come back to
@@ -465,7 +483,11 @@ BAD_MESSAGES = {
 
 
 @pytest.mark.parametrize("message", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
-def test_a_bad_message_ends_no_stream_of_stage_6(stage_6: Stage, redis_process: RedisProcess, message: bytes) -> None:
+def test_a_bad_message_ends_no_stream_of_stage_6(
+    stage_6: Stage,
+    redis_process: RedisProcess,
+    message: bytes,
+) -> None:
     dropped_before = stage_6.times_said("dropped a message: ")
 
     with Tab(stage_6.port) as tab:
@@ -554,14 +576,22 @@ def test_names_that_inside_mentions_are_those_of_ssepush() -> None:
         assert words.issuperset(name.split(".")), name
 
 
+def without_lines(diff: str, mark: str) -> str:
+    """The text of a diff on one side: without the lines that it marks as the other's."""
+    kept = []
+    for line in diff.splitlines(keepends=True):
+        if not line.startswith(mark):
+            kept.append(line[1:])
+    return "".join(kept)
+
+
 def changed_by_inside() -> str:
     """ssepush.py with the changes that the page makes to add a route and an option."""
     source = (HERE / "ssepush.py").read_text()
     for block in blocks_of(INSIDE):
         if block.language == "diff":
-            lines = block.text.splitlines(keepends=True)
-            before = "".join(line[1:] for line in lines if not line.startswith("+"))
-            after = "".join(line[1:] for line in lines if not line.startswith("-"))
+            before = without_lines(block.text, "+")
+            after = without_lines(block.text, "-")
             assert source.count(before) == 1, block.where
             source = source.replace(before, after)
     return source
@@ -573,9 +603,15 @@ def test_a_route_and_an_option_are_added_as_inside_says(redis_process: RedisProc
     page = tmp_path / "index.html"
     page.write_bytes((HERE / "index.html").read_bytes())
     port = free_port()
-    options = ["--port", str(port), "--redis-url", redis_process.url, "--max-channels", "1"]
+    command = [
+        sys.executable,
+        str(program),
+        f"--port={port}",
+        f"--redis-url={redis_process.url}",
+        "--max-channels=1",
+    ]
 
-    with subprocess.Popen([sys.executable, program, *options]) as process:
+    with subprocess.Popen(command) as process:
         try:
             wait_for(lambda: listens(port), "it listens")
             time_answer = answer_to(port, "/time")
