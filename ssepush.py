@@ -266,7 +266,7 @@ Address = tuple[str, int]  # host and port
 class State(enum.Enum):
     """What becomes of an event that arrives for a stream."""
 
-    OPENING = "not for this stream: Redis has not confirmed its subscription"
+    OPENING = "held; or, by a shared subscriber, not for this stream, which Redis has not confirmed"
     REPLAYING = "held, until what was missed before it has been read from the history"
     BEHIND = "dropped if the replay had it; or waits until the browser has taken what was sent before it"
     LIVE = "sent at once"
@@ -422,6 +422,8 @@ class Relay:
         self._watch(stream.sock, self._on_browser, stream)
         stream.subscriber = subscriber
         stream.sent_at = self._now
+        if not subscriber.is_shared:
+            stream.held = []  # whatever comes is for this stream
         if subscriber not in self.subscribers and not subscriber.lost:
             self.subscribers.add(subscriber)
             self._watch(subscriber.sock, self._on_redis, subscriber)
@@ -441,6 +443,8 @@ class Relay:
                 subscriber.send_commands()
             except OSError as error:
                 self.lose(subscriber, "redis-lost", str(error))
+            if subscriber.unsent and not subscriber.lost:
+                self._talking.add(subscriber)  # again when Redis has answered some
         missing, self._missing = self._missing, {}
         for (missed, chunked), streams in missing.items():
             self.on_missed(missed, chunked, streams)
@@ -464,7 +468,8 @@ class Relay:
     def _confirm(self, stream: Stream, position: str) -> None:
         """From here on, what arrives is for this stream. The position was the newest just before."""
         stream.state = State.REPLAYING
-        stream.held = []
+        if stream.held is None:
+            stream.held = []
         if not stream.missed and not position and self.settings.history:
             stream.missed = missed_since("", stream.channels)  # there is no counter yet: reading makes one
         if stream.missed:
@@ -514,6 +519,9 @@ class Relay:
             stream.skip_to = page.position
             stream.missed = page.following
         held: Sequence[Batch] = ()
+        if not stream.missed and is_gap(page.position, stream.held or ()):
+            self.end(stream, "missed")
+            return
         if not stream.missed:  # to be known before this is sent: then more is asked for, or the stream is live
             held = self._finish_replay(stream, page.position)
         self._send(stream, page.wire)
@@ -564,7 +572,8 @@ class Relay:
         everything, self._received = self._received, {}
         for (received, mark_key), subscribers in everything.items():
             try:
-                self._pass_on_one(parse(received, mark_key, self.max_message), subscribers)
+                parse_it = parse if len(received) <= READ_BYTES else parse.__wrapped__  # which keeps nothing
+                self._pass_on_one(parse_it(received, mark_key, self.max_message), subscribers)
             except Exception as error:
                 # Whatever went wrong, it must not be missing in silence: these streams come back and resume.
                 if not isinstance(error, ConnectionError):
@@ -730,6 +739,9 @@ class Relay:
             elif stream.state is State.OPENING:
                 if silent_s > REDIS_S:
                     self.lose(stream.subscriber, "redis-lost", "it did not confirm a subscription")
+            elif stream.state is State.REPLAYING and not stream.page:
+                if silent_s > 2 * heartbeat_s:
+                    self.end(stream, "busy")
             elif stream.backlog:
                 if silent_s > 2 * heartbeat_s:
                     self.end(stream, "slow")
@@ -804,7 +816,7 @@ class Relay:
         if not told or stream.backlog:
             return
         last_words = farewell(told, self.settings.retry)
-        if reason == "expired" and stream.state is not State.REPLAYING:
+        if reason == "expired" and stream.state not in (State.OPENING, State.REPLAYING):
             position = self._position(stream)
             last_words = token_expired_frame(position) + last_words
         wire = stream.opening + body_part(last_words, stream.chunked)
@@ -993,6 +1005,15 @@ def batch_of(channel: bytes, events: Sequence[Framed]) -> Batch:
     )
 
 
+def is_gap(position: str, batches: Iterable[Batch]) -> bool:
+    """Whether an event is missing between a position, if there is one, and the first of these on some channel."""
+    first: dict[bytes, Batch] = {}
+    for batch in batches:
+        if batch.position:
+            first.setdefault(batch.channel, batch)
+    return position != "" and any(batch.previous > position for batch in first.values())
+
+
 class Answer(NamedTuple):
     """What Redis answers to a command of a subscriber: a confirmation, an error, or the counter's newest id and key."""
 
@@ -1107,6 +1128,7 @@ class Subscriber:
 
     sock: socket.socket
     counter_key: str
+    is_shared: bool = False  # then it speaks RESP3, and may ask while it is subscribed
     master: Address | None = None  # whom it is connected to, if Redis may fail over
     streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # of the channels it follows
     seen: dict[bytes, str] = field(default_factory=dict)  # channel: position up to which none is missing
@@ -1115,6 +1137,7 @@ class Subscriber:
     lost: bool = False  # also read by other threads
     waiting: list[Stream] = field(default_factory=list)  # for the next commands
     unwanted: set[bytes] = field(default_factory=set)  # channels that nobody may want any more
+    unsent: bytes = b""  # commands that the kernel has not taken
     # The commands that Redis has not answered, in order: the channel, and the streams that wait for the answer.
     asked: deque[tuple[bytes, list[Stream]]] = field(default_factory=deque)
     parts: list[bytes] = field(default_factory=list)  # the beginning of a reply,
@@ -1144,19 +1167,26 @@ class Subscriber:
                 commands.append(command("UNSUBSCRIBE", channel))
                 self.asked.append((channel, []))
         if self.waiting:
-            commands.append(command("HMGET", self.counter_key, "newest", "key"))
-            self.asked.append((b"", []))
+            # Asked last where that is possible: what comes before the answer, the streams' position covers.
+            ask_counter = command("HMGET", self.counter_key, "newest", "key")
             wanted = [channel for stream in self.waiting for channel in stream.channels]
+            if not self.is_shared:
+                commands.append(ask_counter)
+                self.asked.append((b"", []))
             for channel in dict.fromkeys(wanted):
                 commands.append(command("SUBSCRIBE", channel))
                 self.asked.append((channel, []))
+            if self.is_shared:
+                commands.append(ask_counter)
+                self.asked.append((b"", []))
             _, waiting_for_last = self.asked[-1]
             waiting_for_last.extend(self.waiting)
         self.waiting.clear()
         self.unwanted.clear()
-        wire = b"".join(commands)
-        if wire and self.sock.send(wire) < len(wire):
-            raise ConnectionError("Redis does not read")
+        self.unsent += b"".join(commands)
+        with suppress(BlockingIOError, ssl.SSLWantWriteError):
+            sent = self.sock.send(self.unsent)
+            self.unsent = self.unsent[sent:]
 
     def take_answer(self, answer: Answer) -> tuple[bytes, list[Stream]]:
         """Redis has answered the oldest command: its channel, and who waited. ConnectionError: it cannot go on."""
@@ -1527,7 +1557,7 @@ def check_name(what: str, name: object) -> str:
 def check_readable(data: object) -> None:
     """ValueError: data is nested deeper, or holds a longer number, than whoever reads the message may be able to."""
     level: list[object] = [data]
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_DEPTH + 1):  # the message around it is one more
         inner: list[object] = []
         for value in level:
             if isinstance(value, dict):
@@ -1551,12 +1581,12 @@ def message_of(
 
     What streams would have to drop is refused here. ValueError: a member cannot be framed; TypeError: data is no JSON.
     """
-    check_readable(data)
     members = {"data": data}
     if type is not None:
         members["type"] = type
     if retry is not None:
         members["retry"] = retry
+    check_readable(members)
     message = json.dumps(members, ensure_ascii=False, allow_nan=False).encode()
     frame_of(event_of(message))
     return message
@@ -1621,12 +1651,17 @@ class Connections:
         self.masters, url = masters_of(url)
         address, self._class, self._options = connection_of(url)
         self.address = self.masters.address if self.masters else address
+        self.host = self._options.get("host")
         self.has_password = "password" in self._options
         # Where a password is, a user's name is one; alone it may be a password that was put in its place.
         self.user: str = self._options.get("username", "") if self.has_password else ""
-        self._idle: list[Any] = []  # the one that was used last at the end
         self._without_socket: list[Any] = []  # which a subscriber has taken
-        self._running = threading.BoundedSemaphore(self.MOST)
+        self._begin()
+
+    def _begin(self) -> None:
+        """In a process that has none of its own yet: those of its parent stay the parent's."""
+        self._idle: list[Any] = []  # the one that was used last at the end
+        self._free = threading.Semaphore(self.MOST)
         self._process = os.getpid()
 
     def connect(self, **changed: Any) -> Any:
@@ -1652,15 +1687,15 @@ class Connections:
     @contextmanager
     def _one(self) -> Iterator[Any]:
         """A connection that nobody else uses meanwhile; it is kept for the next if all went well. RedisAway."""
-        if not self._running.acquire(timeout=REDIS_S):
+        if self._process != os.getpid():
+            self._begin()
+        free, idle = self._free, self._idle
+        if not free.acquire(timeout=REDIS_S):
             raise RedisAway("all connections to Redis are busy")
         try:
-            if self._process != os.getpid():  # forked: the idle ones are our parent's
-                self._process = os.getpid()
-                self._idle.clear()
             connection = None
             with suppress(IndexError):
-                connection = self._idle.pop()
+                connection = idle.pop()
             if connection and not self._is_usable(connection):
                 connection.disconnect()
                 connection = None
@@ -1670,9 +1705,9 @@ class Connections:
             except BaseException:
                 connection.disconnect()
                 raise
-            self._idle.append(connection)
+            idle.append(connection)
         finally:
-            self._running.release()
+            free.release()
 
     def _is_usable(self, connection: Any) -> bool:
         if self.masters and (connection.host, connection.port) != self.masters.known:
@@ -1700,7 +1735,7 @@ class Connections:
                 connection = self._connected(self._without_socket.pop())
         connection = connection or self.connect(protocol=3 if shared else 2)
         master = (connection.host, connection.port) if self.masters else None
-        subscriber = Subscriber(socket_of(connection), self.key(COUNTER_KEY), master)
+        subscriber = Subscriber(socket_of(connection), self.key(COUNTER_KEY), shared, master)
         if not shared:
             self._without_socket.append(connection)  # redis-py's cost more to make than to connect
         return subscriber
@@ -1888,7 +1923,7 @@ class Masters:
         """The master, as of a second ago at most. RedisAway: it is not known."""
         with self._lock:
             if monotonic() > self._asked_at + FIND_S:
-                self.known = self._ask()
+                self.known = self._ask() or self.known
                 self._asked_at = monotonic()
             if not self.known:
                 raise RedisAway(f"none of {self.address} knows a master")
@@ -1921,7 +1956,8 @@ class Masters:
             return (found[0].decode(), int(found[1])) if found else None
         for first, last, master, *_ in node.call("CLUSTER", "SLOTS"):
             if first <= CLUSTER_SLOT <= last:
-                return master[0].decode(), master[1]
+                host = (master[0] or b"").decode() or str(node.host)  # a node may not know its own
+                return host, master[1]
         return None
 
 
@@ -2512,12 +2548,11 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _publish(self, members: Mapping[str, Any]) -> Published:
         """HTTPError: it was not published, or may not have been."""
-        status = "ok"
+        status = "error"
         try:
             arguments = {**NOT_GIVEN, **members}
             published = self.app.redis.publish(**arguments)
-            if published.duplicate:
-                status = "duplicate"
+            status = "duplicate" if published.duplicate else "ok"
             return published
         except ValueError as error:
             status = "refused"
@@ -2752,10 +2787,11 @@ class Workers:
         """Do one piece of work after another, for as long as nobody else does."""
         while True:
             function, *arguments = self._work.get()
-            self._taken_at = monotonic()
+            began_at = self._taken_at = monotonic()
             function(*arguments)
             with self._lock:
-                if self._running > 1:
+                is_wanted = monotonic() > began_at + STUCK_S and not self._work.empty()  # while Redis is slow
+                if self._running > 1 and not is_wanted:
                     self._running -= 1
                     return
 
@@ -2833,7 +2869,7 @@ class Listener(http.server.ThreadingHTTPServer):
         self.app.workers.start(self.process_request_thread, request, client_address)
 
     def service_actions(self) -> None:
-        """Called by serve_forever after each connection, and ten times a second."""
+        """Called by serve_forever after each connection, and fifty times a second."""
         self.app.workers.relieve()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -3041,7 +3077,7 @@ class Server:
             start_thread("follow", functools.partial(self._follow, masters))
         self.workers.relieve()
         for listener in self.listeners:
-            accept = functools.partial(listener.serve_forever, poll_interval=0.1)
+            accept = functools.partial(listener.serve_forever, poll_interval=0.02)
             start_thread("accept", accept)
         signal.sigwait(signals)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Sequence
@@ -323,12 +324,11 @@ def read_until(sock: socket.socket, end: bytes) -> bytes:
     return received
 
 
-def test_a_stream_is_told_its_position_when_redis_has_confirmed_and_what_came_before_is_not_for_it() -> None:
+def test_a_stream_is_told_its_position_and_then_what_came_after_it() -> None:
     with RelayBetween() as between:
         _, browser = between.open()
         with browser:
             between.is_asked()
-            between.publish(b"too early")
             between.answer()
             between.publish(b"hello")
 
@@ -336,7 +336,42 @@ def test_a_stream_is_told_its_position_when_redis_has_confirmed_and_what_came_be
 
     position = OLDER.encode()
     assert received.startswith(b"HEAD\nevent: stream-position\nid: %b\n" % position)
+
+
+def test_what_a_shared_subscriber_reads_before_the_counter_is_covered_by_the_position_of_a_new_stream() -> None:
+    with RelayBetween() as between:
+        between.subscriber.is_shared = True
+        _, browser = between.open()
+        with browser:
+            between.redis.sendall(SUBSCRIBED)
+            between.publish(b"too early")
+            between.redis.sendall(COUNTER)
+            between.publish(b"hello")
+
+            received = read_until(browser, b"hello\n\n")
+
     assert b"too early" not in received
+
+
+def test_an_event_that_is_missing_between_a_replay_and_what_came_meanwhile_ends_the_stream() -> None:
+    with RelayBetween() as between:
+        stream, browser = between.open(MISSED)
+        with browser:
+            between.is_asked()
+            between.answer()
+            [streams] = [between.missed.get(timeout=DEADLINE_S)]
+            position, lost, newest = (f"1764000000000-{number:016d}" for number in (5, 6, 7))
+            mark = ssepush.mark_of(KEY, newest, lost, b"c")
+            members = {"data": "later", "id": newest, "previous": lost, "mark": mark}
+            between.publish(json.dumps(members).encode())
+            wait_until_held(stream, 1)
+            page = ssepush.Page(b"data: missed\n\n", 1, position)
+            between.relay.call(between.relay.take_page, page, streams)
+
+            received = read_until(browser, b"retry: ")
+
+    assert b"events were missed" in received
+    assert b"later" not in received
 
 
 def test_a_redis_that_answers_what_was_not_asked_is_left_and_the_stream_told_to_come_back() -> None:
