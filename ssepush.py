@@ -2831,7 +2831,8 @@ class Server:
                 relay.call(relay.take_page, page, streams)
             except RedisAway as error:
                 why = str(error)
-                relay.call(relay.refuse, streams, error.status, why)
+                reason = "redis-refused" if isinstance(error, RedisRefused) else "redis-away"
+                relay.call(relay.refuse, streams, reason, why)
             except Exception as error:
                 log.exception("a page of the history could not be read")
                 relay.call(relay.refuse, streams, "redis-away", str(error))

@@ -8,7 +8,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import ssepush
-from tests.kit import DEADLINE_S, RedisProcess, Start, WithholdingProxy, numbers, wait_for
+from tests.kit import (
+    DEADLINE_S,
+    RedisProcess,
+    Start,
+    WithholdingProxy,
+    both_ways,
+    close_with_reset,
+    numbers,
+    wait_for,
+)
 
 
 class HoldingProxy(WithholdingProxy):
@@ -38,7 +47,8 @@ def test_what_a_shared_subscriber_has_yet_to_read_is_not_sent_again_to_a_page_th
     redis_process: RedisProcess, start: Start, channel: str
 ) -> None:
     elsewhere = start(redis=redis_process)
-    with HoldingProxy(redis_process) as proxy, ThreadPoolExecutor() as threads:
+    proxy = HoldingProxy(redis_process)
+    with proxy, ThreadPoolExecutor() as threads:
         server = start("--shared", redis=proxy.url)
         stays = server.opened(channel)
         leaves = elsewhere.opened(channel)
@@ -63,3 +73,35 @@ def test_what_a_shared_subscriber_has_yet_to_read_is_not_sent_again_to_a_page_th
 
         assert coming_back.result().next().data == "last"
         assert stays.data(21) == [*numbers(0, 20), "last"]
+
+
+class CuttingProxy(WithholdingProxy):
+    """Stands before Redis. Whoever reads a history has the connection closed instead of an answer."""
+
+    def _pass_on(
+        self,
+        source: socket.socket,
+        sink: socket.socket,
+    ) -> None:
+        with source, sink, contextlib.suppress(OSError):
+            while received := source.recv(65536):
+                if b"'XRANGE'" in received:  # in the script
+                    close_with_reset(source)
+                sink.sendall(received)
+
+
+@both_ways
+def test_a_page_whose_history_redis_did_not_answer_is_told_to_come_back(
+    redis_process: RedisProcess, start: Start, channel: str
+) -> None:
+    with CuttingProxy(redis_process) as proxy:
+        server = start(redis=proxy.url)
+        missed = server.publish_id("missed", channel)
+
+        with server.stream(channel, Last_Event_ID=missed) as stream:
+            assert stream.until_end() == []
+
+        assert stream.says_why(), stream.parser.comments
+        assert stream.comes_back_after()
+        assert server.refused("redis-away") == 1
+        assert server.streams() == 0
