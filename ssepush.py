@@ -503,6 +503,12 @@ class Relay:
     def _take_page(self, stream: Stream, page: Page) -> None:
         if stream.state is State.ENDED:
             return
+        subscriber = stream.subscriber
+        if subscriber and page.mark_key and subscriber.is_of_another(page.mark_key):  # born anew since it subscribed
+            subscriber.mark_key = page.mark_key
+            if stream.held:  # without their ids, so that the page would be sent them once more
+                self.lose(subscriber, "redis-lost", "Redis has forgotten the counter")
+                return
         self._hold_page(stream, page)
         stream.events += page.events
         self.count("events_replayed_total", page.events)
@@ -854,8 +860,7 @@ class Relay:
     ) -> None:
         """Give up subscribers that have missed a channel's newest event, or follow a counter that is no more."""
         for subscriber in tuple(self.subscribers):
-            is_of_another = subscriber.mark_key not in (b"", mark_key)
-            if is_of_another or not subscriber.has_seen(newest):
+            if subscriber.is_of_another(mark_key) or not subscriber.has_seen(newest):
                 self.lose(subscriber, "missed", "it has missed events")
 
     def drain(self) -> None:
@@ -1183,6 +1188,10 @@ class Subscriber:
         for channel in channels:
             self.seen.setdefault(channel, position)
 
+    def is_of_another(self, mark_key: bytes) -> bool:
+        """Whether it knows another counter than that with this key, and so no ids of that one."""
+        return self.mark_key not in (b"", mark_key)
+
     def follows(self, batch: Batch) -> bool:
         """Whether nothing is missing between what was seen of its channel and this, which is then seen, too."""
         if not batch.position:
@@ -1292,12 +1301,13 @@ return newest
 """
 
 # KEYS: counter, newest, a history per channel. ARGV: key of marks; per channel the id up to which it is known, '' for
-# all that is kept; then the channels. Answers {{newest, reason for a reset or '', entries kept, ids, messages}}: the
-# channels' messages merged by id, as far as the budget goes; ids: the same per channel to read on, none if that is all.
+# all that is kept; then the channels. Answers {{newest, reason for a reset or '', entries kept, ids, messages, key}}:
+# the channels' messages merged by id, as far as the budget goes; ids: the same per channel to read on, none if that is
+# all; key: that of marks.
 PAGE_LUA = f"""{COUNTER_LUA}
 local channels = #KEYS - 2
 local last, is_proven, whole, page, at, size = {{}}, {{}}, {{}}, {{}}, {{}}, {{}}
-local function reset(reason, kept) return {{newest, reason, kept or 0, {{}}, {{}}}} end
+local function reset(reason, kept) return {{newest, reason, kept or 0, {{}}, {{}}, key or ''}} end
 for i = 1, channels do
   local after = ARGV[1 + i]
   if after ~= '' then
@@ -1323,7 +1333,7 @@ while bytes < {REPLAY_PAGE_BYTES} do
     local entry = page[i][at[i]]
     if entry and (not first or entry[1] < page[first][at[first]][1]) then first = i end
   end
-  if not first then return {{newest, '', 0, {{}}, messages}} end
+  if not first then return {{newest, '', 0, {{}}, messages, key or ''}} end
   local id, fields = unpack(page[first][at[first]])
   if is_proven[first] and fields[2] > last[first] then return reset('trimmed', redis.call('XLEN', KEYS[2 + first])) end
   last[first], is_proven[first], at[first] = id, true, at[first] + 1
@@ -1333,7 +1343,7 @@ while bytes < {REPLAY_PAGE_BYTES} do
 end
 local ids = {{}}
 for i = 1, channels do ids[i] = is_proven[i] and last[i] or '' end
-return {{newest, '', 0, ids, messages}}
+return {{newest, '', 0, ids, messages, key or ''}}
 """
 
 # KEYS: counter, newest, history. ARGV: key of marks, the id to start before or '', how many. Walks back through the
@@ -1386,6 +1396,7 @@ class Page:
     position: str  # the newest of all ids, when it was read
     reset: str = ""  # why it cannot be proved that nothing is missing
     following: Missed | None = None  # what to read next; None: this is the last
+    mark_key: bytes = b""  # of the counter that it was read with, b"" if not known
     readers: int = 0  # streams that have yet to take it
 
 
@@ -1456,7 +1467,7 @@ class Redis:
         if missed.newest:
             starts = [self._before_newest(channel, missed.newest) for channel in missed.channels]
             missed = missed._replace(after=tuple(starts), newest=0)
-        position, reset, read_to, messages = self._read(missed)
+        position, reset, read_to, messages, mark_key = self._read(missed)
         following = None
         if reset:
             frames = [reset_frame(reset, position)]
@@ -1467,26 +1478,26 @@ class Redis:
             else:
                 frames.append(position_frame(position))
         events = len(messages) or len(reset[:1])
-        return Page(body_part(b"".join(frames), chunked), events, position, reset, following)
+        return Page(body_part(b"".join(frames), chunked), events, position, reset, following, mark_key)
 
     def _read(
         self,
         missed: Missed,
-    ) -> tuple[str, str, list[bytes], list[bytes]]:
-        """What PAGE_LUA answers: the position, the reason for a reset or "", where to read on, messages."""
+    ) -> tuple[str, str, list[bytes], list[bytes], bytes]:
+        """What PAGE_LUA answers: the position, the reason for a reset or "", where to read on, messages, mark key."""
         if not self.history:
-            return "", "history-off", [], []
+            return "", "history-off", [], [], b""
         for event_id in missed.after:
             if event_id and not position_of(event_id):
-                return self.position() or "", "unknown-id", [], []
+                return self.position() or "", "unknown-id", [], [], b""
         histories = [HISTORY_KEY + channel for channel in missed.channels]
-        newest, reset, kept, after, messages = self._run(PAGE_LUA, histories, *missed.after, *missed.channels)
+        newest, reset, kept, after, messages, mark_key = self._run(PAGE_LUA, histories, *missed.after, *missed.channels)
         if 0 < kept < self.history and monotonic() > self._complained_at + 60:
             self._complained_at = monotonic()
             log.warning(
                 "a publisher keeps %d events a channel, this server %d: set SSEPUSH_HISTORY", kept, self.history
             )
-        return newest.decode(), reset.decode(), after, messages
+        return newest.decode(), reset.decode(), after, messages, mark_key
 
     def _before_newest(self, channel: str, number: int) -> str:
         """The id before a channel's newest events, so many of them; "" if fewer are kept."""
