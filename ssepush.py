@@ -2625,17 +2625,20 @@ class Workers:
         self.relieve()
 
     def relieve(self) -> None:
-        """Start a thread if none is free; or if those who are have taken no work for long: then they wait for Redis."""
+        """Start a thread if none is free; or one for all work each, if none was taken for long: Redis hangs, then."""
         with self._lock:
-            is_stuck = not self._work.empty() and monotonic() > self._taken_at + STUCK_S
-            if self._free and not is_stuck:
+            number = 0 if self._free else 1
+            if monotonic() > self._taken_at + STUCK_S:
+                number = max(number, self._work.qsize())
+            if not number:
                 return
-            self._free += 1
+            self._free += number
             self._taken_at = monotonic()
-        try:
-            start_thread("request", self._run)
-        except RuntimeError:  # there is no room for one: the work waits until somebody has time, or we are asked again
-            self._count_free(-1)
+        for _ in range(number):
+            try:
+                start_thread("request", self._run)
+            except RuntimeError:  # no room for one: the work waits until somebody has time, or we are asked again
+                self._count_free(-1)
 
     def _run(self) -> None:
         """Do one piece of work after another, for as long as nobody else does."""
