@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -423,6 +425,93 @@ def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(python))
 
 
+class CountingBytes(bytearray):
+    """What was received of a request; counts the bytes that it is searched through."""
+
+    searched = 0
+
+    def find(self, *arguments: Any) -> int:
+        start = arguments[1] if len(arguments) > 1 else 0
+        self.searched += len(self) - start
+        return super().find(*arguments)
+
+
+def test_a_head_that_comes_byte_by_byte_is_not_searched_from_the_front_each_time() -> None:
+    head = request(b"GET / HTTP/1.1", b"X: " + b"x" * (ssepush.MAX_HEAD_BYTES - 100))
+    bytes_to_come = iter(head)
+    received = CountingBytes()
+
+    class SlowHandler(ssepush.Handler):
+        def __init__(self) -> None:
+            self.received = received
+
+        def _receive_some(self, deadline: float) -> None:
+            received.append(next(bytes_to_come))
+
+    asked = SlowHandler()._receive_head()
+
+    assert len(asked.header("x")) == ssepush.MAX_HEAD_BYTES - 100
+    assert len(head) <= received.searched < 10 * len(head)
+
+
+def counts(port: int) -> socket.socket:
+    """A page that counts, and so keeps a thread."""
+    return EventStream(port, "/numbers").sock
+
+
+def takes_no_answer(port: int) -> socket.socket:
+    """Somebody who sends one request after another, and does not read."""
+    sock = connect(port)
+    with contextlib.suppress(ConnectionError):
+        sock.sendall(request(b"GET / HTTP/1.1") * 200)
+    return sock
+
+
+KEEP_THREADS = {"count": counts, "take no answer": takes_no_answer}
+kept_threads = pytest.mark.parametrize("keep", KEEP_THREADS.values(), ids=list(KEEP_THREADS))
+
+
+def round_s(server: ServerProcess) -> float:
+    """How long an honest request takes behind some hundred connections that say nothing."""
+    began = time.monotonic()
+    with connections(server.port, 300):
+        assert server.get("/position").status == 200
+        return time.monotonic() - began
+
+
+@pytest.mark.alone
+@kept_threads
+def test_requests_wait_no_longer_behind_idle_connections_while_two_keep_a_thread(
+    start: Start, many_files: None, keep: Callable[[int], socket.socket]
+) -> None:
+    server = start()
+    undisturbed_s = min(round_s(server) for _ in range(7))
+
+    with keep(server.port), keep(server.port):
+        wait_for(lambda: server.threads() >= IDLE_THREADS + 2, "each keeps a thread")
+        disturbed_s = min(round_s(server) for _ in range(7))
+
+    assert disturbed_s < 2.5 * undisturbed_s
+
+
+@pytest.mark.alone
+@kept_threads
+def test_who_goes_on_sending_is_not_ended_to_make_room_while_there_are_idle_ones(
+    start: Start, few_files: None, many_files: None, keep: Callable[[int], socket.socket]
+) -> None:
+    server = start("--max-streams", "20")
+    with keep(server.port), keep(server.port), connect(server.port) as slow, contextlib.ExitStack() as stack:
+        crowd = []
+        for byte in request(b"GET /position HTTP/1.1", b"Connection: close"):
+            slow.send(bytes([byte]))
+            crowd += stack.enter_context(connections(server.port, 10))
+
+            assert server.get("/position").status == 200
+
+        assert slow.recv(12) == b"HTTP/1.1 200"
+        assert is_closed(crowd[0])
+
+
 @pytest.mark.alone
 def test_out_of_descriptors_the_server_neither_spins_nor_stops(
     start: Start, channel: str, few_files: None, many_files: None
@@ -518,6 +607,25 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
 
     wait_for(lambda: server.get("/healthz").status == 200, "Redis is back")
     wait_for(lambda: server.threads() <= threads and server.descriptors() <= descriptors + 32, "nothing is left")
+
+
+@pytest.mark.alone
+@both_ways
+@pytest.mark.parametrize("number", [1, 100])
+def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
+    own_redis: RedisProcess, start: Start, number: int
+) -> None:
+    own_redis.client.config_set("requirepass", "secret")  # so that each new connection waits for an answer
+    server = start(redis=own_redis.url_of("default", "secret"))
+
+    with stopped(own_redis.process), connections(server.port, number, request(b"GET /stream HTTP/1.1")) as waiting:
+        for path in ("/metrics", "/"):
+            began = time.monotonic()
+            assert server.get(path).status == 200
+            assert time.monotonic() < began + 1.0
+
+        unanswered, _, _ = select.select(waiting, [], [], 0)
+        assert unanswered == []
 
 
 def test_all_places_for_numbers_taken_leave_the_rest_alone(start: Start, channel: str) -> None:
