@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import resource
 import select
 import signal
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import ssepush
 from tests.kit import (
     DEADLINE_S,
     IDLE_THREADS,
+    POOL,
     Baseline,
     EventStream,
     Page,
@@ -328,6 +330,124 @@ def test_after_each_of_two_mixed_loads_everything_is_given_back(
         resident.append(server.resident_bytes())
 
     assert resident[1] <= 1.05 * resident[0]
+
+
+ALIKE = 40  # streams: more than a server keeps connections to Redis, so that one left behind by each shows
+
+
+def unread(server: ServerProcess, channel: str, *fields: bytes) -> socket.socket:
+    """A browser that has asked for a stream, and reads nothing; its kernel takes little."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", server.port))
+    sock.sendall(request(f"GET /stream?channel={channel} HTTP/1.1".encode(), *fields))
+    return sock
+
+
+Held = Iterator[list[socket.socket]]  # browsers, all of whose streams are in one state
+
+
+@contextlib.contextmanager
+def opening(server: ServerProcess, channel: str) -> Held:
+    """Redis does not answer the subscription."""
+    server.opened(channel).close()  # a shared subscriber is connected from now on
+    wait_for(lambda: server.streams() == 0, "it is closed")
+    with stopped(server.redis.process):
+        browsers = [unread(server, channel) for _ in range(ALIKE)]
+        wait_for(lambda: server.streams() == ALIKE, "all are opening")
+        yield browsers
+
+
+@contextlib.contextmanager
+def replaying(server: ServerProcess, channel: str) -> Held:
+    """The browser does not take the first page of what it missed."""
+    position = server.publish_id("first", channel)
+    for _ in range(10):
+        server.publish("x" * 500_000, channel)
+    field = f"Last-Event-ID: {position}".encode()
+    browsers = [unread(server, channel, field) for _ in range(ALIKE)]
+    wait_for(lambda: server.metric("streams_opened_total") == ALIKE, "all have begun")
+    assert server.metric("replays") == ALIKE
+    assert server.metric("replay_bytes") > 0
+    yield browsers
+
+
+@contextlib.contextmanager
+def behind(server: ServerProcess, channel: str) -> Held:
+    """The browser does not take live events."""
+    browsers = [unread(server, channel) for _ in range(ALIKE)]
+    wait_for(lambda: server.metric("streams_opened_total") == ALIKE, "all are open")
+    for _ in range(10):
+        server.redis.publish(channel, "x" * 50_000)
+    wait_for(lambda: server.metric("backlog_bytes") > ALIKE * 50_000, "all are behind")
+    yield browsers
+
+
+@contextlib.contextmanager
+def live(server: ServerProcess, channel: str) -> Held:
+    """The browser has taken all."""
+    streams = [server.opened(channel) for _ in range(ALIKE)]
+    yield [stream.sock for stream in streams]
+
+
+STATES = {
+    "opening": opening,
+    "replaying": replaying,
+    "behind": behind,
+    "live": live,
+}
+in_each_state = pytest.mark.parametrize("hold", STATES.values(), ids=list(STATES))
+
+
+def browsers_leave(browsers: list[socket.socket], redis: RedisProcess) -> None:
+    for sock in browsers:
+        sock.close()
+
+
+def redis_dies(browsers: list[socket.socket], redis: RedisProcess) -> None:
+    redis.kill()
+    redis.start()
+
+
+@both_ways
+@in_each_state
+@pytest.mark.parametrize("end", [browsers_leave, redis_dies])
+def test_streams_that_end_leave_nothing_behind_in_any_state(
+    own_redis: RedisProcess, start: Start, channel: str, hold: Any, end: Any
+) -> None:
+    server = start("--max-streams", str(ALIKE), redis=own_redis)
+    server.get("/healthz")
+    descriptors = server.descriptors()
+
+    with hold(server, channel) as browsers:
+        end(browsers, own_redis)
+        wait_for(lambda: server.streams() == 0, "all streams are gone")
+
+    subscribers = server.subscribers_for(ALIKE) if server.is_shared else 0
+    wait_for(lambda: server.metric("subscribers") <= subscribers, "their subscribers are gone")
+    wait_for(lambda: server.descriptors() <= descriptors + POOL, "their descriptors are gone")
+    wait_for(lambda: server.threads() <= IDLE_THREADS + 1, "no thread is left")
+    wait_for(lambda: len(own_redis.client.client_list()) <= POOL + 2, "nor a connection to Redis")
+    assert server.metric("replay_bytes") == server.metric("backlog_bytes") == 0
+    for sock in browsers:
+        sock.close()
+    again = [server.opened(channel) for _ in range(ALIKE)]  # their places are free
+    for stream in again:
+        stream.close()
+
+
+@both_ways
+@in_each_state
+def test_a_drain_ends_streams_in_any_state(own_redis: RedisProcess, start: Start, channel: str, hold: Any) -> None:
+    server = start("--drain", "2", redis=own_redis)
+
+    with hold(server, channel) as browsers:
+        assert server.terminate() == 0
+
+        assert len(re.findall(r"stream \d+ (?:closed|refused): drain", server.output)) == ALIKE
+    wait_for(lambda: len(own_redis.client.client_list()) == 1, "Redis has no client but ours")
+    for sock in browsers:
+        sock.close()
 
 
 def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
