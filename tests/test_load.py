@@ -335,12 +335,17 @@ def test_after_each_of_two_mixed_loads_everything_is_given_back(
 ALIKE = 40  # streams: more than a server keeps connections to Redis, so that one left behind by each shows
 
 
-def unread(server: ServerProcess, channel: str, *fields: bytes) -> socket.socket:
+def unread(
+    server: ServerProcess,
+    channel: str,
+    *fields: bytes,
+) -> socket.socket:
     """A browser that has asked for a stream, and reads nothing; its kernel takes little."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.connect(("127.0.0.1", server.port))
-    sock.sendall(request(f"GET /stream?channel={channel} HTTP/1.1".encode(), *fields))
+    line = f"GET /stream?channel={channel} HTTP/1.1"
+    sock.sendall(request(line.encode(), *fields))
     return sock
 
 
@@ -351,10 +356,16 @@ Held = Iterator[list[socket.socket]]  # browsers, all of whose streams are in on
 def opening(server: ServerProcess, channel: str) -> Held:
     """Redis does not answer the subscription."""
     server.opened(channel).close()  # a shared subscriber is connected from now on
-    wait_for(lambda: server.streams() == 0, "it is closed")
+    wait_for(
+        lambda: server.streams() == 0,
+        "it is closed",
+    )
     with stopped(server.redis.process):
         browsers = [unread(server, channel) for _ in range(ALIKE)]
-        wait_for(lambda: server.streams() == ALIKE, "all are opening")
+        wait_for(
+            lambda: server.streams() == ALIKE,
+            "all are opening",
+        )
         yield browsers
 
 
@@ -366,7 +377,10 @@ def replaying(server: ServerProcess, channel: str) -> Held:
         server.publish("x" * 500_000, channel)
     field = f"Last-Event-ID: {position}".encode()
     browsers = [unread(server, channel, field) for _ in range(ALIKE)]
-    wait_for(lambda: server.metric("streams_opened_total") == ALIKE, "all have begun")
+    wait_for(
+        lambda: server.metric("streams_opened_total") == ALIKE,
+        "all have begun",
+    )
     assert server.metric("replays") == ALIKE
     assert server.metric("replay_bytes") > 0
     yield browsers
@@ -376,10 +390,16 @@ def replaying(server: ServerProcess, channel: str) -> Held:
 def behind(server: ServerProcess, channel: str) -> Held:
     """The browser does not take live events."""
     browsers = [unread(server, channel) for _ in range(ALIKE)]
-    wait_for(lambda: server.metric("streams_opened_total") == ALIKE, "all are open")
+    wait_for(
+        lambda: server.metric("streams_opened_total") == ALIKE,
+        "all are open",
+    )
     for _ in range(10):
         server.redis.publish(channel, "x" * 50_000)
-    wait_for(lambda: server.metric("backlog_bytes") > ALIKE * 50_000, "all are behind")
+    wait_for(
+        lambda: server.metric("backlog_bytes") > ALIKE * 50_000,
+        "all are behind",
+    )
     yield browsers
 
 
@@ -413,21 +433,45 @@ def redis_dies(browsers: list[socket.socket], redis: RedisProcess) -> None:
 @in_each_state
 @pytest.mark.parametrize("end", [browsers_leave, redis_dies])
 def test_streams_that_end_leave_nothing_behind_in_any_state(
-    own_redis: RedisProcess, start: Start, channel: str, hold: Any, end: Any
+    own_redis: RedisProcess,
+    start: Start,
+    channel: str,
+    hold: Any,
+    end: Any,
 ) -> None:
-    server = start("--max-streams", str(ALIKE), redis=own_redis)
+    max_streams = str(ALIKE)
+    server = start(
+        "--max-streams",
+        max_streams,
+        redis=own_redis,
+    )
     server.get("/healthz")
     descriptors = server.descriptors()
 
     with hold(server, channel) as browsers:
         end(browsers, own_redis)
-        wait_for(lambda: server.streams() == 0, "all streams are gone")
+        wait_for(
+            lambda: server.streams() == 0,
+            "all streams are gone",
+        )
 
     subscribers = server.subscribers_for(ALIKE) if server.is_shared else 0
-    wait_for(lambda: server.metric("subscribers") <= subscribers, "their subscribers are gone")
-    wait_for(lambda: server.descriptors() <= descriptors + POOL, "their descriptors are gone")
-    wait_for(lambda: server.threads() <= IDLE_THREADS + 1, "no thread is left")
-    wait_for(lambda: len(own_redis.client.client_list()) <= POOL + 2, "nor a connection to Redis")
+    wait_for(
+        lambda: server.metric("subscribers") <= subscribers,
+        "their subscribers are gone",
+    )
+    wait_for(
+        lambda: server.descriptors() <= descriptors + POOL,
+        "their descriptors are gone",
+    )
+    wait_for(
+        lambda: server.threads() <= IDLE_THREADS + 1,
+        "no thread is left",
+    )
+    wait_for(
+        lambda: len(own_redis.client.client_list()) <= POOL + 2,
+        "nor a connection to Redis",
+    )
     assert server.metric("replay_bytes") == server.metric("backlog_bytes") == 0
     for sock in browsers:
         sock.close()
@@ -438,14 +482,27 @@ def test_streams_that_end_leave_nothing_behind_in_any_state(
 
 @both_ways
 @in_each_state
-def test_a_drain_ends_streams_in_any_state(own_redis: RedisProcess, start: Start, channel: str, hold: Any) -> None:
-    server = start("--drain", "2", redis=own_redis)
+def test_a_drain_ends_streams_in_any_state(
+    own_redis: RedisProcess,
+    start: Start,
+    channel: str,
+    hold: Any,
+) -> None:
+    server = start(
+        "--drain",
+        "2",
+        redis=own_redis,
+    )
 
     with hold(server, channel) as browsers:
         assert server.terminate() == 0
 
-        assert len(re.findall(r"stream \d+ (?:closed|refused): drain", server.output)) == ALIKE
-    wait_for(lambda: len(own_redis.client.client_list()) == 1, "Redis has no client but ours")
+        ends = re.findall(r"stream \d+ (?:closed|refused): drain", server.output)
+        assert len(ends) == ALIKE
+    wait_for(
+        lambda: len(own_redis.client.client_list()) == 1,
+        "Redis has no client but ours",
+    )
     for sock in browsers:
         sock.close()
 
@@ -551,8 +608,9 @@ class CountingBytes(bytearray):
     searched = 0
 
     def find(self, *arguments: Any) -> int:
-        start = arguments[1] if len(arguments) > 1 else 0
-        self.searched += len(self) - start
+        _, start, _ = arguments
+        self.searched += len(self)
+        self.searched -= start
         return super().find(*arguments)
 
 
@@ -602,13 +660,18 @@ def round_s(server: ServerProcess) -> float:
 @pytest.mark.alone
 @kept_threads
 def test_requests_wait_no_longer_behind_idle_connections_while_two_keep_a_thread(
-    start: Start, many_files: None, keep: Callable[[int], socket.socket]
+    start: Start,
+    many_files: None,
+    keep: Callable[[int], socket.socket],
 ) -> None:
     server = start()
     undisturbed_s = min(round_s(server) for _ in range(7))
 
     with keep(server.port), keep(server.port):
-        wait_for(lambda: server.threads() >= IDLE_THREADS + 2, "each keeps a thread")
+        wait_for(
+            lambda: server.threads() >= IDLE_THREADS + 2,
+            "each keeps a thread",
+        )
         disturbed_s = min(round_s(server) for _ in range(7))
 
     assert disturbed_s < 2.5 * undisturbed_s
@@ -617,14 +680,22 @@ def test_requests_wait_no_longer_behind_idle_connections_while_two_keep_a_thread
 @pytest.mark.alone
 @kept_threads
 def test_who_goes_on_sending_is_not_ended_to_make_room_while_there_are_idle_ones(
-    start: Start, few_files: None, many_files: None, keep: Callable[[int], socket.socket]
+    start: Start,
+    few_files: None,
+    many_files: None,
+    keep: Callable[[int], socket.socket],
 ) -> None:
     server = start("--max-streams", "20")
-    with keep(server.port), keep(server.port), connect(server.port) as slow, contextlib.ExitStack() as stack:
+    sent = request(b"GET /position HTTP/1.1", b"Connection: close")
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(keep(server.port))
+        slow = stack.enter_context(connect(server.port))
         crowd = []
-        for byte in request(b"GET /position HTTP/1.1", b"Connection: close"):
-            slow.send(bytes([byte]))
-            crowd += stack.enter_context(connections(server.port, 10))
+        for at in range(len(sent)):
+            slow.send(sent[at : at + 1])
+            newcomers = connections(server.port, 10)
+            crowd += stack.enter_context(newcomers)
 
             assert server.get("/position").status == 200
 
@@ -733,12 +804,19 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
 @both_ways
 @pytest.mark.parametrize("number", [1, 100])
 def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
-    own_redis: RedisProcess, start: Start, number: int
+    own_redis: RedisProcess,
+    start: Start,
+    number: int,
 ) -> None:
     own_redis.client.config_set("requirepass", "secret")  # so that each new connection waits for an answer
     server = start(redis=own_redis.url_of("default", "secret"))
+    asks = connections(
+        server.port,
+        number,
+        request(b"GET /stream HTTP/1.1"),
+    )
 
-    with stopped(own_redis.process), connections(server.port, number, request(b"GET /stream HTTP/1.1")) as waiting:
+    with stopped(own_redis.process), asks as waiting:
         for path in ("/metrics", "/"):
             began = time.monotonic()
             assert server.get(path).status == 200
