@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -51,13 +50,15 @@ def publish_ms(redis: RedisProcess, until: Callable[[], bool]) -> list[float]:
     while not until():
         began = time.perf_counter()
         ssepush.publish("hello", channel="replays", redis_url=redis.url)
-        taken.append(1000 * (time.perf_counter() - began))
+        taken_s = time.perf_counter() - began
+        taken.append(1000 * taken_s)
         time.sleep(PAUSE_S)
     return sorted(taken)
 
 
 def percentile(taken: Sequence[float], percent: int) -> float:
-    return taken[min(len(taken) - 1, len(taken) * percent // 100)]
+    at = len(taken) * percent // 100
+    return taken[at]
 
 
 def fill(redis: RedisProcess, event_bytes: int) -> str:
@@ -75,7 +76,8 @@ def readers(port: int, number: int, last_event_id: str) -> Iterator[list[subproc
     """So many pages that come back with this id, each in a process."""
     length = EVENTS * len(CHANNELS) * options.event_bytes
     path = f"/stream?{query_of(*CHANNELS)}"
-    command = [sys.executable, "-c", READER, str(port), path, last_event_id, str(length)]
+    command = [sys.executable, "-c", READER]
+    command += [str(port), path, last_event_id, str(length)]
     processes = [subprocess.Popen(command) for _ in range(number)]
     try:
         yield processes
@@ -87,7 +89,7 @@ def readers(port: int, number: int, last_event_id: str) -> Iterator[list[subproc
 
 def cpu_ms(redis: RedisProcess) -> float:
     """The CPU time that Redis has used."""
-    used: dict[str, Any] = redis.client.info("cpu")
+    used = redis.client.info("cpu")
     return 1000 * float(used["used_cpu_user"] + used["used_cpu_sys"])
 
 
@@ -114,32 +116,35 @@ def measure(redis: RedisProcess, server: ServerProcess) -> None:
     with readers(server.port, options.pages, last_event_id) as processes:
 
         def are_done() -> bool:
-            is_over = time.monotonic() > began + MOST_S
-            return is_over or all(process.poll() is not None for process in processes)
+            if time.monotonic() > began + MOST_S:
+                return True
+            return all(process.poll() is not None for process in processes)
 
         busy = publish_ms(redis, are_done)
-        done = [process.poll() == 0 for process in processes]
-    slow = [entry["duration"] / 1000 for entry in redis.client.slowlog_get(100_000)]
-    print(f"{'replays done, of ' + str(options.pages):40} {sum(done)} in {time.monotonic() - began:.1f} s")
+        done = [process for process in processes if process.poll() == 0]
+    took_s = time.monotonic() - began
+    scripts_ms = [entry["duration"] / 1000 for entry in redis.client.slowlog_get(100_000)]
+    over_5_ms = [each for each in scripts_ms if each > 5]
+    longest_ms = max(scripts_ms, default=0.0)
+    ratio = percentile(busy, 99) / percentile(quiet, 99)
+    print(f"{'replays done':40} {len(done)} of {options.pages} in {took_s:.1f} s")
     for name, taken in (("quiet", quiet), ("with replays", busy)):
-        p50, p99 = (percentile(taken, percent) for percent in (50, 99))
-        print(f"{'publish ms, ' + name + ': p50, p99':40} {p50:.2f} {p99:.2f} ({len(taken)})")
-    print(f"{'p99, with replays to quiet':40} {percentile(busy, 99) / percentile(quiet, 99):.1f}")
-    print(f"{'slow log ms: longest, number over 5':40} {max(slow, default=0):.1f} {sum(each > 5 for each in slow)}")
+        what = f"publish ms, {name}: p50, p99"
+        p50 = percentile(taken, 50)
+        p99 = percentile(taken, 99)
+        print(f"{what:40} {p50:.2f} {p99:.2f} ({len(taken)})")
+    print(f"{'p99, with replays to quiet':40} {ratio:.1f}")
+    print(f"{'slow log ms: longest, number over 5':40} {longest_ms:.1f} {len(over_5_ms)}")
 
 
 parser = argparse.ArgumentParser(description="What large replays cost those who publish meanwhile.")
 parser.add_argument("--pages", type=int, default=8, help="that come back at once (8)")
 parser.add_argument("--event-bytes", type=int, default=50_000, help="(50000)")
-parser.add_argument("--shared", action="store_true", help="one Redis subscriber for all streams")
 options = parser.parse_args()
-with tempfile.TemporaryDirectory() as folder:
+with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
     redis_process = RedisProcess(Path(folder))
-    try:
-        server_process = ServerProcess(redis_process, *["--shared"] * options.shared)
-        try:
-            measure(redis_process, server_process)
-        finally:
-            server_process.terminate()
-    finally:
-        redis_process.kill()
+    stack.callback(redis_process.kill)
+    server_process = ServerProcess(redis_process)
+    stack.callback(server_process.terminate)
+    measure(redis_process, server_process)
