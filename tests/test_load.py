@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +23,7 @@ import ssepush
 from tests.kit import (
     DEADLINE_S,
     IDLE_THREADS,
+    POOL,
     Baseline,
     EventStream,
     Page,
@@ -328,6 +332,181 @@ def test_after_each_of_two_mixed_loads_everything_is_given_back(
     assert resident[1] <= 1.05 * resident[0]
 
 
+ALIKE = 40  # streams: more than a server keeps connections to Redis, so that one left behind by each shows
+
+
+def unread(
+    server: ServerProcess,
+    channel: str,
+    *fields: bytes,
+) -> socket.socket:
+    """A browser that has asked for a stream, and reads nothing; its kernel takes little."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", server.port))
+    line = f"GET /stream?channel={channel} HTTP/1.1"
+    sock.sendall(request(line.encode(), *fields))
+    return sock
+
+
+Held = Iterator[list[socket.socket]]  # browsers, all of whose streams are in one state
+
+
+@contextlib.contextmanager
+def opening(server: ServerProcess, channel: str) -> Held:
+    """Redis does not answer the subscription."""
+    server.opened(channel).close()  # a shared subscriber is connected from now on
+    wait_for(
+        lambda: server.streams() == 0,
+        "it is closed",
+    )
+    with stopped(server.redis.process):
+        browsers = [unread(server, channel) for _ in range(ALIKE)]
+        wait_for(
+            lambda: server.streams() == ALIKE,
+            "all are opening",
+        )
+        yield browsers
+
+
+@contextlib.contextmanager
+def replaying(server: ServerProcess, channel: str) -> Held:
+    """The browser does not take the first page of what it missed."""
+    position = server.publish_id("first", channel)
+    for _ in range(10):
+        server.publish("x" * 500_000, channel)
+    field = f"Last-Event-ID: {position}".encode()
+    browsers = [unread(server, channel, field) for _ in range(ALIKE)]
+    wait_for(
+        lambda: server.metric("streams_opened_total") == ALIKE,
+        "all have begun",
+    )
+    assert server.metric("replays") == ALIKE
+    assert server.metric("replay_bytes") > 0
+    yield browsers
+
+
+@contextlib.contextmanager
+def behind(server: ServerProcess, channel: str) -> Held:
+    """The browser does not take live events."""
+    browsers = [unread(server, channel) for _ in range(ALIKE)]
+    wait_for(
+        lambda: server.metric("streams_opened_total") == ALIKE,
+        "all are open",
+    )
+    for _ in range(10):
+        server.redis.publish(channel, "x" * 50_000)
+    wait_for(
+        lambda: server.metric("backlog_bytes") > ALIKE * 50_000,
+        "all are behind",
+    )
+    yield browsers
+
+
+@contextlib.contextmanager
+def live(server: ServerProcess, channel: str) -> Held:
+    """The browser has taken all."""
+    streams = [server.opened(channel) for _ in range(ALIKE)]
+    yield [stream.sock for stream in streams]
+
+
+STATES = {
+    "opening": opening,
+    "replaying": replaying,
+    "behind": behind,
+    "live": live,
+}
+in_each_state = pytest.mark.parametrize("hold", STATES.values(), ids=list(STATES))
+
+
+def browsers_leave(browsers: list[socket.socket], redis: RedisProcess) -> None:
+    for sock in browsers:
+        sock.close()
+
+
+def redis_dies(browsers: list[socket.socket], redis: RedisProcess) -> None:
+    redis.kill()
+    redis.start()
+
+
+@both_ways
+@in_each_state
+@pytest.mark.parametrize("end", [browsers_leave, redis_dies])
+def test_streams_that_end_leave_nothing_behind_in_any_state(
+    own_redis: RedisProcess,
+    start: Start,
+    channel: str,
+    hold: Any,
+    end: Any,
+) -> None:
+    max_streams = str(ALIKE)
+    server = start(
+        "--max-streams",
+        max_streams,
+        redis=own_redis,
+    )
+    server.get("/healthz")
+    descriptors = server.descriptors()
+
+    with hold(server, channel) as browsers:
+        end(browsers, own_redis)
+        wait_for(
+            lambda: server.streams() == 0,
+            "all streams are gone",
+        )
+
+    subscribers = server.subscribers_for(ALIKE) if server.is_shared else 0
+    wait_for(
+        lambda: server.metric("subscribers") <= subscribers,
+        "their subscribers are gone",
+    )
+    wait_for(
+        lambda: server.descriptors() <= descriptors + POOL,
+        "their descriptors are gone",
+    )
+    wait_for(
+        lambda: server.threads() <= IDLE_THREADS + 1,
+        "no thread is left",
+    )
+    wait_for(
+        lambda: len(own_redis.client.client_list()) <= POOL + 2,
+        "nor a connection to Redis",
+    )
+    assert server.metric("replay_bytes") == server.metric("backlog_bytes") == 0
+    for sock in browsers:
+        sock.close()
+    again = [server.opened(channel) for _ in range(ALIKE)]  # their places are free
+    for stream in again:
+        stream.close()
+
+
+@both_ways
+@in_each_state
+def test_a_drain_ends_streams_in_any_state(
+    own_redis: RedisProcess,
+    start: Start,
+    channel: str,
+    hold: Any,
+) -> None:
+    server = start(
+        "--drain",
+        "2",
+        redis=own_redis,
+    )
+
+    with hold(server, channel) as browsers:
+        assert server.terminate() == 0
+
+        ends = re.findall(r"stream \d+ (?:closed|refused): drain", server.output)
+        assert len(ends) == ALIKE
+    wait_for(
+        lambda: len(own_redis.client.client_list()) == 1,
+        "Redis has no client but ours",
+    )
+    for sock in browsers:
+        sock.close()
+
+
 def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
     server = start()
     with server.opened(channel) as stream:
@@ -421,6 +600,107 @@ def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python.write_text(f'#!/bin/sh\nulimit -n 400 && exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
+
+
+class CountingBytes(bytearray):
+    """What was received of a request; counts the bytes that it is searched through."""
+
+    searched = 0
+
+    def find(self, *arguments: Any) -> int:
+        _, start, _ = arguments
+        self.searched += len(self)
+        self.searched -= start
+        return super().find(*arguments)
+
+
+def test_a_head_that_comes_byte_by_byte_is_not_searched_from_the_front_each_time() -> None:
+    head = request(b"GET / HTTP/1.1", b"X: " + b"x" * (ssepush.MAX_HEAD_BYTES - 100))
+    bytes_to_come = iter(head)
+    received = CountingBytes()
+
+    class SlowHandler(ssepush.Handler):
+        def __init__(self) -> None:
+            self.received = received
+
+        def _receive_some(self, deadline: float) -> None:
+            received.append(next(bytes_to_come))
+
+    asked = SlowHandler()._receive_head()
+
+    assert len(asked.header("x")) == ssepush.MAX_HEAD_BYTES - 100
+    assert len(head) <= received.searched < 10 * len(head)
+
+
+def counts(port: int) -> socket.socket:
+    """A page that counts, and so keeps a thread."""
+    return EventStream(port, "/numbers").sock
+
+
+def takes_no_answer(port: int) -> socket.socket:
+    """Somebody who sends one request after another, and does not read."""
+    sock = connect(port)
+    with contextlib.suppress(ConnectionError):
+        sock.sendall(request(b"GET / HTTP/1.1") * 200)
+    return sock
+
+
+KEEP_THREADS = {"count": counts, "take no answer": takes_no_answer}
+kept_threads = pytest.mark.parametrize("keep", KEEP_THREADS.values(), ids=list(KEEP_THREADS))
+
+
+def round_s(server: ServerProcess) -> float:
+    """How long an honest request takes behind some hundred connections that say nothing."""
+    began = time.monotonic()
+    with connections(server.port, 300):
+        assert server.get("/position").status == 200
+        return time.monotonic() - began
+
+
+@pytest.mark.alone
+@kept_threads
+def test_requests_wait_no_longer_behind_idle_connections_while_two_keep_a_thread(
+    start: Start,
+    many_files: None,
+    keep: Callable[[int], socket.socket],
+) -> None:
+    server = start()
+    undisturbed_s = min(round_s(server) for _ in range(7))
+
+    with keep(server.port), keep(server.port):
+        wait_for(
+            lambda: server.threads() >= IDLE_THREADS + 2,
+            "each keeps a thread",
+        )
+        disturbed_s = min(round_s(server) for _ in range(7))
+
+    assert disturbed_s < 2.5 * undisturbed_s
+
+
+@pytest.mark.alone
+@kept_threads
+def test_who_goes_on_sending_is_not_ended_to_make_room_while_there_are_idle_ones(
+    start: Start,
+    few_files: None,
+    many_files: None,
+    keep: Callable[[int], socket.socket],
+) -> None:
+    server = start("--max-streams", "20")
+    sent = request(b"GET /position HTTP/1.1", b"Connection: close")
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(keep(server.port))
+        slow = stack.enter_context(connect(server.port))
+        crowd = []
+        for at in range(len(sent)):
+            slow.send(sent[at : at + 1])
+            newcomers = connections(server.port, 10)
+            crowd += stack.enter_context(newcomers)
+
+            assert server.get("/position").status == 200
+
+        assert slow.recv(12) == b"HTTP/1.1 200"
+        assert is_closed(crowd[0])
 
 
 @pytest.mark.alone
@@ -518,6 +798,32 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
 
     wait_for(lambda: server.get("/healthz").status == 200, "Redis is back")
     wait_for(lambda: server.threads() <= threads and server.descriptors() <= descriptors + 32, "nothing is left")
+
+
+@pytest.mark.alone
+@both_ways
+@pytest.mark.parametrize("number", [1, 100])
+def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
+    own_redis: RedisProcess,
+    start: Start,
+    number: int,
+) -> None:
+    own_redis.client.config_set("requirepass", "secret")  # so that each new connection waits for an answer
+    server = start(redis=own_redis.url_of("default", "secret"))
+    asks = connections(
+        server.port,
+        number,
+        request(b"GET /stream HTTP/1.1"),
+    )
+
+    with stopped(own_redis.process), asks as waiting:
+        for path in ("/metrics", "/"):
+            began = time.monotonic()
+            assert server.get(path).status == 200
+            assert time.monotonic() < began + 1.0
+
+        unanswered, _, _ = select.select(waiting, [], [], 0)
+        assert unanswered == []
 
 
 def test_all_places_for_numbers_taken_leave_the_rest_alone(start: Start, channel: str) -> None:

@@ -310,3 +310,27 @@ def test_streams_whose_replay_redis_does_not_answer_are_told_to_come_back(
         assert stream.comes_back_after()
     assert server.refused("redis-away") == 2
     assert server.streams() == 0
+
+
+# ── After a restart ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@both_ways
+def test_the_first_page_that_comes_back_to_a_redis_that_forgot_is_sent_nothing_twice(
+    tmp_path: Path, start: Start, channel: str
+) -> None:
+    forgetful = RedisProcess(tmp_path)
+    server = start(redis=forgetful)
+    kept = server.publish_id("kept", channel)
+    forgetful.client.save()
+    forgetful.kill()
+    forgetful.start()
+
+    with contextlib.closing(server.stream(channel, Last_Event_ID=kept)) as stream:
+        assert stream.next().type == "stream-reset"
+        server.publish("later", channel)
+        assert stream.next().data == "later"
+    with contextlib.closing(server.stream(channel, Last_Event_ID=stream.last_event_id)) as stream:
+        server.publish("last", channel)
+        assert stream.next().data == "last"
+    forgetful.kill()
