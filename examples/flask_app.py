@@ -136,7 +136,7 @@ PAGE = """<!doctype html>
 
     // Mostly the browser comes back by itself. Not after a proxy's 502, nor Firefox to another origin that is away.
     source.onerror = () => {
-      if (source.readyState === EventSource.CLOSED) setTimeout(listen, 3000, lastEventId);
+      if (source.readyState === EventSource.CLOSED) setTimeout(listen, 1000 + 4000 * Math.random(), lastEventId);
     };
   };
   listen("");

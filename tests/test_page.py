@@ -17,7 +17,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.browser import state_of, text_of
-from tests.engines import Firefox, QuietHandler, firefox
+from tests.engines import Firefox, QuietHandler
 from tests.kit import (
     DEADLINE_S,
     HAS_TEST_EXTRA,
@@ -1149,16 +1149,6 @@ def test_normal_use_leaves_no_error_in_the_browsers_console(page: OpenPage) -> N
 
 
 # ── In Firefox ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="session")
-def second_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox]:
-    """A Firefox."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip("needs the test extra: pip install '.[test]'")
-    folder = tmp_path_factory.mktemp("firefox")
-    with firefox(folder) as browser:
-        yield browser
 
 
 @pytest.fixture
