@@ -409,6 +409,24 @@ def test_an_expired_token_closes_the_page_which_goes_on_where_it_stopped_once_co
     assert page.run("return wantedUrl()") == f"{page.server.url}/stream?channel={page.channel}"
 
 
+HIDE = """
+    Object.defineProperty(document, "hidden", {value: arguments[0], configurable: true});
+    document.dispatchEvent(new Event("visibilitychange"));
+"""
+
+
+def test_the_title_of_a_hidden_tab_counts_what_came(page: OpenPage) -> None:
+    page.open()
+
+    page.run(HIDE, True)
+    page.publish("one")
+    page.publish("two")
+    wait_for(lambda: page.tab.title == "(2) ssepush", "the title counts two")
+
+    page.run(HIDE, False)
+    assert page.tab.title == "ssepush"
+
+
 def test_a_streams_position_is_shown_and_is_no_event(page: OpenPage) -> None:
     page.open()
     id_ = page.publish("", type="stream-position")
@@ -718,7 +736,7 @@ def test_what_is_published_goes_to_the_channel_that_one_listens_to_until_told_ot
     assert page.value("publish-channel") == f"{page.channel}-2"
 
     page.enter("publish-channel", "elsewhere")
-    assert page.text("elsewhere") == "This page does not listen to elsewhere."
+    assert page.text("elsewhere") == "This page is not listening to elsewhere."
     page.enter("channel", page.channel)
     assert page.value("publish-channel") == "elsewhere"
 
@@ -733,7 +751,7 @@ def test_the_page_says_when_nobody_listens(page: OpenPage) -> None:
 
     page.click_publish()
 
-    words = f"Published, but nobody listens to {page.channel}-empty, ID "
+    words = f"Published, but nobody is listening to {page.channel}-empty, ID "
     page.wait_for_part("answer", words)
 
 
