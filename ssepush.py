@@ -2733,6 +2733,7 @@ def taken_over(sock: socket.socket) -> socket.socket:
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MAX_PENDING = 1000  # connections that have yet to send a request or take an answer; one more ends the oldest of them
+MOST_AT_ONCE = 16  # request threads that are started when work is not taken
 STUCK_S = 0.005  # a thread that does nothing but compute has taken its next connection by then
 OUT_OF_DESCRIPTORS = {
     errno.EMFILE,
@@ -2771,17 +2772,20 @@ class Workers:
         self.relieve()
 
     def relieve(self) -> None:
-        """Start a thread if none runs; or if work is not taken in time: then those that run are waiting for Redis."""
+        """Start a thread if none runs; or some if work is not taken in time: then those that run wait for Redis."""
         with self._lock:
-            is_stuck = not self._work.empty() and monotonic() > self._taken_at + STUCK_S
-            if self._running and not is_stuck:
+            wanted = 0 if self._running else 1
+            if monotonic() > self._taken_at + STUCK_S:
+                wanted = max(wanted, min(self._work.qsize(), MOST_AT_ONCE))
+            if not wanted:
                 return
-            self._running += 1
+            self._running += wanted
             self._taken_at = monotonic()
-        try:
-            start_thread("request", self._run)
-        except RuntimeError:  # there is no room for one: the work waits until somebody has time, or we are asked again
-            self._count_running(-1)
+        for _ in range(wanted):
+            try:
+                start_thread("request", self._run)
+            except RuntimeError:  # no room for one: the work waits until somebody has time, or we are asked again
+                self._count_running(-1)
 
     def _run(self) -> None:
         """Do one piece of work after another, for as long as nobody else does."""

@@ -1,8 +1,9 @@
 """Private events for those who have logged in: Flask says who may listen, ssepush pushes.
 
+    .venv/bin/pip install flask
     export SSEPUSH_SECRET=$(openssl rand -hex 32)
-    python ssepush.py --allow-origin http://127.0.0.1:8000 &
-    python examples/flask_app.py
+    .venv/bin/python ssepush.py --allow-origin http://127.0.0.1:8000 &
+    .venv/bin/python examples/flask_app.py
 
 Open http://127.0.0.1:8000/ in two browsers, log in as two people, and write to one another.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 
 import werkzeug
 from flask import Flask, Response, redirect, render_template_string, request, session
@@ -136,7 +138,7 @@ PAGE = """<!doctype html>
 
     // Mostly the browser comes back by itself. Not after a proxy's 502, nor Firefox to another origin that is away.
     source.onerror = () => {
-      if (source.readyState === EventSource.CLOSED) setTimeout(listen, 3000, lastEventId);
+      if (source.readyState === EventSource.CLOSED) setTimeout(listen, 1000 + 4000 * Math.random(), lastEventId);
     };
   };
   listen("");
@@ -150,4 +152,6 @@ PAGE = """<!doctype html>
 """
 
 if __name__ == "__main__":
+    if not os.environ.get("SSEPUSH_SECRET"):
+        sys.exit("SSEPUSH_SECRET is not set: it must be the one that ssepush was started with")
     app.run(port=int(os.environ.get("PORT", "8000")), threaded=True)

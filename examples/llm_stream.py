@@ -1,7 +1,8 @@
 """A long answer, word by word as it is made, on every device that has it open: reloading loses nothing.
 
-    SSEPUSH_HISTORY=5000 python ssepush.py &
-    SSEPUSH_HISTORY=5000 python examples/llm_stream.py
+    .venv/bin/pip install flask
+    SSEPUSH_HISTORY=5000 .venv/bin/python ssepush.py &
+    SSEPUSH_HISTORY=5000 .venv/bin/python examples/llm_stream.py
 
 Open http://127.0.0.1:8001/, ask, and reload the page in the middle; open its address in another browser, too.
 
@@ -107,7 +108,7 @@ PAGE = """<!doctype html>
 
     // Mostly the browser comes back by itself. Not after a proxy's 502, nor Firefox to another origin that is away.
     source.onerror = () => {
-      if (source.readyState === EventSource.CLOSED) setTimeout(listen, 3000, lastEventId);
+      if (source.readyState === EventSource.CLOSED) setTimeout(listen, 1000 + 4000 * Math.random(), lastEventId);
     };
   };
   listen("earliest");

@@ -1,4 +1,4 @@
-"""Chromium, for the tests that need a browser: fixtures, and what they look at."""
+"""Chromium and Firefox, for the tests that need a browser: fixtures, and what they look at."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.engines import Firefox, firefox
 from tests.kit import DEADLINE_S, HAS_TEST_EXTRA, program
 
 if TYPE_CHECKING:
@@ -58,6 +59,16 @@ def tab(chromium: WebDriver) -> Iterator[WebDriver]:
     """The same, left on an empty page."""
     yield chromium
     chromium.get("about:blank")
+
+
+@pytest.fixture(scope="session")
+def second_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox]:
+    """One Firefox for all tests, with an empty profile."""
+    if not HAS_TEST_EXTRA:
+        pytest.skip("needs the test extra: pip install '.[test]'")
+    folder = tmp_path_factory.mktemp("firefox")
+    with firefox(folder) as browser:
+        yield browser
 
 
 def text_of(tab: WebDriver, id_: str) -> str:

@@ -21,6 +21,7 @@ import pytest
 
 import ssepush
 from tests.browser import text_of
+from tests.engines import Browser, Firefox, Site
 from tests.kit import (
     DEADLINE_S,
     HERE,
@@ -225,14 +226,14 @@ def served(app: Any) -> Iterator[str]:
     thread.join(DEADLINE_S)
 
 
-def run_script(tab: WebDriver, address: str, script: str) -> None:
+def run_script(tab: Browser, address: str, script: str) -> None:
     """Run JavaScript in a page of this address, where `show(…)` keeps what it is given."""
     tab.get(address)
     tab.execute_script("window.shown = []; window.show = (one) => shown.push(one);")
     tab.execute_script(f"{script}; if (typeof source === 'object') window.source = source;")
 
 
-def shown(tab: WebDriver) -> list[Any]:
+def shown(tab: Browser) -> list[Any]:
     """What it was given."""
     return list(tab.execute_script("return shown"))
 
@@ -403,6 +404,44 @@ def test_the_guides_script_hears_the_events_of_all_its_channels(
 
     wait_for(lambda: "plain" in shown(tab), "the last event is shown")
     assert shown(tab) == [{"item": "tea"}, "plain"]
+
+
+KEEP_SOURCES = """
+    window.sources = [];
+    window.EventSource = class extends EventSource {
+      constructor(url) {
+        super(url);
+        sources.push(this);
+      }
+    };
+"""
+
+
+ANY_CLOSED = "return sources.some((source) => source.readyState === EventSource.CLOSED)"
+
+
+def test_the_guides_page_of_another_origin_comes_back_in_firefox_and_misses_nothing(
+    second_browser: Firefox,
+    start: Start,
+    own_redis: RedisProcess,
+) -> None:
+    script = example(GUIDE, "When does a browser give up?", "js")
+    publisher = start(redis=own_redis)
+    server = start("--retry", "100", redis=own_redis)
+    script = script.replace("`/stream", f"`{server.url}/stream")
+    with Site({"/": lambda: ""}) as site:
+        run_script(second_browser, site.url, KEEP_SOURCES + script)
+        wait_until_open(server)
+        server.publish({"item": "seen"}, "orders", type="order_placed")
+        wait_for(lambda: shown(second_browser), "the page listens")
+
+        server.kill()
+        wait_for(lambda: second_browser.execute_script(ANY_CLOSED), "Firefox has given up")
+        publisher.publish({"item": "missed"}, "orders", type="order_placed")
+        start("--retry", "100", redis=own_redis, port=server.port)
+
+        wait_for(lambda: len(shown(second_browser)) == 2, "the page is back")
+        assert shown(second_browser) == [{"item": "seen"}, {"item": "missed"}]
 
 
 def test_the_guide_names_the_events_that_come_from_ssepush() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.browser import state_of, text_of
+from tests.engines import Firefox, QuietHandler
 from tests.kit import (
     DEADLINE_S,
     HAS_TEST_EXTRA,
@@ -39,6 +41,7 @@ ANSWER = {"question": "which programming is the best?", "value": "Absolutely, PH
 MESSAGE = json.dumps({"data": ANSWER, "type": "new_answers"})
 SHOWN_ANSWER = "which programming is the best? : Absolutely, PHP"
 NO_SERVER = "?server= must be the origin of a server"
+GAVE_UP = "the browser gave up, so this page opens a new stream"
 
 
 # ── What the tests of the page stand on ──────────────────────────────────────────────────────────────────────────────
@@ -131,8 +134,9 @@ class OpenPage:
         self.wait_for_state("open")
 
     def open_from_disk(self, server_parameter: str) -> None:
-        """With `?server=` as given."""
-        self.tab.get(f"{PAGE.as_uri()}?server={quote(server_parameter, safe='')}")
+        """With `?server=` as given; it listens to its channel."""
+        server = quote(server_parameter, safe="")
+        self.tab.get(f"{PAGE.as_uri()}?channel={self.channel}&server={server}")
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.tab.execute_script(script, *arguments)
@@ -315,6 +319,40 @@ def test_a_page_that_is_refused_says_why(page: OpenPage) -> None:
     assert "then connect" in page.text("detail")
 
 
+def test_a_page_that_may_not_see_the_answer_says_so(page: OpenPage, start: Start) -> None:
+    server = start("--allow-origin", "https://other.example")
+
+    page.open_from_disk(server.url)
+
+    page.wait_for_text("state", "Refused: the server does not let a page from here see its answer")
+    assert page.state() == "closed"
+
+
+class BadGateway(QuietHandler):
+    """A proxy that serves the page, and has nobody behind it to serve the stream."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/stream"):
+            self.answer(502)
+        else:
+            self.answer(200, PAGE.read_text())
+
+
+def test_a_page_comes_back_by_itself_after_a_proxys_502(page: OpenPage, start: Start) -> None:
+    with http.server.ThreadingHTTPServer((LOOPBACK, 0), BadGateway) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        port = proxy.server_port
+        page.tab.get(f"http://{LOOPBACK}:{port}/?channel={page.channel}")
+        page.wait_for_text("state", f"No connection yet: {GAVE_UP}")
+        proxy.shutdown()
+
+    page.server = start(port=port)
+
+    page.wait_for_state("open")
+    page.publish("after")
+    page.wait_for_rows("after")
+
+
 def test_one_button_closes_the_stream_and_opens_it_again(page: OpenPage) -> None:
     page.open()
     assert page.text("close") == "Close"
@@ -371,6 +409,24 @@ def test_an_expired_token_closes_the_page_which_goes_on_where_it_stopped_once_co
     assert page.run("return wantedUrl()") == f"{page.server.url}/stream?channel={page.channel}"
 
 
+HIDE = """
+    Object.defineProperty(document, "hidden", {value: arguments[0], configurable: true});
+    document.dispatchEvent(new Event("visibilitychange"));
+"""
+
+
+def test_the_title_of_a_hidden_tab_counts_what_came(page: OpenPage) -> None:
+    page.open()
+
+    page.run(HIDE, True)
+    page.publish("one")
+    page.publish("two")
+    wait_for(lambda: page.tab.title == "(2) ssepush", "the title counts two")
+
+    page.run(HIDE, False)
+    assert page.tab.title == "ssepush"
+
+
 def test_a_streams_position_is_shown_and_is_no_event(page: OpenPage) -> None:
     page.open()
     id_ = page.publish("", type="stream-position")
@@ -425,7 +481,7 @@ def test_a_page_from_disk_listens_to_the_server_that_it_is_told(page: OpenPage) 
     page.open_from_disk(f"http://localhost:{page.server.port}")
     page.wait_for_state("open")
 
-    page.server.redis.publish("sse", MESSAGE)
+    page.server.redis.publish(page.channel, MESSAGE)
 
     page.wait_for_text("data", SHOWN_ANSWER)
     assert f"http://localhost:{page.server.port}/publish" in page.text("line-curl")
@@ -680,7 +736,7 @@ def test_what_is_published_goes_to_the_channel_that_one_listens_to_until_told_ot
     assert page.value("publish-channel") == f"{page.channel}-2"
 
     page.enter("publish-channel", "elsewhere")
-    assert page.text("elsewhere") == "This page does not listen to elsewhere."
+    assert page.text("elsewhere") == "This page is not listening to elsewhere."
     page.enter("channel", page.channel)
     assert page.value("publish-channel") == "elsewhere"
 
@@ -695,7 +751,7 @@ def test_the_page_says_when_nobody_listens(page: OpenPage) -> None:
 
     page.click_publish()
 
-    words = f"Published, but nobody listens to {page.channel}-empty, ID "
+    words = f"Published, but nobody is listening to {page.channel}-empty, ID "
     page.wait_for_part("answer", words)
 
 
@@ -1113,43 +1169,19 @@ def test_normal_use_leaves_no_error_in_the_browsers_console(page: OpenPage) -> N
 # ── In Firefox ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Firefox:
-    """A page in Firefox, to be looked at as one in Chromium."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-
-    def execute_script(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, script_args=arguments)
-
-    def get(self, url: str) -> None:
-        self.driver.navigate(url)
+@pytest.fixture
+def firefox_page(
+    second_browser: Firefox,
+    page_server: ServerProcess,
+    channel: str,
+) -> Iterator[OpenPage]:
+    """The page in Firefox, not yet open."""
+    yield OpenPage(second_browser, page_server, channel)
+    second_browser.get("about:blank")
 
 
-@pytest.fixture(scope="session")
-def firefox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox]:
-    """A Firefox with an empty profile."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip("needs the test extra: pip install '.[test]'")
-    marionette = importlib.import_module("marionette_driver.marionette")
-    folder = tmp_path_factory.mktemp("firefox")
-    driver = marionette.Marionette(
-        host=LOOPBACK,
-        port=free_port(),
-        bin=program("firefox-esr", "firefox"),
-        headless=True,
-        gecko_log=str(folder / "log"),
-        workspace=str(folder),
-    )
-    driver.start_session()
-    yield Firefox(driver)
-    driver.cleanup()
-
-
-def test_in_firefox_the_page_listens_publishes_and_shows_the_wire(
-    firefox: Firefox, page_server: ServerProcess, channel: str
-) -> None:
-    page = OpenPage(firefox, page_server, channel)
+def test_in_firefox_the_page_listens_publishes_and_shows_the_wire(firefox_page: OpenPage) -> None:
+    page = firefox_page
     page.open()
     assert page.text("data") == "received pushed data"
     page.run("document.getElementById('show-wire').click()")
@@ -1163,3 +1195,59 @@ def test_in_firefox_the_page_listens_publishes_and_shows_the_wire(
     page.publish("bye", type="server_closed")
     page.wait_for_state("closed")
     wait_for(lambda: page.streams() == 0, "both streams are closed")
+
+
+def test_in_firefox_a_page_from_disk_comes_back_to_a_restarted_server_and_misses_nothing(
+    firefox_page: OpenPage,
+    start: Start,
+) -> None:
+    page, publisher = firefox_page, firefox_page.server
+    page.server = start("--retry", "100")
+    page.open_from_disk(page.server.url)
+    page.wait_for_state("open")
+    page.publish("seen")
+    page.wait_for_rows("seen")
+
+    page.server.kill()
+    page.wait_for_part("state", GAVE_UP)
+    assert re.match("Next try in about [1-5] s, lost", page.text("detail"))
+    publisher.publish("missed", page.channel)
+    page.server = start("--retry", "100", port=page.server.port)
+
+    page.wait_for_rows("missed", "seen")
+    page.wait_for_text("state", "Open")
+    page.publish("after")
+    page.wait_for_first_row("after")
+
+
+def test_in_firefox_a_page_from_disk_finds_a_server_that_is_started_later(
+    firefox_page: OpenPage,
+    start: Start,
+) -> None:
+    port = free_port()
+    page = firefox_page
+    page.open_from_disk(f"http://{LOOPBACK}:{port}")
+    page.wait_for_part("state", f"No connection yet: {GAVE_UP}")
+
+    start(port=port)
+
+    page.wait_for_state("open")
+
+
+def test_in_firefox_a_page_that_waits_to_come_back_can_be_closed_and_opened(
+    firefox_page: OpenPage,
+    start: Start,
+) -> None:
+    port = free_port()
+    page = firefox_page
+    page.open_from_disk(f"http://{LOOPBACK}:{port}")
+    page.wait_for_part("state", GAVE_UP)
+
+    page.run("document.getElementById('close').click()")
+    assert page.text("state") == "Closed"
+    assert page.text("detail") == "You closed it."
+
+    start(port=port)
+    page.run("document.getElementById('close').click()")
+    page.wait_for_state("open")
+    assert page.streams() == 1
