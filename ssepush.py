@@ -74,7 +74,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from threading import Thread
 from time import monotonic
@@ -2733,6 +2733,7 @@ def taken_over(sock: socket.socket) -> socket.socket:
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MAX_PENDING = 1000  # connections that have yet to send a request or take an answer; one more ends the oldest of them
+IDLE_S = 1.0  # for which a request thread waits for work, unless it is the only one
 MOST_AT_ONCE = 16  # request threads that are started when work is not taken
 STUCK_S = 0.005  # a thread that does nothing but compute has taken its next connection by then
 OUT_OF_DESCRIPTORS = {
@@ -2790,9 +2791,11 @@ class Workers:
     def _run(self) -> None:
         """Do one piece of work after another, for as long as nobody else does."""
         while True:
-            function, *arguments = self._work.get()
-            began_at = self._taken_at = monotonic()
-            function(*arguments)
+            began_at = math.inf
+            with suppress(Empty):
+                function, *arguments = self._work.get(timeout=IDLE_S)
+                began_at = self._taken_at = monotonic()
+                function(*arguments)
             with self._lock:
                 is_wanted = monotonic() > began_at + STUCK_S and not self._work.empty()  # while Redis is slow
                 if self._running > 1 and not is_wanted:
@@ -3073,8 +3076,6 @@ class Server:
         for _ in range(REPLAY_THREADS):
             start_thread("replay", self._replay)
         if self.settings.history:
-            with suppress(RedisAway):
-                self.redis.position()  # there is a counter from now on, whose key subscribers know from their start
             start_thread("watch", self._watch)
         masters = self.redis.connections.masters
         if masters:
@@ -3362,6 +3363,8 @@ def serve(
     # Valkey, which inherits this: Ctrl-C goes to the terminal's whole process group, but is ours to handle.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     embedded = find_redis(redis, may_embed)
+    with suppress(RedisAway):
+        redis.position()  # so that there is a counter, whose key all subscribers know from their start
     files = raise_open_file_limit()
     max_pending = min(MAX_PENDING, files // 4)
     max_streams = streams_allowed(settings, redis, files - max_pending - 100)
