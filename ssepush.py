@@ -501,7 +501,11 @@ class Relay:
             same = self._missing.setdefault((stream.missed, stream.chunked), [])
             same.append(stream)
 
-    def take_page(self, page: Page, streams: Iterable[Stream]) -> None:
+    def take_page(
+        self,
+        page: Page,
+        streams: Iterable[Stream],
+    ) -> None:
         """A page of the history is there for these streams. Each takes it when no live event is waiting."""
         for stream in streams:
             self._calls.append((self._take_page, stream, page))
@@ -519,25 +523,24 @@ class Relay:
             stream.skip_to = page.position
             stream.missed = page.following
         held: Sequence[Batch] = ()
-        if not stream.missed and is_gap(page.position, stream.held or ()):
-            self.end(stream, "missed")
-            return
         if not stream.missed:  # to be known before this is sent: then more is asked for, or the stream is live
-            held = self._finish_replay(stream, page.position)
+            held = stream.held or ()
+            if is_gap(page.position, held):
+                self.end(stream, "missed")
+                return
+            self._finish_replay(stream, page.position)
         self._send(stream, page.wire)
         for batch in held:
             self._deliver(batch, (stream,))
 
-    def _finish_replay(self, stream: Stream, position: str) -> Sequence[Batch]:
-        """The stream misses nothing up to this position. Returns what came meanwhile, and is still to be sent."""
-        held = stream.held or ()
+    def _finish_replay(self, stream: Stream, position: str) -> None:
+        """The stream misses nothing up to this position."""
         stream.state = State.BEHIND
         stream.held = None
         stream.unsent_bytes = 0
         stream.position = position
         if position:
             stream.subscriber.knows(stream.channels, position)
-        return held
 
     def _hold_page(self, stream: Stream, page: Page | None) -> None:
         """The stream has taken its page, if it had one, and has another now, or None."""
@@ -581,7 +584,11 @@ class Relay:
                 for subscriber in subscribers:
                     self.lose(subscriber, "redis-lost", str(error))
 
-    def _pass_on_one(self, read: Read, subscribers: Sequence[Subscriber]) -> None:
+    def _pass_on_one(
+        self,
+        read: Read,
+        subscribers: Sequence[Subscriber],
+    ) -> None:
         for subscriber in subscribers:
             subscriber.keep_rest(read)
         for part in read.parts:
@@ -605,7 +612,11 @@ class Relay:
             self.complain(f"dropped a message on channel {channel.decode()!r}: {why}", number)
             self.count(f'messages_dropped_total{{reason="{why}"}}', number)
 
-    def _deliver(self, batch: Batch, streams: Sequence[Stream]) -> None:
+    def _deliver(
+        self,
+        batch: Batch,
+        streams: Sequence[Stream],
+    ) -> None:
         """Send one channel's new events to each stream that follows it. Most time is spent in this loop."""
         live = State.LIVE
         number = len(batch.events)
@@ -754,7 +765,8 @@ class Relay:
 
     def _send_heartbeats(self, streams: Iterable[Stream]) -> None:
         for stream in streams:
-            if stream.state in (State.LIVE, State.BEHIND) and not stream.backlog:
+            has_begun = stream.state in (State.LIVE, State.BEHIND)
+            if has_begun and not stream.backlog:
                 wire = body_part(HEARTBEAT, stream.chunked)
                 self._send(stream, wire)
 
@@ -807,7 +819,12 @@ class Relay:
         else:
             self._close(subscriber)
 
-    def _say_goodbye(self, stream: Stream, reason: str, told: str) -> None:
+    def _say_goodbye(
+        self,
+        stream: Stream,
+        reason: str,
+        told: str,
+    ) -> None:
         """What a browser can still be told. Nothing, if it has not taken what was sent before."""
         if reason == "slow":  # what the kernel holds is not worth keeping: reset the connection
             at_once = struct.pack("ii", 1, 0)
@@ -816,7 +833,8 @@ class Relay:
         if not told or stream.backlog:
             return
         last_words = farewell(told, self.settings.retry)
-        if reason == "expired" and stream.state not in (State.OPENING, State.REPLAYING):
+        has_position = stream.state in (State.LIVE, State.BEHIND)
+        if reason == "expired" and has_position:
             position = self._position(stream)
             last_words = token_expired_frame(position) + last_words
         wire = stream.opening + body_part(last_words, stream.chunked)
@@ -941,7 +959,11 @@ def mark_of(
     return hashlib.sha1(marked).hexdigest()
 
 
-def framed(message: bytes, channel: bytes, mark_key: bytes) -> Framed:
+def framed(
+    message: bytes,
+    channel: bytes,
+    mark_key: bytes,
+) -> Framed:
     """A live message. ValueError, the publisher's fault: it has no frame, and why.
 
     An id of our form counts only with its mark, or someone who can only PUBLISH could hide what others publish. Without
@@ -1011,7 +1033,9 @@ def is_gap(position: str, batches: Iterable[Batch]) -> bool:
     for batch in batches:
         if batch.position:
             first.setdefault(batch.channel, batch)
-    return position != "" and any(batch.previous > position for batch in first.values())
+    if not position:
+        return False
+    return any(batch.previous > position for batch in first.values())
 
 
 class Answer(NamedTuple):
@@ -1200,7 +1224,8 @@ class Subscriber:
             if self.mark_key and mark_key != self.mark_key:
                 raise ConnectionError("Redis has forgotten the counter")
             self.mark_key = mark_key
-        if all(stream.state is State.OPENING for stream in self.streams.get(channel, ())):
+        followers = self.streams.get(channel, ())
+        if all(stream.state is State.OPENING for stream in followers):
             self.seen.pop(channel, None)  # what was seen before this answer, streams have seen that have ended
         return channel, waiting
 
@@ -1495,11 +1520,13 @@ class Redis:
         else:
             frames = [frame_of(event_of(message)) for message in messages]
             if read_to:
-                following = missed._replace(after=tuple(event_id.decode() for event_id in read_to))
+                after = [event_id.decode() for event_id in read_to]
+                following = missed._replace(after=tuple(after))
             else:
                 frames.append(position_frame(position))
         events = len(messages) + bool(reset)
-        return Page(body_part(b"".join(frames), chunked), events, position, reset, following)
+        wire = body_part(b"".join(frames), chunked)
+        return Page(wire, events, position, reset, following)
 
     def _read(
         self,
@@ -1531,14 +1558,16 @@ class Redis:
         """The newest id of each channel that has one."""
         if not channels:
             return {}
-        answers = self.connections.call("HMGET", self.connections.key(NEWEST_KEY), *channels)
+        key = self.connections.key(NEWEST_KEY)
+        answers = self.connections.call("HMGET", key, *channels)
         pairs = zip(channels, answers, strict=True)
         return {channel: newest.decode() for channel, newest in pairs if newest}
 
     def mark_key(self) -> bytes:
         """What the scripts make marks with, b"" if there is no counter yet."""
-        key: bytes | None = self.connections.call("HGET", self.connections.key(COUNTER_KEY), "key")
-        return key or b""
+        counter_key = self.connections.key(COUNTER_KEY)
+        mark_key: bytes | None = self.connections.call("HGET", counter_key, "key")
+        return mark_key or b""
 
 
 # ── What may be published ────────────────────────────────────────────────────────────────────────────────────────────
@@ -1710,7 +1739,8 @@ class Connections:
             free.release()
 
     def _is_usable(self, connection: Any) -> bool:
-        if self.masters and (connection.host, connection.port) != self.masters.known:
+        address = (connection.host, connection.port)
+        if self.masters and address != self.masters.known:
             return False
         return not is_readable(connection._sock)  # nothing was asked, so Redis has closed it
 
@@ -1909,7 +1939,12 @@ FIND_S = 1.0  # for which an answer of Sentinels is used again
 class Masters:
     """Finds Redis's master, by asking Sentinels; in a cluster that of our keys' slot, by asking nodes. Any thread."""
 
-    def __init__(self, address: str, nodes: Sequence[Connections], name: str) -> None:
+    def __init__(
+        self,
+        address: str,
+        nodes: Sequence[Connections],
+        name: str,
+    ) -> None:
         """name: the master's, as Sentinels know it; "" for a cluster."""
         self.address = address
         self.is_cluster = not name
@@ -1983,7 +2018,9 @@ def masters_of(url: str) -> tuple[Masters | None, str]:
         node_login, port = "", 26379
         if password:
             node_login = f"{user}:{password}@"
-    if bool(name) != (kind == "sentinel") or (kind == "cluster" and database not in ("", "0")):
+    if kind == "sentinel" and not name:
+        raise ValueError(FAILOVER_FORM)
+    if kind == "cluster" and database not in ("", "0"):
         raise ValueError(FAILOVER_FORM)
     nodes = []
     for host in hosts.split(","):
@@ -2777,7 +2814,8 @@ class Workers:
         with self._lock:
             wanted = 0 if self._running else 1
             if monotonic() > self._taken_at + STUCK_S:
-                wanted = max(wanted, min(self._work.qsize(), MOST_AT_ONCE))
+                untaken = min(self._work.qsize(), MOST_AT_ONCE)
+                wanted = max(wanted, untaken)
             if not wanted:
                 return
             self._running += wanted
@@ -2797,7 +2835,8 @@ class Workers:
                 began_at = self._taken_at = monotonic()
                 function(*arguments)
             with self._lock:
-                is_wanted = monotonic() > began_at + STUCK_S and not self._work.empty()  # while Redis is slow
+                is_slow = monotonic() > began_at + STUCK_S  # as Redis is; then more of us are needed
+                is_wanted = is_slow and not self._work.empty()
                 if self._running > 1 and not is_wanted:
                     self._running -= 1
                     return

@@ -58,11 +58,19 @@ def test_whatever_dies_no_page_loses_doubles_or_reorders_an_event(
 # ── Failover ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("fault", ["switchover", "killed"])
-def test_a_failover_leaves_no_gap_that_is_not_told(fault: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("haproxy", "switchover"),
+        ("haproxy", "stopped"),  # the old master comes back where it was
+        ("sentinel", "killed"),
+        ("cluster", "killed"),
+    ],
+)
+def test_a_failover_leaves_no_gap_that_is_not_told(kind: str, fault: str) -> None:
     assert_succeeds(
         "failover.py",
-        "--redis=haproxy",
+        f"--redis={kind}",
         f"--fault={fault}",
         "--streams=10",
         "--seconds=3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,22 +153,27 @@ def test_a_master_that_no_sentinel_knows_is_named_and_nothing_is_published(
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[list[RedisProcess]]:
     """Two nodes; the keys of ssepush belong to the second."""
-    nodes = []
-    for name in ("first", "second"):
-        folder = tmp_path / name
-        folder.mkdir()
-        bus_port = str(free_port())
-        nodes.append(RedisProcess(folder, "--cluster-enabled", "yes", "--cluster-port", bus_port))
-    first, second = nodes
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for name in ("first", "second"):
+            folder = tmp_path / name
+            folder.mkdir()
+            bus_port = str(free_port())
+            node = RedisProcess(folder, "--cluster-enabled", "yes", "--cluster-port", bus_port)
+            stack.callback(node.kill)
+            nodes.append(node)
+        join(*nodes)
+        yield nodes
+
+
+def join(first: RedisProcess, second: RedisProcess) -> None:
+    """Make a cluster of these two."""
     ask(first, "CLUSTER", "ADDSLOTSRANGE", 0, OUR_SLOT - 1)
     ask(second, "CLUSTER", "ADDSLOTSRANGE", OUR_SLOT, 16383)
     bus_port_of_second = second.options[-1]
     ask(first, "CLUSTER", "MEET", "127.0.0.1", second.port, bus_port_of_second)
-    for node in nodes:
+    for node in (first, second):
         wait_for(functools.partial(is_whole, node), "the cluster is whole")
-    yield nodes
-    for node in nodes:
-        node.kill()
 
 
 def is_whole(node: RedisProcess) -> bool:
