@@ -567,7 +567,8 @@ class Relay:
             self.lose(subscriber, "redis-lost", str(error))
             return
         if received:
-            same = self._received.setdefault((received, subscriber.mark_key), [])
+            mark_key = subscriber.mark_key or b""
+            same = self._received.setdefault((received, mark_key), [])
             same.append(subscriber)
 
     def _pass_on(self) -> None:
@@ -877,7 +878,7 @@ class Relay:
     ) -> None:
         """Give up subscribers that have missed a channel's newest event, or follow a counter that is no more."""
         for subscriber in tuple(self.subscribers):
-            is_of_another = subscriber.mark_key != mark_key
+            is_of_another = subscriber.mark_key not in (None, mark_key)
             if is_of_another or not subscriber.has_seen(newest):
                 self.lose(subscriber, "missed", "it has missed events")
 
@@ -1157,7 +1158,7 @@ class Subscriber:
     streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # of the channels it follows
     seen: dict[bytes, str] = field(default_factory=dict)  # channel: position up to which none is missing
     position: str = ""  # the counter's newest id, when last asked
-    mark_key: bytes = b""
+    mark_key: bytes | None = None  # b"": the counter has none; None: Redis has not said yet
     lost: bool = False  # also read by other threads
     waiting: list[Stream] = field(default_factory=list)  # for the next commands
     unwanted: set[bytes] = field(default_factory=set)  # channels that nobody may want any more
@@ -3328,7 +3329,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"ssepush: {error}\n")
     except RedisAway as error:
         what = "it may or may not have been published" if isinstance(error, Unanswered) else "it was not published"
-        parser.exit(1, f"ssepush: {what}: {error}\n")
+        hint = ""
+        if type(error) is RedisAway:
+            hint = "; REDIS_URL says where Redis is, redis-server or `python ssepush.py` starts one"
+        parser.exit(1, f"ssepush: {what}: {error}{hint}\n")
     except KeyboardInterrupt:
         parser.exit(130)
     except OSError as error:  # whoever read our output has left, or its disk is full; Python would repeat it at exit

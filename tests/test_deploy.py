@@ -562,8 +562,9 @@ def test_pages_that_move_between_the_last_release_and_this_one_miss_nothing_and_
 ) -> None:
     history = ("--history", "10000")
     old = last_release(*way, *history, redis=own_redis)
-    new = start(*history, redis=own_redis)
     assert old.said("ssepush 1.0.0 serves")
+    old.publish("the counter is the old one's")  # as it is when somebody upgrades
+    new = start(*history, redis=own_redis)
     channels = [f"{channel}-a", f"{channel}-b"]
     ports = [old.port, new.port]
 
