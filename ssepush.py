@@ -1740,9 +1740,10 @@ class Connections:
             free.release()
 
     def _is_usable(self, connection: Any) -> bool:
-        address = (connection.host, connection.port)
-        if self.masters and address != self.masters.known:
-            return False
+        if self.masters:
+            address = (connection.host, connection.port)
+            if address != self.masters.known:
+                return False
         return not is_readable(connection._sock)  # nothing was asked, so Redis has closed it
 
     def call(self, *words: str | bytes | int) -> Any:
