@@ -513,6 +513,11 @@ class Relay:
     def _take_page(self, stream: Stream, page: Page) -> None:
         if stream.state is State.ENDED:
             return
+        held = stream.held or ()
+        is_last = page.following is None
+        if is_last and is_gap(page.position, held):
+            self.end(stream, "missed")
+            return
         self._hold_page(stream, page)
         stream.events += page.events
         self.count("events_replayed_total", page.events)
@@ -521,17 +526,13 @@ class Relay:
             log.debug("stream %d is reset: %s", stream.number, page.reset)
         if stream.missed:
             stream.skip_to = page.position
-            stream.missed = page.following
-        held: Sequence[Batch] = ()
-        if not stream.missed:  # to be known before this is sent: then more is asked for, or the stream is live
-            held = stream.held or ()
-            if is_gap(page.position, held):
-                self.end(stream, "missed")
-                return
+        stream.missed = page.following
+        if is_last:  # to be known before this is sent: then more is asked for, or the stream is live
             self._finish_replay(stream, page.position)
         self._send(stream, page.wire)
-        for batch in held:
-            self._deliver(batch, (stream,))
+        if is_last:
+            for batch in held:
+                self._deliver(batch, (stream,))
 
     def _finish_replay(self, stream: Stream, position: str) -> None:
         """The stream misses nothing up to this position."""
@@ -661,11 +662,15 @@ class Relay:
                 self._send(stream, wire)
 
     def _count_sent(self, batch: Batch, reached: int) -> None:
-        self.count("events_sent_total", len(batch.events) * reached)
-        self.count("sent_bytes_total", len(batch.plain) * reached)
-        delay_s = batch.numbered * unix_time() - batch.published_s  # by Redis's clock, which may be ahead of ours
-        self.count("delivery_delay_seconds_sum", max(0.0, delay_s) * reached)
-        self.count("delivery_delay_seconds_count", batch.numbered * reached)
+        events = len(batch.events) * reached
+        sent_bytes = len(batch.plain) * reached
+        numbered = batch.numbered * reached
+        delay_s = batch.numbered * unix_time() - batch.published_s
+        delay_s = max(0.0, delay_s)  # by Redis's clock, which may be ahead of ours
+        self.count("events_sent_total", events)
+        self.count("sent_bytes_total", sent_bytes)
+        self.count("delivery_delay_seconds_sum", delay_s * reached)
+        self.count("delivery_delay_seconds_count", numbered)
 
     def _send(self, stream: Stream, wire: bytes | memoryview) -> None:
         """Send what waits already, then this, as far as the kernel takes it; end the stream if too much is left."""
@@ -682,7 +687,7 @@ class Relay:
         try:
             self._send_backlog(stream, stream.backlog)
         except BlockingIOError:
-            # What is being sent does not count: an event that is larger than that for itself cuts nobody.
+            # What is being sent does not count: one event larger than the limit ends no stream by itself.
             waiting_bytes = stream.unsent_bytes - len(stream.backlog[0])
             if waiting_bytes > self.settings.max_backlog:
                 self.end(stream, "slow")
@@ -1192,18 +1197,16 @@ class Subscriber:
                 commands.append(command("UNSUBSCRIBE", channel))
                 self.asked.append((channel, []))
         if self.waiting:
-            # Asked last where that is possible: what comes before the answer, the streams' position covers.
-            ask_counter = command("HMGET", self.counter_key, "newest", "key")
             wanted = [channel for stream in self.waiting for channel in stream.channels]
-            if not self.is_shared:
-                commands.append(ask_counter)
-                self.asked.append((b"", []))
-            for channel in dict.fromkeys(wanted):
-                commands.append(command("SUBSCRIBE", channel))
+            order = [b"", *dict.fromkeys(wanted)]  # b"" is the counter
+            if self.is_shared:  # asked last where that is possible: the answer covers whatever comes before it
+                order.append(order.pop(0))
+            for channel in order:
+                if channel:
+                    commands.append(command("SUBSCRIBE", channel))
+                else:
+                    commands.append(command("HMGET", self.counter_key, "newest", "key"))
                 self.asked.append((channel, []))
-            if self.is_shared:
-                commands.append(ask_counter)
-                self.asked.append((b"", []))
             _, waiting_for_last = self.asked[-1]
             waiting_for_last.extend(self.waiting)
         self.waiting.clear()
@@ -2752,7 +2755,8 @@ class Handler(socketserver.BaseRequestHandler):
 def prepare(sock: socket.socket, heartbeat_s: float) -> None:
     """Set what a stream's connection needs. OSError: the browser has gone."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    if hasattr(socket, "TCP_USER_TIMEOUT") and sock.family != socket.AF_UNIX:
+    is_tcp = sock.family != socket.AF_UNIX
+    if is_tcp and hasattr(socket, "TCP_USER_TIMEOUT"):
         timeout_ms = round(2000 * heartbeat_s)  # for hosts that vanished
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
 

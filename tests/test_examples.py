@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.engines import Browser, Firefox, Site, firefox
+from tests.engines import Browser, Firefox, Site
 from tests.kit import (
-    HAS_TEST_EXTRA,
     HERE,
     LOOPBACK,
     Publisher,
@@ -96,16 +95,6 @@ def running_app(
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.fixture(scope="module")
-def second_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox]:
-    """A Firefox."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip("needs the test extra: pip install '.[test]'")
-    folder = tmp_path_factory.mktemp("firefox")
-    with firefox(folder) as browser:
-        yield browser
 
 
 @pytest.fixture(
