@@ -275,6 +275,24 @@ def test_whom_most_name_is_the_master_and_who_is_silent_is_asked_last(tmp_path: 
     masters.forget()
     assert masters.find() == ("new", 2)
 
+    named.clear()
+    masters.forget()
+    assert masters.find() == ("new", 2)  # scripts refuse to run there if it is none any more
+
+
+@pytest.mark.parametrize("unknown", [None, b""])
+def test_a_node_of_a_cluster_that_does_not_know_its_own_address_is_where_it_was_asked(unknown: bytes | None) -> None:
+    masters = ssepush.Connections("redis+cluster://a.example").masters
+    assert masters
+    [node] = masters._nodes
+
+    def call(*words: str | bytes | int) -> object:
+        return [[0, 16383, [unknown, 7000, b"its id"]]]
+
+    node.call = call  # type: ignore[method-assign]
+
+    assert masters.find() == ("a.example", 7000)
+
 
 def test_without_anybody_who_answers_it_is_away() -> None:
     port = free_port()

@@ -334,3 +334,12 @@ def test_the_first_page_that_comes_back_to_a_redis_that_forgot_is_sent_nothing_t
         server.publish("last", channel)
         assert stream.next().data == "last"
     forgetful.kill()
+
+
+def test_a_type_that_is_nested_deeper_than_anybody_can_read_is_refused(server: ServerProcess) -> None:
+    nested = "[" * 982 + "]" * 982
+
+    answer = server.post(f'{{"data": 1, "type": {nested}}}')
+
+    assert answer.status == 400
+    assert "nested" in answer.error
