@@ -988,6 +988,16 @@ class ServerProcess:
         """How many threads the process has, as the kernel counts."""
         return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
 
+    def connections(self) -> int:
+        """How many connections of clients it has not closed yet, as the kernel counts."""
+        established, close_wait = "01", "08"
+        number = 0
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            is_ours = int(local.partition(":")[2], 16) == self.port
+            number += is_ours and state in (established, close_wait)
+        return number
+
     def descriptors(self) -> int:
         """How many files and sockets it has open, as the kernel counts."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))

@@ -263,12 +263,15 @@ def test_a_thousand_streams_get_every_message_without_a_thread_more(start: Start
 
 def fill_pool(server: ServerProcess, redis: RedisProcess) -> None:
     """Make the server open all the connections that its pool may have, by asking for more while Redis is stopped."""
+    wait_for(lambda: server.connections() == 0, "all is closed")
     idle = server.descriptors()
+    pooled = len(redis.client.client_list()) - 1  # without the tests' own
     publishers = [threading.Thread(target=server.publish, args=("", "pool")) for _ in range(40)]
     with stopped(redis.process):
         for publisher in publishers:
             publisher.start()
-        wait_for(lambda: server.descriptors() >= idle + 40 + 31, "all its connections to Redis are in use")
+        in_use = idle + 40 + POOL - pooled
+        wait_for(lambda: server.descriptors() >= in_use, "all its connections to Redis are in use")
     for publisher in publishers:
         publisher.join()
 
@@ -317,6 +320,7 @@ def test_after_each_of_two_mixed_loads_everything_is_given_back(
     def held() -> dict[str, float]:
         streams = server.streams()
         wait_for(lambda: server.threads() == IDLE_THREADS, "no thread is left")
+        wait_for(lambda: server.connections() == 0, "all is closed")
         return {
             "streams": streams,
             "descriptors": server.descriptors(),
