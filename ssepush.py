@@ -115,7 +115,7 @@ REDIS_S = 5.0  # for Redis to answer
 READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TLS would hold what no selector can see
 SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
 STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it is cut
-PAUSE_S = 0.01  # for which a request or a replay waits at most while events are being passed on
+PAUSE_S = 0.005  # for which requests and replays wait at most while events are being passed on; then they work as long
 SLICE_S = 0.002  # of other work in the relay between two looks at Redis: live events go first
 REPLAY_PAGE_BYTES = 128 * 1024  # of the history, read at once: a script that takes longer would hold up all of Redis
 REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take
@@ -330,6 +330,7 @@ class Relay:
         self.counts: defaultdict[str, float] = defaultdict(int)  # samples of GET /metrics
         self._counting = threading.Lock()
         self._passing_on = threading.Lock()
+        self._paused_at = -math.inf
         self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
         self._asleep = False
         # Of this wake-up: who read the same bytes (and knows the same mark key), who has commands, who misses the same.
@@ -356,8 +357,12 @@ class Relay:
 
     def let_events_pass(self) -> None:
         """Wait for a moment if events are being passed on, rather than compute beside that. Any thread."""
-        if self._passing_on.acquire(timeout=PAUSE_S):
+        if self._passing_on.acquire(blocking=False):
             self._passing_on.release()
+        elif monotonic() > self._paused_at + PAUSE_S:
+            if self._passing_on.acquire(timeout=PAUSE_S):
+                self._passing_on.release()
+            self._paused_at = monotonic()
 
     def count(self, sample: str, number: float = 1) -> None:
         """Add to a sample of GET /metrics. Any thread."""
@@ -373,9 +378,10 @@ class Relay:
             ready = self._selector.select(0 if self._calls else tick_s)
             self._asleep = False
             self._now = monotonic()
-            for key, _ in ready:
-                self._safely(*key.data)
-            self._pass_on()
+            with self._passing_on:
+                for key, _ in ready:
+                    self._safely(*key.data)
+                self._pass_on()
             slice_ends_at = monotonic() + SLICE_S
             while self._calls and monotonic() < slice_ends_at:
                 self._safely(*self._calls.popleft())
@@ -605,8 +611,7 @@ class Relay:
                     streams.extend(followers)
                 else:
                     self.lose(subscriber, "missed", "it has missed events")
-            with self._passing_on:
-                self._deliver(part, streams)
+            self._deliver(part, streams)
             received = len(part.events) * len(subscribers)
             self.count("messages_received_total", received)
         for channel, why in read.dropped:
