@@ -70,7 +70,7 @@ import struct
 import sys
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +118,7 @@ STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it i
 PAUSE_S = 0.005  # for which requests and replays wait at most while events are being passed on; then they work as long
 SLICE_S = 0.002  # of other work in the relay between two looks at Redis: live events go first
 REPLAY_PAGE_BYTES = 128 * 1024  # of the history, read at once: a script that takes longer would hold up all of Redis
-REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take
+REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take: beyond, no more are read
 REPLAY_THREADS = 4
 
 
@@ -302,8 +302,8 @@ class Stream:
 class Relay:
     """Owns all streams and subscribers. One thread, `run`, alone reads from their sockets and writes to them.
 
-    So they need no locks; `counts` has one, since any thread counts. `call` and `count` are for any thread; the rest
-    is the relay's own, which others reach by `call`. Per wake-up it
+    So they need no locks; `counts` has one, since any thread counts. What says "Any thread" is for all; the rest is the
+    relay's own, which others reach by `call`. Per wake-up it
     1. reads what Redis has sent, and sends it to the streams that follow the channel;
     2. notices browsers that left, or can take more of their backlog;
     3. does what other threads asked for, and then asks Redis for what that needs;
@@ -316,7 +316,7 @@ class Relay:
         on_missed: Callable[[Missed, bool, list[Stream]], object],
         on_end: Callable[[], object],
     ) -> None:
-        """on_missed has a page of the history read, and `take_page` called; on_end hears of each stream that ended."""
+        """on_missed has a page of the history read, and calls `take_page`; on_end hears of each stream that ended."""
         self.settings = settings
         self.on_missed = on_missed
         self.on_end = on_end
@@ -325,7 +325,6 @@ class Relay:
         self.max_message = largest + 1024
         self.streams: set[Stream] = set()
         self.subscribers: set[Subscriber] = set()
-        self.replay_bytes = 0  # of the pages that streams have yet to take
         self.draining = False
         self.counts: defaultdict[str, float] = defaultdict(int)  # samples of GET /metrics
         self._counting = threading.Lock()
@@ -419,6 +418,10 @@ class Relay:
             function(*arguments)
         except Exception:
             log.exception("the relay goes on after an error of its own")
+            for argument in arguments:
+                if isinstance(argument, Stream):  # it must not miss anything in silence: its page comes back
+                    with suppress(Exception):
+                        self.end(argument, "missed")
 
     # A stream opens
 
@@ -481,7 +484,7 @@ class Relay:
         if stream.missed:
             self._want_page(stream)
             return
-        first_block = position_frame(position) if position else b"\n"
+        first_block = position_frame(position)
         page = Page(body_part(first_block, stream.chunked), 0, position)
         self.take_page(page, [stream])
 
@@ -501,35 +504,35 @@ class Relay:
         self._complaints[what] += number
 
     def _want_page(self, stream: Stream) -> None:
-        if self.replay_bytes > REPLAY_BYTES:
-            self.end(stream, "busy")
-        elif stream.missed:
+        if stream.missed:
             same = self._missing.setdefault((stream.missed, stream.chunked), [])
             same.append(stream)
 
     def take_page(
         self,
         page: Page,
-        streams: Iterable[Stream],
+        streams: Collection[Stream],
     ) -> None:
-        """A page of the history is there for these streams. Each takes it when no live event is waiting."""
+        """A page of the history is there for these streams. Each takes it when no live event is waiting. Any thread."""
+        page.readers = len(streams)
+        self.count("replay_bytes", len(page.wire))
         for stream in streams:
-            self._calls.append((self._take_page, stream, page))
+            self.call(self._take_page, stream, page)
 
     def _take_page(self, stream: Stream, page: Page) -> None:
         if stream.state is State.ENDED:
+            self._let_go(page)
             return
+        stream.page = page
         held = stream.held or ()
         is_last = page.following is None
         if is_last and is_gap(page.position, held):
             self.end(stream, "missed")
             return
-        self._hold_page(stream, page)
         stream.events += page.events
         self.count("events_replayed_total", page.events)
         if page.reset:
-            self.count(f'streams_reset_total{{reason="{page.reset}"}}')
-            log.debug("stream %d is reset: %s", stream.number, page.reset)
+            self._count_resets(page.reset, [stream])
         if stream.missed:
             stream.skip_to = page.position
         stream.missed = page.following
@@ -549,17 +552,17 @@ class Relay:
         if position:
             stream.subscriber.knows(stream.channels, position)
 
-    def _hold_page(self, stream: Stream, page: Page | None) -> None:
-        """The stream has taken its page, if it had one, and has another now, or None."""
-        if stream.page:
-            stream.page.readers -= 1
-            if not stream.page.readers:
-                self.replay_bytes -= len(stream.page.wire)
+    def _count_resets(self, reason: str, streams: Collection[Stream]) -> None:
+        self.count(f'streams_reset_total{{reason="{reason}"}}', len(streams))
+        for stream in streams:
+            log.debug("stream %d is reset: %s", stream.number, reason)
+
+    def _let_go(self, page: Page | None) -> None:
+        """One of the streams that a page is for has taken it, or has ended."""
         if page:
+            page.readers -= 1
             if not page.readers:
-                self.replay_bytes += len(page.wire)
-            page.readers += 1
-        stream.page = page
+                self.count("replay_bytes", -len(page.wire))
 
     # Events
 
@@ -618,6 +621,9 @@ class Relay:
             number = len(subscribers)
             self.complain(f"dropped a message on channel {channel.decode()!r}: {why}", number)
             self.count(f'messages_dropped_total{{reason="{why}"}}', number)
+            if why == TOO_LARGE:
+                for subscriber in subscribers:
+                    self._count_resets("too-large", subscriber.streams.get(channel, ()))
 
     def _deliver(
         self,
@@ -728,7 +734,8 @@ class Relay:
             if stream.state is State.LIVE:
                 stream.state = State.BEHIND
             return
-        self._hold_page(stream, None)
+        self._let_go(stream.page)
+        stream.page = None
         if stream.state is State.REPLAYING:
             self._want_page(stream)
         elif not stream.skip_to:
@@ -803,7 +810,8 @@ class Relay:
         stream.state = State.ENDED
         stream.held = stream.backlog = None
         stream.unsent_bytes = 0
-        self._hold_page(stream, None)
+        self._let_go(stream.page)
+        stream.page = None
         self.streams.discard(stream)
         self._selector.unregister(stream.sock)
         stream.sock.close()
@@ -1066,6 +1074,7 @@ class Read(NamedTuple):
     surplus: int  # bytes still to come of a message that was dropped
 
 
+TOO_LARGE = "message is too large"
 MESSAGE = re.compile(rb"[*>]3\r\n\$7\r\nmessage\r\n\$\d+\r\n([^\r]*)\r\n\$(\d+)\r\n")  # its head; *: RESP2, >: RESP3
 CONFIRMATION = re.compile(rb"[*>]3\r\n\$\d+\r\n(?:un)?subscribe\r\n\$\d+\r\n[^\r]*\r\n:\d+\r\n")
 REFUSAL = re.compile(rb"-([^\r]*)\r\n")
@@ -1096,7 +1105,7 @@ def parse(received: bytes, mark_key: bytes, max_message: int) -> Read:
         length = int(head[2])
         start, end = head.end(), head.end() + length
         if length > max_message:
-            dropped.append((channel, "message is too large"))
+            dropped.append((channel, TOO_LARGE))
             found.append((channel, Framed(reset_frame("too-large"))))
         elif end + 2 > len(received):
             missing = end + 2 - len(received)
@@ -1292,6 +1301,8 @@ NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event. Empti
 HISTORY_KEY = "ssepush:history:"  # + channel: a Redis Stream of {previous: id, message: bytes}
 PUBLISHED_KEY = "ssepush:published:"  # + channel + NUL + key: the id of what was published with it
 MAX_NEWEST = 100_000  # channels, at most 300 bytes each
+RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "history-off", "too-large")
+START = "from "  # before an id after which a page wants to read, and need not be told whether any are missing there
 
 # All scripts begin with this. KEYS: counter, newest. ARGV[1]: 40 random hexadecimal digits, the key of marks if there
 # is none yet.
@@ -1358,20 +1369,24 @@ return newest
 """
 
 # KEYS: counter, newest, a history per channel. ARGV: key of marks; per channel the id up to which it is known, '' for
-# all that is kept; then the channels. Answers {{newest, reason for a reset or '', entries kept, ids, messages}}: the
-# channels' messages merged by id, as far as the budget goes; ids: the same per channel to read on, none if that is all.
+# all that is kept, or START and an id for what is kept after it; then the channels. Answers {{newest, reason for a
+# reset or '', entries kept, ids, messages}}: the channels' messages merged by id, as far as the budget goes; ids: where
+# to read on per channel, none if that is all.
 PAGE_LUA = f"""{COUNTER_LUA}
 local channels = #KEYS - 2
 local last, is_proven, upto, page, at, size = {{}}, {{}}, {{}}, {{}}, {{}}, {{}}
 local function reset(reason, kept) return {{newest, reason, kept or 0, {{}}, {{}}}} end
 for i = 1, channels do
   local after = ARGV[1 + i]
-  if after ~= '' then
+  local start = string.match(after, '^{START}(.+)')
+  if start then
+    after = ''
+  elseif after ~= '' then
     if ms(after) < ms(born) then return reset('data-lost') end
     if after > newest or seq(after) < seq(born) or seq(after) > seq(newest) then return reset('unknown-id') end
   end
   is_proven[i] = after ~= ''
-  last[i] = is_proven[i] and after or born
+  last[i] = start or is_proven[i] and after or born
   upto[i] = redis.call('HGET', KEYS[2], ARGV[1 + channels + i]) or floor
   page[i], at[i], size[i] = {{}}, 1, 1
 end
@@ -1398,7 +1413,7 @@ while bytes < {REPLAY_PAGE_BYTES} do
   size[first] = #fields[4] < 4096 and 20 or 1  -- to read at once: those that the budget leaves out are read again
 end
 local ids = {{}}
-for i = 1, channels do ids[i] = is_proven[i] and last[i] or '' end
+for i = 1, channels do ids[i] = (is_proven[i] and '' or '{START}') .. last[i] end
 return {{newest, '', 0, ids, messages}}
 """
 
@@ -1429,7 +1444,7 @@ class Missed(NamedTuple):
     """What to read from the history. Equal ones, of streams that miss the same, are read once."""
 
     channels: tuple[str, ...]
-    after: tuple[str, ...]  # per channel: the id up to which it is known, "" to read all that is kept
+    after: tuple[str, ...]  # per channel: the id up to which it is known; "": read all that is kept; or START and an id
     newest: int = 0  # if not 0: only so many of each channel, the newest
 
 
@@ -1452,7 +1467,7 @@ class Page:
     position: str  # the newest of all ids, when it was read
     reset: str = ""  # why it cannot be proved that nothing is missing
     following: Missed | None = None  # what to read next; None: this is the last
-    readers: int = 0  # streams that have yet to take it
+    readers: int = 0  # streams that have yet to take it all
 
 
 class Redis:
@@ -1519,7 +1534,7 @@ class Redis:
 
     def page(self, missed: Missed, chunked: bool) -> Page:
         """Read a page of the history. After the last, what is not in it and newer is live."""
-        if missed.newest:
+        if missed.newest and self.history:
             starts = [self._before_newest(channel, missed.newest) for channel in missed.channels]
             missed = missed._replace(after=tuple(starts), newest=0)
         position, reset, read_to, messages = self._read(missed)
@@ -1542,26 +1557,26 @@ class Redis:
         missed: Missed,
     ) -> tuple[str, str, list[bytes], list[bytes]]:
         """What PAGE_LUA answers: the position, the reason for a reset or "", where to read on, messages."""
+        after, *_ = missed.after
         if not self.history:
-            return "", "history-off", [], []
-        for event_id in missed.after:
-            if event_id and not position_of(event_id):
-                return self.position() or "", "unknown-id", [], []
+            return "", "history-off" if after else "", [], []
+        if after and not position_of(after.removeprefix(START)):
+            return self.position() or "", "unknown-id", [], []
         histories = [HISTORY_KEY + channel for channel in missed.channels]
-        newest, reset, kept, after, messages = self._run(PAGE_LUA, histories, *missed.after, *missed.channels)
+        newest, reset, kept, read_to, messages = self._run(PAGE_LUA, histories, *missed.after, *missed.channels)
         if 0 < kept < self.history and monotonic() > self._complained_at + 60:
             self._complained_at = monotonic()
             log.warning(
                 "a publisher keeps %d events a channel, this server %d: set SSEPUSH_HISTORY", kept, self.history
             )
-        return newest.decode(), reset.decode(), after, messages
+        return newest.decode(), reset.decode(), read_to, messages
 
     def _before_newest(self, channel: str, number: int) -> str:
-        """The id before a channel's newest events, so many of them; "" if fewer are kept."""
+        """Where a channel's newest events start, so many of them; "" if fewer are kept."""
         before, at, left = b"", b"", number
         while left:
             before, at, left = self._run(BACK_LUA, [HISTORY_KEY + channel], at, left)
-        return before.decode()
+        return START + before.decode() if before else ""
 
     def newest(self, channels: Sequence[bytes]) -> dict[bytes, str]:
         """The newest id of each channel that has one."""
@@ -1936,10 +1951,10 @@ def connection_of(
 # master, and each script refuses to run on one that is none. A master that hangs, or is cut off, does not say that it
 # has been replaced: so a thread asks every second.
 
-FAILOVER_URL = re.compile(r"(rediss?)\+(sentinel|cluster)://([^@/?]*@)?([^@/?]+)(/[^?]*)?(\?.*)?")
+FAILOVER_URL = re.compile(r"(rediss?)\+(sentinel|cluster)://([^@/?]*@)?([^@/?]+)(/[^@?]*)?(\?[^@]*)?")
 FAILOVER_FORM = (
     "the Redis URL is wrong: it is redis+sentinel://HOST:26379,HOST:26379/NAME/0, with the master's name as"
-    " Sentinels know it; or redis+cluster://HOST,HOST, without a database"
+    f" Sentinels know it; or redis+cluster://HOST,HOST, without a database; {PERCENT_ENCODED}"
 )
 CLUSTER_PREFIX = "ssepush:{0}:"
 CLUSTER_SLOT = 13907  # of all keys that begin so
@@ -2155,7 +2170,15 @@ def headers_of(lines: Iterable[str]) -> dict[str, str]:
 # ── Who may ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[?::1\]?")
-PROXY_HEADERS = {"forwarded", "x-forwarded-for", "x-real-ip", "via"}
+PROXY_HEADERS = {
+    "forwarded",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "x-forwarded-proto",
+    "x-real-ip",
+}
 MIN_SECRET_BYTES = 16
 TOKEN = re.compile(r"[0-9]{1,12}(\.[A-Za-z0-9_-]{43}){1,20}")  # expiry, and a signature for each channel
 COOKIE = re.compile(r"(?:^|;)\s*ssepush-token=([^;]*)")
@@ -2360,6 +2383,7 @@ ROUTES = {
 }
 
 
+PUBLISH_STATUSES = ("ok", "duplicate", "refused", "forbidden", "redis-away", "redis-refused", "unanswered", "error")
 FORBIDDEN = {  # the samples of GET /metrics that count who is refused with 401 or 403
     "/stream": 'streams_refused_total{reason="forbidden"}',
     "/publish": 'publishes_total{status="forbidden"}',
@@ -2434,14 +2458,19 @@ class Handler(socketserver.BaseRequestHandler):
             if received_bytes and not self.received[:1].isupper():
                 raise HTTPError(400, "the request line is malformed")  # TLS, say, spoken to this port
             if received_bytes > MAX_HEAD_BYTES:
+                self._note_method()
                 raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
             searched = max(0, received_bytes - 3)
             self._receive_some(deadline)
+        self._note_method()
         head = self.received[:end].decode("latin-1")
         del self.received[: end + 4]
-        method, _, _ = head.partition(" ")
-        self.asked = Request(method)  # should the rest be malformed: HEAD is answered without body
         return request_of(head)
+
+    def _note_method(self) -> None:
+        """Should the rest of the head be malformed: HEAD is answered without a body."""
+        method, _, _ = self.received.partition(b" ")
+        self.asked = Request(method.decode("latin-1"))
 
     def _receive_some(self, deadline: float) -> None:
         """OSError: it took longer, or the browser has closed."""
@@ -2452,7 +2481,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.request.setblocking(False)
             part = self.request.recv(64 * 1024)
         except BlockingIOError:
-            with self.app.workers.waiting(self.request):
+            with self.app.workers.waiting(self.request, bool(self.asked.path)):
                 self.request.settimeout(left_s)
                 part = self.request.recv(64 * 1024)
         if not part:
@@ -2466,7 +2495,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.request.setblocking(False)
             sent = self.request.send(data)
         if sent < len(data):
-            with self.app.workers.waiting(self.request):
+            with self.app.workers.waiting(self.request, has_asked=True):
                 self.request.settimeout(WRITE_S)
                 self.request.sendall(data[sent:])
 
@@ -2630,8 +2659,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def answer_healthz(self) -> bool:
         """Whether Redis and the relay answer within a second each; on the admin's port also whether this goes on."""
-        if self.server.is_admin and self.app.stopping.is_set():
-            raise HTTPError(503, ENDED["drain"])
+        if self.server.is_admin and self.app.stopping.is_set():  # alive, and not ready
+            return self._respond_json(503, {"state": "draining", "error": ENDED["drain"]})
         with self.app.workers.stepping_aside():
             self.app.check_health()
         return self._respond_json(200, {"state": "ok"})
@@ -2725,9 +2754,10 @@ class Handler(socketserver.BaseRequestHandler):
     def _channels(self) -> list[str]:
         """What the stream is to follow. HTTPError 400."""
         for name in self.asked.query.keys() - set(STREAM_PARAMETERS):  # a client's own, unless it is misspelt
-            meant = difflib.get_close_matches(name.lower(), STREAM_PARAMETERS, cutoff=0.75)
-            if meant:
-                raise HTTPError(400, f"unknown parameter {name!r}: is {meant[0]} meant?")
+            letters = re.sub("[-_]", "", name.lower())
+            for parameter in STREAM_PARAMETERS:
+                if difflib.get_close_matches(letters, [parameter.lower()], cutoff=0.85):
+                    raise HTTPError(400, f"unknown parameter {name!r}: is {parameter} meant?")
         names = self.asked.query.get("channel", ["sse"])
         try:
             channels = [check_name("channel", name) for name in dict.fromkeys(names)]  # each once
@@ -2816,7 +2846,8 @@ class Workers:
         self._lock = threading.Lock()
         self._running = 0  # threads that look for work, or are at it without waiting for a browser
         self._taken_at = 0.0
-        self._waiting: OrderedDict[socket.socket, None] = OrderedDict()  # who has moved nothing for longest, first
+        # Who has moved nothing for longest, first; and whether it has sent the whole head of a request.
+        self._waiting: OrderedDict[socket.socket, bool] = OrderedDict()
 
     def start(self, *work: Any) -> None:
         """Have a thread call this function."""
@@ -2875,9 +2906,9 @@ class Workers:
             sleep(MAKE_WAY_S)
 
     @contextmanager
-    def waiting(self, sock: socket.socket) -> Iterator[None]:
+    def waiting(self, sock: socket.socket, has_asked: bool) -> Iterator[None]:
         """The same, while a browser has to send a part of its request or take its answer: it may have to make room."""
-        self._waiting[sock] = None
+        self._waiting[sock] = has_asked
         if len(self._waiting) > self.most_waiting:
             self.end_oldest()
         try:
@@ -2887,10 +2918,14 @@ class Workers:
             self._waiting.pop(sock, None)
 
     def end_oldest(self) -> None:
-        """Make room by ending the one that has moved nothing for longest."""
-        with suppress(KeyError, OSError):  # there is none; it has gone by itself
-            sock, _ = self._waiting.popitem(last=False)
-            sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
+        """Make room by ending the one that has moved nothing for longest: who has asked for something goes last."""
+        waiting = tuple(self._waiting.items())
+        silent = [sock for sock, has_asked in waiting if not has_asked]
+        asking = [sock for sock, has_asked in waiting if has_asked]
+        for sock in (silent + asking)[:1]:
+            self._waiting.pop(sock, None)
+            with suppress(OSError):  # it has gone by itself
+                sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
 
 
 class Listener(http.server.ThreadingHTTPServer):
@@ -3049,9 +3084,12 @@ class Server:
         while True:
             missed, chunked, streams = self._missed.get()
             relay.let_events_pass()
+            if relay.counts["replay_bytes"] > REPLAY_BYTES:
+                relay.call(relay.refuse, streams, "busy", ENDED["busy"])
+                continue
             try:
                 page = self.redis.page(missed, chunked)
-                relay.call(relay.take_page, page, streams)
+                relay.take_page(page, streams)
             except RedisAway as error:
                 reason = "redis-refused" if isinstance(error, RedisRefused) else "redis-away"
                 relay.call(relay.refuse, streams, reason, str(error))
@@ -3102,12 +3140,12 @@ class Server:
         # What the relay goes on changing is copied in one step each, which the GIL makes whole.
         streams = tuple(self.relay.streams)
         samples: dict[str, float] = {
+            **dict.fromkeys(SAMPLES, 0),
             **self.relay.counts,
             "streams": len(streams),
             "max_streams": self.max_streams,
             "subscribers": len(self.relay.subscribers),
             "replays": sum(stream.state is State.REPLAYING for stream in streams),
-            "replay_bytes": self.relay.replay_bytes,
             "backlog_bytes": sum(stream.unsent_bytes for stream in streams),
             "start_time_seconds": self._started_at,
             f'build_info{{version="{__version__}"}}': 1,
@@ -3181,10 +3219,24 @@ HELP = {
     "streams_reset_total": "Streams that were told they may have missed something, by reason.",
     "subscribers": "Redis connections that feed streams.",
 }
+SAMPLES = [  # there from the start: an alert notices what rises, not what appears
+    "replay_bytes",
+    "delivery_delay_seconds_count",
+    "delivery_delay_seconds_sum",
+    "events_replayed_total",
+    "events_sent_total",
+    "messages_received_total",
+    "sent_bytes_total",
+    "streams_opened_total",
+    *[f'publishes_total{{status="{status}"}}' for status in PUBLISH_STATUSES],
+    *[f'streams_closed_total{{reason="{reason}"}}' for reason in ENDED],
+    *[f'streams_refused_total{{reason="{reason}"}}' for reason in (*ENDED, "forbidden")],
+    *[f'streams_reset_total{{reason="{reason}"}}' for reason in RESETS],
+]
 
 
 def admin_address(text: str) -> tuple[Any, int]:
-    """`(address, family)` of --admin: `127.0.0.1:9001`, `[::1]:9001`, or a Unix socket's path."""
+    """`(address, family)` of --admin: `127.0.0.1:9001`, `[::1]:9001`, or a Unix socket's path. ValueError."""
     if "/" in text:
         path = Path(text)
         with suppress(FileNotFoundError):
@@ -3192,6 +3244,8 @@ def admin_address(text: str) -> tuple[Any, int]:
                 path.unlink()  # of a process that was killed
         return text, socket.AF_UNIX
     host, _, port = text.rpartition(":")
+    if int(port) > 65535:
+        raise ValueError(f"the port of --admin must be from 0 to 65535, not {port}")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return (host, int(port)), family
@@ -3381,7 +3435,8 @@ def run_command(
         settings.history_ttl,
         settings.max_event,
     )
-    if settings.redis_url and redis.connections.has_password:
+    has_password = redis.connections.has_password or "password=" in settings.redis_url  # also that of Sentinels
+    if settings.redis_url and has_password:
         warning = "everybody on this machine can read the password in --redis-url (ps): use REDIS_URL"
         print(f"ssepush: warning: {warning}", file=sys.stderr)
     if options.command == "publish":
@@ -3406,6 +3461,8 @@ def publish_lines(options: Any, redis: Redis) -> None:
             options.key,
         )
         print(receivers, flush=True)
+        if receivers.duplicate:
+            print("ssepush: published before, as", receivers.id, file=sys.stderr)
 
 
 def serve(
@@ -3525,6 +3582,9 @@ def end_orphan(redis: Redis) -> bool:
     return False
 
 
+REDIS_MAX_CLIENTS = 10_000  # by default
+
+
 def raise_open_file_limit() -> int:
     """Raise the limit of open files as far as that is allowed, and answer it."""
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3552,11 +3612,10 @@ def streams_allowed(
     if settings.shared:
         return room
     # Strangers must not take the connections that the application needs.
+    max_clients = REDIS_MAX_CLIENTS
     with suppress(RedisAway):
-        half = redis.connections.max_clients() // 2
-        if 0 < half < room:
-            return half
-    return room
+        max_clients = redis.connections.max_clients() or max_clients
+    return min(room, max(1, max_clients // 2))
 
 
 if __name__ == "__main__":

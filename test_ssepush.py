@@ -419,6 +419,38 @@ def test_a_new_stream_is_told_its_position_at_once_without_an_event(server: Serv
         assert ssepush.position_of(stream.last_event_id)
 
 
+@pytest.mark.parametrize("query", ["lastEventId=earliest", "last=2"])
+def test_without_a_history_there_is_nothing_before_and_that_is_no_reset(start: Start, channel: str, query: str) -> None:
+    server = start("--history", "0")
+    server.publish("before", channel)
+    with server.stream(channel, query=query) as stream:
+        wait_for(lambda: server.redis.subscribers(channel) == 1, "it is subscribed")
+        server.publish("live", channel)
+
+        assert stream.next() == Received("live")
+    assert server.metric('streams_reset_total{reason="history-off"}') == 0
+
+
+def test_the_newest_events_are_no_reset_if_the_oldest_of_them_is_overwritten_meanwhile(
+    own_redis: RedisProcess, channel: str
+) -> None:
+    publisher = ssepush.Redis(own_redis.url, history=3, history_ttl=60)
+    for number in range(3):
+        publisher.publish(number, None, channel, None, None)
+    missed = ssepush.missed_since("", [channel.encode()], newest=2)
+    start_id = publisher._before_newest(channel, 2)
+    for number in range(3, 5):
+        publisher.publish(number, None, channel, None, None)
+
+    page = publisher.page(missed._replace(after=(start_id,), newest=0), chunked=False)
+
+    parser = Parser()
+    parser.feed(page.wire)
+    *events, _ = parser.events
+    assert page.reset == ""
+    assert [event.data for event in events] == ["2", "3", "4"]
+
+
 def test_a_stream_that_has_seen_no_event_resumes_exactly(server: ServerProcess, channel: str) -> None:
     server.publish("before", channel)
     stream = server.opened(channel)
@@ -1184,6 +1216,7 @@ def test_a_message_larger_than_any_event_may_be_is_dropped_and_the_stream_lives_
 ) -> None:
     stream = server.stream(channel)
     before = server.dropped("message is too large")
+    resets_before = server.metric('streams_reset_total{reason="too-large"}')
 
     server.redis.publish(channel, "x" * 800_000)
     server.redis.publish(channel, "x" * 3_000_000)
@@ -1196,6 +1229,8 @@ def test_a_message_larger_than_any_event_may_be_is_dropped_and_the_stream_lives_
     assert [reset.type for reset in resets] == ["stream-reset"] * 2
     assert [reset.json for reset in resets] == [{"reason": "too-large"}] * 2
     wait_for(lambda: server.dropped("message is too large") == before + 2, "both are counted")
+    resets_now = resets_before + 2
+    wait_for(lambda: server.metric('streams_reset_total{reason="too-large"}') == resets_now, "the resets, too")
     wait_for(lambda: server.said("message is too large"), "it is logged")
 
 
@@ -2280,6 +2315,14 @@ def test_what_could_be_read_in_two_ways_is_refused_and_nothing_after_it_is_read(
         assert listener.next().data == "sentinel"
 
 
+def test_a_head_without_body_is_answered_without_body_however_wrong_it_is(server: ServerProcess) -> None:
+    for line in (b"HEAD /" + b"a" * 16384, b"HEAD /nowhere", b"HEAD / HTTP/1.1\r\nno colon"):
+        received = exchange(server.port, request(line + b" HTTP/1.1"))
+
+        assert received.startswith(b"HTTP/1.1 4")
+        assert received.endswith(b"\r\n\r\n")
+
+
 def test_requests_that_are_sent_at_once_are_answered_one_by_one(server: ServerProcess, channel: str) -> None:
     event = {"channel": channel, "data": "GET /metrics HTTP/1.1\r\n\r\n"}
     body = json.dumps(event).encode()
@@ -2495,6 +2538,8 @@ WITHOUT_THE_TOKEN = {
         {
             "through a proxy on this machine": {"X-Forwarded-For": "192.0.2.1"},
             "through another proxy": {"Forwarded": "for=192.0.2.1"},
+            "through a proxy that tells the scheme alone": {"X-Forwarded-Proto": "https"},
+            "through a proxy that tells the host alone": {"X-Forwarded-Host": "events.example"},
         },
     ),
     **getting("default", "/notifications", 403, "TOKEN", {"the demonstration, by proxy": {"X-Real-IP": "192.0.2.1"}}),

@@ -217,6 +217,7 @@ FORM = (
     " know it; or redis+cluster://HOST,HOST, without a database"
 )
 NOT_A_PORT = "the port must be a number"
+IN_A_PASSWORD = "in a password are %2F"
 WRONG = {
     "redis+sentinel://host:26379": FORM,
     "redis+sentinel://host:26379/": FORM,
@@ -225,7 +226,10 @@ WRONG = {
     "redis+sentinel://host:26379/mymaster/one": "after the host comes the number of a database",
     "redis+sentinel://host:x,other/mymaster": NOT_A_PORT,
     "redis+sentinel://:secret@host,:secret@other/mymaster": FORM,
-    "redis+sentinel://:sec/ret@host/mymaster": NOT_A_PORT,
+    "redis+sentinel://:sec/ret@host/mymaster": IN_A_PASSWORD,
+    "redis+sentinel://user:12/secret@host": IN_A_PASSWORD,  # which could be a host, a port and a master's name
+    "redis+cluster://user:12?secret@host": IN_A_PASSWORD,
+    "redis+sentinel://host/mymaster?sentinel_password=12@secret": IN_A_PASSWORD,
     "redis+sentinel://host/mymaster/0?nothing=1": "parameter nothing is not one that redis-py takes",
     "redis+sentinels://host/mymaster": "must begin with",
 }

@@ -411,7 +411,7 @@ def test_streams_that_miss_the_same_are_read_once_and_others_apart() -> None:
                 for each in (browser, other_browser):
                     received = read_until(each, b"missed\n\n")
                     assert received == b"HEAD\ndata: missed\n\n"
-                wait_for(lambda: between.relay.replay_bytes == 0, "the page is taken")
+                wait_for(lambda: between.relay.counts["replay_bytes"] == 0, "the page is taken")
 
 
 def test_a_stream_that_resumed_is_not_sent_again_what_the_replay_had() -> None:

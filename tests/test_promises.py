@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -494,46 +493,6 @@ def test_a_slow_replay_is_not_ended_to_make_room_for_those_who_send_nothing(
             events += stream.take(49)
 
     assert first_words(events) == numbers(0, 50)
-
-
-def test_a_page_of_events_waits_for_room_and_is_told_to_come_back() -> None:
-    read: list[ssepush.Stream] = []
-
-    def read_missed(
-        missed: ssepush.Missed,
-        chunked: bool,
-        streams: list[ssepush.Stream],
-    ) -> None:
-        read.extend(streams)
-
-    def end() -> None:
-        pass
-
-    relay = ssepush.Relay(ssepush.Settings(), read_missed, end)
-    relay.replay_bytes = ssepush.REPLAY_BYTES + 1
-    browser, sock = socket.socketpair()
-    redis_side, redis_sock = socket.socketpair()
-    sock.setblocking(False)
-    redis_sock.setblocking(False)
-    missed = ssepush.missed_since("1764000000000-1764000000000000", [b"c"])
-    stream = ssepush.Stream(
-        1,
-        "",
-        (b"c",),
-        chunked=False,
-        sock=sock,
-        opening=b"HEAD\n",
-        missed=missed,
-    )
-    with browser, redis_side:
-        relay.open(stream, ssepush.Subscriber(redis_sock, ssepush.COUNTER_KEY))
-        relay._confirm(stream, "")
-        relay.call(relay.drain)
-        relay.run()
-
-        received = browser.recv(4096)
-    assert b"too many pages are asking for what they missed" in received
-    assert read == []
 
 
 # ── What a page needs ────────────────────────────────────────────────────────────────────────────────────────────────
