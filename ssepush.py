@@ -2332,11 +2332,11 @@ def readable_until(
     tokens: Sequence[str],
 ) -> float:
     """Until when (Unix time, s) the tokens open all these channels, which may be past. HTTPError 403: they do not."""
-    secret = signing_secret()
     until = math.inf
     for channel in channels:
         if not channel.startswith("private-"):
             continue
+        secret = signing_secret()
         expiries = [token_expiry(channel, token, secret) for token in tokens]
         expiry = max(expiries, default=0)
         if not expiry:
@@ -2412,6 +2412,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.settings = self.app.settings
         self.received = bytearray()
         with suppress(OSError):  # the browser left, or took too long
+            self.request.setblocking(False)
             if self.request.family != socket.AF_UNIX:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self._answer_one():
@@ -2474,30 +2475,37 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _receive_some(self, deadline: float) -> None:
         """OSError: it took longer, or the browser has closed."""
-        left_s = deadline - monotonic()
-        if left_s <= 0:
+        if monotonic() > deadline:
             raise TimeoutError
         try:
-            self.request.setblocking(False)
             part = self.request.recv(64 * 1024)
         except BlockingIOError:
-            with self.app.workers.waiting(self.request, bool(self.asked.path)):
-                self.request.settimeout(left_s)
-                part = self.request.recv(64 * 1024)
+            self._wait_until(select.POLLIN, deadline)
+            part = self.request.recv(64 * 1024)
         if not part:
             raise ConnectionError
         self.received += part
 
     def _send(self, data: bytes) -> None:
         """OSError: the browser has left, or does not take it."""
-        sent = 0
-        with suppress(BlockingIOError):
-            self.request.setblocking(False)
-            sent = self.request.send(data)
-        if sent < len(data):
-            with self.app.workers.waiting(self.request, has_asked=True):
-                self.request.settimeout(WRITE_S)
-                self.request.sendall(data[sent:])
+        deadline = monotonic() + WRITE_S
+        unsent = memoryview(data)
+        while unsent:
+            try:
+                sent = self.request.send(unsent)
+                unsent = unsent[sent:]
+            except BlockingIOError:
+                self._wait_until(select.POLLOUT, deadline)
+
+    def _wait_until(self, event: int, deadline: float) -> None:
+        """The browser has sent something, or takes more. Other requests are answered meanwhile. TimeoutError."""
+        left_ms = 1000 * max(0.0, deadline - monotonic())
+        poll = select.poll()
+        poll.register(self.request, event)
+        has_asked = bool(self.asked.path)
+        with self.app.workers.waiting(self.request, has_asked):
+            if not poll.poll(left_ms):
+                raise TimeoutError
 
     def _head(
         self,
@@ -3475,6 +3483,7 @@ def serve(
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)s %(message)s",
     )
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # our format names none of them
     signing_secret()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while starting, and a second time
     # Blocked before any thread starts, or the kernel might hand it to one that cannot act on it; and before an embedded
