@@ -21,7 +21,7 @@
 | watch   | 1                          | asks Redis every few seconds for the channels' newest ids                 |
 | follow  | 1 with Sentinels, clusters | asks every second who the master is                                       |
 
-Promised: an event published through ssepush reaches every stream of its channel once, in order, also across lost
+Promised: an event published through ssepush reaches every stream of its channel once, in order, even across lost
 connections; where that cannot be proved, the stream is told so by an event of type `stream-reset`. A plain PUBLISH by
 anyone else is delivered live, to the streams that are open at that moment, and not replayed.
 
@@ -115,10 +115,10 @@ REDIS_S = 5.0  # for Redis to answer
 READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TLS would hold what no selector can see
 SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
 STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it is cut
-PAUSE_S = 0.005  # for which requests and replays wait at most while events are being passed on; then they work as long
+PAUSE_S = 0.005  # requests and replays wait so long at most for live events to pass, then work so long undisturbed
 SLICE_S = 0.002  # of other work in the relay between two looks at Redis: live events go first
 REPLAY_PAGE_BYTES = 128 * 1024  # of the history, read at once: a script that takes longer would hold up all of Redis
-REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take: beyond, no more are read
+REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take: above this, reading stops
 REPLAY_THREADS = 4
 
 
@@ -146,7 +146,7 @@ class Settings:
     command: str | None = None  # None: serve
 
 
-# ── The event stream format: every byte that a browser gets is made here ─────────────────────────────────────────────
+# ── The event stream format ──────────────────────────────────────────────────────────────────────────────────────────
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
 EVENT_ID = re.compile("[0-9]{13}-[0-9]{16}")  # ours: milliseconds and sequence, which as text are in order, too
@@ -249,7 +249,7 @@ ENDED = {  # why a stream ended, as logs and metrics name it: what its browser i
     "gone": "",  # the browser closed the connection, or reset it, or vanished
     "slow": "",  # it took less than was published, for too long
     "redis-lost": "Redis is away",  # or has closed the connection of the subscriber
-    "redis-away": "Redis is away",  # the same, before the stream was open
+    "redis-away": "Redis is away",  # the same, before the stream was open or while it was replaying
     "redis-refused": "Redis refused",
     "missed": "events were missed",
     "busy": "too many pages are asking for what they missed",
@@ -291,19 +291,19 @@ class Stream:
     position: str = ""  # the one it began at; what was passed on since, its subscriber knows
     skip_to: str = ""  # live events up to this position were in the replay
     held: list[Batch] | None = None  # while replaying
-    page: Page | None = None  # of the history, while bytes of it may be unsent
+    page: HistoryPage | None = None  # of the history, while bytes of it may be unsent
     backlog: Backlog | None = None  # what the kernel did not take; None rather than empty: memory
     unsent_bytes: int = 0  # of held and backlog
     stray_bytes: int = 0  # sent by the browser on the open stream
-    sent_at: float = 0.0
+    progress_at: float = 0.0
     events: int = 0
 
 
 class Relay:
     """Owns all streams and subscribers. One thread, `run`, alone reads from their sockets and writes to them.
 
-    So they need no locks; `counts` has one, since any thread counts. What says "Any thread" is for all; the rest is the
-    relay's own, which others reach by `call`. Per wake-up it
+    So they need no locks; `counts` has one, since any thread counts. Methods marked "Any thread" may be called from
+    anywhere. All others run on the relay's thread; `call` leads there. Per wake-up it
     1. reads what Redis has sent, and sends it to the streams that follow the channel;
     2. notices browsers that left, or can take more of their backlog;
     3. does what other threads asked for, and then asks Redis for what that needs;
@@ -327,21 +327,21 @@ class Relay:
         self.subscribers: set[Subscriber] = set()
         self.draining = False
         self.counts: defaultdict[str, float] = defaultdict(int)  # samples of GET /metrics
-        self._counting = threading.Lock()
+        self._counts_lock = threading.Lock()
         self._passing_on = threading.Lock()
         self._paused_at = -math.inf
         self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
         self._asleep = False
         # Of this wake-up: who read the same bytes (and knows the same mark key), who has commands, who misses the same.
         self._received: dict[tuple[bytes, bytes], list[Subscriber]] = {}
-        self._talking: set[Subscriber] = set()
+        self._with_commands: set[Subscriber] = set()
         self._missing: dict[tuple[Missed, bool], list[Stream]] = {}
         self._complaints: Counter[str] = Counter()  # logged once a second, not ten thousand times
         self._now = monotonic()
         self._selector = DefaultSelector()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
-        self._watch(self._woken, self._woken.recv, 4096)
+        self._register(self._woken, self._woken.recv, 4096)
 
     def call(
         self,
@@ -365,7 +365,7 @@ class Relay:
 
     def count(self, sample: str, number: float = 1) -> None:
         """Add to a sample of GET /metrics. Any thread."""
-        with self._counting:
+        with self._counts_lock:
             self.counts[sample] += number
 
     def run(self) -> None:
@@ -400,7 +400,7 @@ class Relay:
             return 0.02
         return min(1.0, self.settings.heartbeat / 4)
 
-    def _watch(
+    def _register(
         self,
         sock: socket.socket,
         function: Callable[..., object],
@@ -419,7 +419,7 @@ class Relay:
         except Exception:
             log.exception("the relay goes on after an error of its own")
             for argument in arguments:
-                if isinstance(argument, Stream):  # it must not miss anything in silence: its page comes back
+                if isinstance(argument, Stream):  # it must not silently miss anything: its page comes back
                     with suppress(Exception):
                         self.end(argument, "missed")
 
@@ -428,32 +428,32 @@ class Relay:
     def open(self, stream: Stream, subscriber: Subscriber) -> None:
         """Take over a stream: subscribe, send what it missed, go live. The subscriber may be new."""
         self.streams.add(stream)
-        self._watch(stream.sock, self._on_browser, stream)
+        self._register(stream.sock, self._on_browser, stream)
         stream.subscriber = subscriber
-        stream.sent_at = self._now
+        stream.progress_at = self._now
         if not subscriber.is_shared:
             stream.held = []  # whatever comes is for this stream
         if subscriber not in self.subscribers and not subscriber.lost:
             self.subscribers.add(subscriber)
-            self._watch(subscriber.sock, self._on_redis, subscriber)
+            self._register(subscriber.sock, self._on_redis, subscriber)
         if self.draining:
             self.end(stream, "drain")
         elif subscriber.lost:
             self.end(stream, "redis-away")
         else:
             subscriber.add(stream)
-            self._talking.add(subscriber)
+            self._with_commands.add(subscriber)
 
     def _ask_redis(self) -> None:
         """Send the commands of this wake-up, and have read what streams missed: once for those that miss the same."""
-        talking, self._talking = self._talking, set()
-        for subscriber in talking:
+        subscribers, self._with_commands = self._with_commands, set()
+        for subscriber in subscribers:
             try:
                 subscriber.send_commands()
             except OSError as error:
                 self.lose(subscriber, "redis-lost", str(error))
             if subscriber.unsent and not subscriber.lost:
-                self._talking.add(subscriber)  # again when Redis has answered some
+                self._with_commands.add(subscriber)  # the kernel took a part: again at the next wake-up
         missing, self._missing = self._missing, {}
         for (missed, chunked), streams in missing.items():
             self.on_missed(missed, chunked, streams)
@@ -472,7 +472,7 @@ class Relay:
                 self.end(stream, "redis-refused", told)
         for stream in waiting:
             if stream.state is State.OPENING:
-                self._confirm(stream, subscriber.position)
+                self._confirm(stream, subscriber.newest)
 
     def _confirm(self, stream: Stream, position: str) -> None:
         """From here on, what arrives is for this stream. The position was the newest just before."""
@@ -485,7 +485,7 @@ class Relay:
             self._want_page(stream)
             return
         first_block = position_frame(position)
-        page = Page(body_part(first_block, stream.chunked), 0, position)
+        page = HistoryPage(body_part(first_block, stream.chunked), 0, position)
         self.take_page(page, [stream])
 
     def refuse(
@@ -510,7 +510,7 @@ class Relay:
 
     def take_page(
         self,
-        page: Page,
+        page: HistoryPage,
         streams: Collection[Stream],
     ) -> None:
         """A page of the history is there for these streams. Each takes it when no live event is waiting. Any thread."""
@@ -519,11 +519,11 @@ class Relay:
         for stream in streams:
             self.call(self._take_page, stream, page)
 
-    def _take_page(self, stream: Stream, page: Page) -> None:
-        if stream.state is State.ENDED:
-            self._let_go(page)
-            return
+    def _take_page(self, stream: Stream, page: HistoryPage) -> None:
         stream.page = page
+        if stream.state is State.ENDED:
+            self._let_go_page(stream)
+            return
         held = stream.held or ()
         is_last = page.following is None
         if is_last and is_gap(page.position, held):
@@ -533,10 +533,10 @@ class Relay:
         self.count("events_replayed_total", page.events)
         if page.reset:
             self._count_resets(page.reset, [stream])
-        if stream.missed:
+        if stream.missed:  # whoever missed nothing has nothing to skip, and is live at once
             stream.skip_to = page.position
         stream.missed = page.following
-        if is_last:  # to be known before this is sent: then more is asked for, or the stream is live
+        if is_last:  # before `_send`, at the end of which the state decides: the next page, or live
             self._finish_replay(stream, page.position)
         self._send(stream, page.wire)
         if is_last:
@@ -547,7 +547,7 @@ class Relay:
         """The stream misses nothing up to this position."""
         stream.state = State.BEHIND
         stream.held = None
-        stream.unsent_bytes = 0
+        stream.unsent_bytes = 0  # there is no backlog when a page is taken
         stream.position = position
         if position:
             stream.subscriber.knows(stream.channels, position)
@@ -557,8 +557,9 @@ class Relay:
         for stream in streams:
             log.debug("stream %d is reset: %s", stream.number, reason)
 
-    def _let_go(self, page: Page | None) -> None:
-        """One of the streams that a page is for has taken it, or has ended."""
+    def _let_go_page(self, stream: Stream) -> None:
+        """The stream has taken its page, if it has one, or has ended."""
+        page, stream.page = stream.page, None
         if page:
             page.readers -= 1
             if not page.readers:
@@ -586,10 +587,11 @@ class Relay:
         everything, self._received = self._received, {}
         for (received, mark_key), subscribers in everything.items():
             try:
-                parse_it = parse if len(received) <= READ_BYTES else parse.__wrapped__  # which keeps nothing
+                is_small = len(received) <= READ_BYTES
+                parse_it = parse if is_small else parse.__wrapped__  # without the cache, which would keep it
                 self._pass_on_one(parse_it(received, mark_key, self.max_message), subscribers)
             except Exception as error:
-                # Whatever went wrong, it must not be missing in silence: these streams come back and resume.
+                # Whatever went wrong, nothing may be missing silently: these streams come back and resume.
                 if not isinstance(error, ConnectionError):
                     log.exception("the relay gives up the subscribers with which an error of its own happened")
                 for subscriber in subscribers:
@@ -644,7 +646,7 @@ class Relay:
                 sent = stream.sock.send(wire)
             except OSError:  # the kernel's buffer is full; or the browser is gone, as the next attempt tells
                 sent = 0
-            stream.sent_at = now
+            stream.progress_at = now
             stream.events += number
             reached += 1
             if sent < len(wire):
@@ -676,11 +678,11 @@ class Relay:
         events = len(batch.events) * reached
         sent_bytes = len(batch.plain) * reached
         numbered = batch.numbered * reached
-        delay_s = batch.numbered * unix_time() - batch.published_s
-        delay_s = max(0.0, delay_s)  # by Redis's clock, which may be ahead of ours
+        delays_s = batch.numbered * unix_time() - batch.published_s
+        delays_s = max(0.0, delays_s)  # by Redis's clock, which may be ahead of ours
         self.count("events_sent_total", events)
         self.count("sent_bytes_total", sent_bytes)
-        self.count("delivery_delay_seconds_sum", delay_s * reached)
+        self.count("delivery_delay_seconds_sum", delays_s * reached)
         self.count("delivery_delay_seconds_count", numbered)
 
     def _send(self, stream: Stream, wire: bytes | memoryview) -> None:
@@ -714,7 +716,7 @@ class Relay:
             piece = backlog[0]
             sent = stream.sock.send(piece)
             stream.unsent_bytes -= sent
-            stream.sent_at = self._now
+            stream.progress_at = self._now
             if sent < len(piece):
                 backlog[0] = memoryview(piece)[sent:]
             else:
@@ -734,8 +736,7 @@ class Relay:
             if stream.state is State.LIVE:
                 stream.state = State.BEHIND
             return
-        self._let_go(stream.page)
-        stream.page = None
+        self._let_go_page(stream)
         if stream.state is State.REPLAYING:
             self._want_page(stream)
         elif not stream.skip_to:
@@ -762,7 +763,7 @@ class Relay:
         silent = []
         heartbeat_s = self.settings.heartbeat
         for stream in tuple(self.streams):
-            silent_s = self._now - stream.sent_at
+            silent_s = self._now - stream.progress_at
             if stream.expires_at <= self._now:
                 self.end(stream, "drain" if self.draining else "expired")
             elif stream.state is State.OPENING:
@@ -810,8 +811,7 @@ class Relay:
         stream.state = State.ENDED
         stream.held = stream.backlog = None
         stream.unsent_bytes = 0
-        self._let_go(stream.page)
-        stream.page = None
+        self._let_go_page(stream)
         self.streams.discard(stream)
         self._selector.unregister(stream.sock)
         stream.sock.close()
@@ -833,8 +833,8 @@ class Relay:
         if subscriber.lost:
             return
         subscriber.remove(stream)
-        if self.settings.shared:
-            self._talking.add(subscriber)
+        if subscriber.is_shared:
+            self._with_commands.add(subscriber)
         else:
             self._close(subscriber)
 
@@ -1070,8 +1070,8 @@ class Read(NamedTuple):
     parts: list[Batch | Answer]  # in order
     dropped: list[tuple[bytes, str]]  # (channel, why)
     rest: bytes  # the beginning of the next reply
-    missing: int  # bytes of that reply that are still to come, at least
-    surplus: int  # bytes still to come of a message that was dropped
+    to_come: int  # bytes of that reply, at least
+    surplus: int  # bytes to come of a message that was dropped
 
 
 TOO_LARGE = "message is too large"
@@ -1089,13 +1089,13 @@ def parse(received: bytes, mark_key: bytes, max_message: int) -> Read:
     """
     found: list[tuple[bytes, Any]] = []  # the channel, and an event of it; or b"", and an answer
     dropped: list[tuple[bytes, str]] = []
-    at = missing = 0
-    while at < len(received) and not missing:
+    at = to_come = 0
+    while at < len(received):
         head = MESSAGE.match(received, at)
         if not head:
             answer, at = parse_answer(received, at)
             if answer is None:
-                missing = 1  # byte at least
+                to_come = 1  # byte at least
                 break
             found.append((b"", answer))
             if answer.counter:
@@ -1108,7 +1108,7 @@ def parse(received: bytes, mark_key: bytes, max_message: int) -> Read:
             dropped.append((channel, TOO_LARGE))
             found.append((channel, Framed(reset_frame("too-large"))))
         elif end + 2 > len(received):
-            missing = end + 2 - len(received)
+            to_come = end + 2 - len(received)
             break
         else:
             try:
@@ -1118,7 +1118,7 @@ def parse(received: bytes, mark_key: bytes, max_message: int) -> Read:
                 dropped.append((channel, str(error)))
         at = end + 2
     surplus = max(0, at - len(received))
-    return Read(grouped(found), dropped, received[at:], missing, surplus)
+    return Read(grouped(found), dropped, received[at:], to_come, surplus)
 
 
 def grouped(
@@ -1139,7 +1139,7 @@ def parse_answer(
     received: bytes,
     at: int,
 ) -> tuple[Answer | None, int]:
-    """The answer that begins here, None if it is cut off, and where it ends. ConnectionError: it is none."""
+    """The answer that begins here, None if it is cut off, and where it ends. ConnectionError: it is not an answer."""
     if found := CONFIRMATION.match(received, at):
         return Answer(), found.end()
     if found := REFUSAL.match(received, at):
@@ -1176,16 +1176,16 @@ class Subscriber:
     master: Address | None = None  # whom it is connected to, if Redis may fail over
     streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # of the channels it follows
     seen: dict[bytes, str] = field(default_factory=dict)  # channel: position up to which none is missing
-    position: str = ""  # the counter's newest id, when last asked
+    newest: str = ""  # id of the counter, when last asked
     mark_key: bytes | None = None  # b"": the counter has none; None: Redis has not said yet
     lost: bool = False  # also read by other threads
     waiting: list[Stream] = field(default_factory=list)  # for the next commands
     unwanted: set[bytes] = field(default_factory=set)  # channels that nobody may want any more
     unsent: bytes = b""  # commands that the kernel has not taken
-    # The commands that Redis has not answered, in order: the channel, and the streams that wait for the answer.
+    # The commands that Redis has not answered, in order: the channel, b"" for the counter; and the streams that wait.
     asked: deque[tuple[bytes, list[Stream]]] = field(default_factory=deque)
     parts: list[bytes] = field(default_factory=list)  # the beginning of a reply,
-    missing: int = 0  # if bytes of it are still to come: so many, at least
+    to_come: int = 0  # bytes of that reply, at least
     surplus: int = 0  # bytes still to come of a message that was dropped
 
     def add(self, stream: Stream) -> None:
@@ -1212,14 +1212,14 @@ class Subscriber:
                 self.asked.append((channel, []))
         if self.waiting:
             wanted = [channel for stream in self.waiting for channel in stream.channels]
-            order = [b"", *dict.fromkeys(wanted)]  # b"" is the counter
+            asks = [(channel, command("SUBSCRIBE", channel)) for channel in dict.fromkeys(wanted)]
+            counter = (b"", command("HMGET", self.counter_key, "newest", "key"))
             if self.is_shared:  # asked last where that is possible: the answer covers whatever comes before it
-                order.append(order.pop(0))
-            for channel in order:
-                if channel:
-                    commands.append(command("SUBSCRIBE", channel))
-                else:
-                    commands.append(command("HMGET", self.counter_key, "newest", "key"))
+                asks.append(counter)
+            else:
+                asks.insert(0, counter)
+            for channel, wire in asks:
+                commands.append(wire)
                 self.asked.append((channel, []))
             _, waiting_for_last = self.asked[-1]
             waiting_for_last.extend(self.waiting)
@@ -1238,13 +1238,13 @@ class Subscriber:
         if answer.error and not channel:
             raise ConnectionError(answer.error)
         if answer.counter:
-            self.position, mark_key = answer.counter
+            self.newest, mark_key = answer.counter
             if self.mark_key and mark_key != self.mark_key:
                 raise ConnectionError("Redis has forgotten the counter")
             self.mark_key = mark_key
         followers = self.streams.get(channel, ())
         if all(stream.state is State.OPENING for stream in followers):
-            self.seen.pop(channel, None)  # what was seen before this answer, streams have seen that have ended
+            self.seen.pop(channel, None)  # no stream that is open needs what came before this answer
         return channel, waiting
 
     def knows(self, channels: Iterable[bytes], position: str) -> None:
@@ -1274,15 +1274,15 @@ class Subscriber:
         skipped = min(self.surplus, len(received))
         self.surplus -= skipped
         self.parts.append(received[skipped:])
-        self.missing -= len(received) - skipped
-        if self.surplus or self.missing > 0:
+        self.to_come -= len(received) - skipped
+        if self.surplus or self.to_come > 0:
             return b""
         return b"".join(self.parts)
 
     def keep_rest(self, read: Read) -> None:
         """What was read has been parsed."""
         self.parts = [read.rest]
-        self.missing = read.missing
+        self.to_come = read.to_come
         self.surplus = read.surplus
 
 
@@ -1290,10 +1290,16 @@ class Subscriber:
 #
 # How a page that comes back proves that it missed nothing. Each entry of a channel's history holds the id before it:
 #
-#     id   previous   message        A page that was at 3 comes back. The entry after 3 is 5, and before it was 3: so
-#      3      1       one            nothing is missing between. Then 9, after 5. The channel's newest id is 9, so
-#      5      3       two            nothing is missing at the end. Had the history lost 5, the next would be 9; before
-#      9      5       three          that was 5, which the page has not seen: reset. 4, 6, 7, 8 are of other channels.
+#     id   previous   message
+#      3      1       one
+#      5      3       two
+#      9      5       three
+#
+# A page that was at 3 comes back. 5 says that 3 came before it: nothing is missing between them. 9 says 5: the same. 9
+# is the channel's newest id: nothing is missing at the end. If 5 were gone, 9 would still say 5, which the page has not
+# seen: reset. 4, 6, 7 and 8 belong to other channels.
+#
+# PAGE_LUA checks this in the history, `is_gap` where history and live events meet, `Subscriber.follows` from then on.
 
 # Keys. In a cluster they begin with ssepush:{0}: so that all are on one node, where the scripts run.
 COUNTER_KEY = "ssepush:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); key; lineage
@@ -1321,12 +1327,12 @@ local function seq(id) return string.sub(id, 15) end
 local clock = redis.call('TIME')
 local now = math.max(clock[1] * 1000 + math.floor(clock[2] / 1000), 1e12)
 local replication = redis.call('INFO', 'replication')
-local role, lineage, before = string.match(replication, 'role:(%a+).*replid:(%x+).*replid2:(%x+)')
+local role, lineage, replid2 = string.match(replication, 'role:(%a+).*replid:(%x+).*replid2:(%x+)')
 if role ~= 'master' then return redis.error_reply('READONLY this Redis is a replica') end
 local counter = redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'key', 'lineage')
-local born, newest, floor, key, known = unpack(counter)
+local born, newest, floor, mark_key, known = unpack(counter)
 if born and known ~= lineage then
-  local was_promoted = string.find(before, '[^0]')
+  local was_promoted = string.find(replid2, '[^0]')
   local keeps_all = string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1')
   if known and (was_promoted or not keeps_all) then born = false end
   redis.call('HSET', KEYS[1], 'lineage', lineage)
@@ -1335,8 +1341,8 @@ if not born then
   redis.call('UNLINK', KEYS[2])
   born = string.format('%.0f-%.0f', now + 1, math.max(clock[1] * 1e6 + clock[2], 1e15))
   if newest and ms(newest) >= ms(born) then born = string.format('%.0f-%s', ms(newest) + 1, seq(born)) end
-  newest, key = born, key or ARGV[1]
-  redis.call('HSET', KEYS[1], 'born', born, 'newest', newest, 'key', key, 'lineage', lineage)
+  newest, mark_key = born, mark_key or ARGV[1]
+  redis.call('HSET', KEYS[1], 'born', born, 'newest', newest, 'key', mark_key, 'lineage', lineage)
 end
 if redis.call('HLEN', KEYS[2]) >= {MAX_NEWEST} then redis.call('UNLINK', KEYS[2]) end
 if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
@@ -1353,7 +1359,7 @@ local id = string.format('%.0f-%.0f', math.max(now, ms(newest)), seq(newest) + 1
 local before = previous or floor
 redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
 redis.call('HSET', KEYS[2], ARGV[2], id)
-local mark = redis.sha1hex((key or '') .. id .. before .. ARGV[2])
+local mark = redis.sha1hex((mark_key or '') .. id .. before .. ARGV[2])
 local members = ', "id": "' .. id .. '", "previous": "' .. before .. '", "mark": "' .. mark .. '"}}'
 local message = string.sub(ARGV[3], 1, -2) .. members  -- in place of its last brace
 local receivers = redis.call('PUBLISH', ARGV[2], message)
@@ -1380,13 +1386,14 @@ for i = 1, channels do
   local after = ARGV[1 + i]
   local start = string.match(after, '^{START}(.+)')
   if start then
-    after = ''
-  elseif after ~= '' then
+    last[i], is_proven[i] = start, false
+  elseif after == '' then
+    last[i], is_proven[i] = born, false
+  else
     if ms(after) < ms(born) then return reset('data-lost') end
     if after > newest or seq(after) < seq(born) or seq(after) > seq(newest) then return reset('unknown-id') end
+    last[i], is_proven[i] = after, true
   end
-  is_proven[i] = after ~= ''
-  last[i] = start or is_proven[i] and after or born
   upto[i] = redis.call('HGET', KEYS[2], ARGV[1 + channels + i]) or floor
   page[i], at[i], size[i] = {{}}, 1, 1
 end
@@ -1398,7 +1405,7 @@ while bytes < {REPLAY_PAGE_BYTES} do
       page[i], at[i] = redis.call('XRANGE', KEYS[2 + i], '(' .. last[i], upto[i], 'COUNT', size[i]), 1
       if #page[i] == 0 then
         if is_proven[i] then return reset('expired') end
-        upto[i] = last[i]
+        upto[i] = last[i]  -- nothing is left here
       end
     end
     local entry = page[i][at[i]]
@@ -1445,21 +1452,21 @@ class Missed(NamedTuple):
 
     channels: tuple[str, ...]
     after: tuple[str, ...]  # per channel: the id up to which it is known; "": read all that is kept; or START and an id
-    newest: int = 0  # if not 0: only so many of each channel, the newest
+    last: int = 0  # if not 0: only so many of each channel, the newest
 
 
 def missed_since(
     last_event_id: str,
     channels: Sequence[bytes],
-    newest: int = 0,
+    last: int = 0,
 ) -> Missed:
     """What came after an id on all these channels; after "": all that is kept, or only the newest of it."""
     names = tuple(channel.decode() for channel in channels)
-    return Missed(names, (last_event_id,) * len(names), newest)
+    return Missed(names, (last_event_id,) * len(names), last)
 
 
 @dataclass(slots=True)
-class Page:
+class HistoryPage:
     """A part of the history, ready to send."""
 
     wire: bytes
@@ -1532,11 +1539,11 @@ class Redis:
             return None
         return str(self._run(POSITION_LUA, []).decode())
 
-    def page(self, missed: Missed, chunked: bool) -> Page:
+    def page(self, missed: Missed, chunked: bool) -> HistoryPage:
         """Read a page of the history. After the last, what is not in it and newer is live."""
-        if missed.newest and self.history:
-            starts = [self._before_newest(channel, missed.newest) for channel in missed.channels]
-            missed = missed._replace(after=tuple(starts), newest=0)
+        if missed.last and self.history:
+            starts = [self._start_of_last(missed.last, channel) for channel in missed.channels]
+            missed = missed._replace(after=tuple(starts), last=0)
         position, reset, read_to, messages = self._read(missed)
         following = None
         if reset:
@@ -1550,7 +1557,7 @@ class Redis:
                 frames.append(position_frame(position))
         events = len(messages) + bool(reset)
         wire = body_part(b"".join(frames), chunked)
-        return Page(wire, events, position, reset, following)
+        return HistoryPage(wire, events, position, reset, following)
 
     def _read(
         self,
@@ -1571,7 +1578,7 @@ class Redis:
             )
         return newest.decode(), reset.decode(), read_to, messages
 
-    def _before_newest(self, channel: str, number: int) -> str:
+    def _start_of_last(self, number: int, channel: str) -> str:
         """Where a channel's newest events start, so many of them; "" if fewer are kept."""
         before, at, left = b"", b"", number
         while left:
@@ -1632,7 +1639,7 @@ def message_of(
 ) -> bytes:
     """The message to publish: `message_of("hi", "greet")` gives `b'{"data": "hi", "type": "greet"}'`.
 
-    What streams would have to drop is refused here. ValueError: a member cannot be framed; TypeError: data is no JSON.
+    What streams would have to drop is refused here. ValueError: a member cannot be framed; TypeError: data is not JSON.
     """
     members = {"data": data}
     if type is not None:
@@ -1867,9 +1874,9 @@ def publish(
     """
     url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
     if history is None:
-        history = environment_number("SSEPUSH_HISTORY", 100)
+        history = environment_number("SSEPUSH_HISTORY")
     if history_ttl is None:
-        history_ttl = environment_number("SSEPUSH_HISTORY_TTL", 86400)
+        history_ttl = environment_number("SSEPUSH_HISTORY_TTL")
     return redis_at(url, history, history_ttl, max_event).publish(data, type, channel, retry, key)
 
 
@@ -1879,7 +1886,7 @@ def position(redis_url: str | None = None) -> str | None:
     None: the history is off. RedisAway.
     """
     url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
-    history = environment_number("SSEPUSH_HISTORY", 100)
+    history = environment_number("SSEPUSH_HISTORY")
     return redis_at(url, history, 86400, MAX_EVENT_BYTES).position()
 
 
@@ -1948,7 +1955,7 @@ def connection_of(
 #
 # Not redis-py's own classes for these: they take a master that has just woken up for one, and send a command again that
 # may have been done. Here each command goes to the node that most Sentinels, or nodes of the cluster, take for the
-# master, and each script refuses to run on one that is none. A master that hangs, or is cut off, does not say that it
+# master, and each script refuses to run on one that is not. A master that hangs, or is cut off, does not say that it
 # has been replaced: so a thread asks every second.
 
 FAILOVER_URL = re.compile(r"(rediss?)\+(sentinel|cluster)://([^@/?]*@)?([^@/?]+)(/[^@?]*)?(\?[^@]*)?")
@@ -2059,8 +2066,8 @@ def masters_of(url: str) -> tuple[Masters | None, str]:
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 #
-# Why not http.server's BaseHTTPRequestHandler: its parser, that of e-mail, loses what is needed to refuse a bare CR or
-# LF, a head that is cut off, or TLS that is spoken to this port; and with it 16 % fewer requests a second are answered.
+# Why not http.server's BaseHTTPRequestHandler: it parses heads as e-mail, and so loses what is needed to refuse a bare
+# CR or LF, a head that is cut off, or TLS that is spoken to this port; and it answers 16 % fewer requests a second.
 
 HEAD_END = b"\r\n\r\n"
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")  # RFC 9112, 3: origin-form only
@@ -2357,7 +2364,7 @@ NOT_GIVEN = {  # members of what is published, beside data
     "key": None,
 }
 PREFLIGHT_HEADERS = "Authorization, Content-Type, Last-Event-ID, Cache-Control"
-RENEW = b"retry: 30000\n\n"  # ms: told with token-expired, for a page that does nothing about it
+RENEW = b"retry: 30000\n\n"  # ms: for a page that comes back with an expired token, and does nothing about it
 
 
 class Route(NamedTuple):
@@ -2579,7 +2586,7 @@ class Handler(socketserver.BaseRequestHandler):
         if route.is_public:
             check_reader(asked, self.settings)
         answer = getattr(self, f"answer_{route.name}")
-        return bool(answer())
+        return bool(answer())  # None, of a stream: the connection takes no more requests
 
     def answer_page(self) -> bool:
         """The page, with its policy."""
@@ -2699,17 +2706,17 @@ class Handler(socketserver.BaseRequestHandler):
         """The digits 1 to 6, one each half second, to so many pages at once."""
         if self.asked.method == "HEAD":
             self._send(self._stream_of())
-        elif not self.app.counting.acquire(blocking=False):
+        elif not self.app.number_places.acquire(blocking=False):
             last_words = farewell(f"{MAX_NUMBERS} pages are counting already", self.settings.retry)
             self._not_now("full", last_words)
         else:
             try:
                 with self.app.workers.stepping_aside():
-                    self._count()
+                    self._send_digits()
             finally:
-                self.app.counting.release()
+                self.app.number_places.release()
 
-    def _count(self) -> None:
+    def _send_digits(self) -> None:
         """The obvious stream, with a thread that writes and waits."""
         is_1_1 = self.asked.is_1_1
         retry = retry_line(self.settings.retry)
@@ -2783,12 +2790,12 @@ class Handler(socketserver.BaseRequestHandler):
             return missed_since(header, channels)
         if "last" in query:
             last = query["last"][-1]
-            newest = 0
+            number = 0
             if re.fullmatch("[0-9]{1,6}", last):
-                newest = int(last)
-            if not 0 < newest <= 100_000:
+                number = int(last)
+            if not 0 < number <= 100_000:
                 raise HTTPError(400, "last must be a whole number from 1 to 100000")
-            return missed_since("", channels, newest)
+            return missed_since("", channels, number)
         for last_event_id in query.get("lastEventId", ()):
             if last_event_id == "earliest":
                 return missed_since("", channels)
@@ -2854,8 +2861,9 @@ class Workers:
         self._lock = threading.Lock()
         self._running = 0  # threads that look for work, or are at it without waiting for a browser
         self._taken_at = 0.0
-        # Who has moved nothing for longest, first; and whether it has sent the whole head of a request.
-        self._waiting: OrderedDict[socket.socket, bool] = OrderedDict()
+        # Who has moved nothing for longest, first.
+        self._asking: OrderedDict[socket.socket, None] = OrderedDict()  # has sent the whole head of a request
+        self._silent: OrderedDict[socket.socket, None] = OrderedDict()  # has not
 
     def start(self, *work: Any) -> None:
         """Have a thread call this function."""
@@ -2882,13 +2890,13 @@ class Workers:
     def _run(self) -> None:
         """Do one piece of work after another, for as long as nobody else does."""
         while True:
-            began_at = math.inf
+            is_slow = False
             with suppress(Empty):
                 function, *arguments = self._work.get(timeout=IDLE_S)
                 began_at = self._taken_at = monotonic()
                 function(*arguments)
-            with self._lock:
                 is_slow = monotonic() > began_at + STUCK_S  # as Redis is; then more of us are needed
+            with self._lock:
                 is_wanted = is_slow and not self._work.empty()
                 if self._running > 1 and not is_wanted:
                     self._running -= 1
@@ -2916,24 +2924,22 @@ class Workers:
     @contextmanager
     def waiting(self, sock: socket.socket, has_asked: bool) -> Iterator[None]:
         """The same, while a browser has to send a part of its request or take its answer: it may have to make room."""
-        self._waiting[sock] = has_asked
-        if len(self._waiting) > self.most_waiting:
+        group = self._asking if has_asked else self._silent
+        group[sock] = None
+        if len(self._asking) + len(self._silent) > self.most_waiting:
             self.end_oldest()
         try:
             with self.stepping_aside():
                 yield
         finally:
-            self._waiting.pop(sock, None)
+            group.pop(sock, None)
 
     def end_oldest(self) -> None:
         """Make room by ending the one that has moved nothing for longest: who has asked for something goes last."""
-        waiting = tuple(self._waiting.items())
-        silent = [sock for sock, has_asked in waiting if not has_asked]
-        asking = [sock for sock, has_asked in waiting if has_asked]
-        for sock in (silent + asking)[:1]:
-            self._waiting.pop(sock, None)
-            with suppress(OSError):  # it has gone by itself
-                sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
+        group = self._silent or self._asking
+        with suppress(KeyError, OSError):  # there is none; it has gone by itself
+            sock, _ = group.popitem(last=False)
+            sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
 
 
 class Listener(http.server.ThreadingHTTPServer):
@@ -2958,9 +2964,9 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def has(self, route: Route) -> bool:
         """What is for the operator has a listener of its own with --admin."""
-        if not self.app.settings.admin:
-            return route is not NO_ROUTE
-        return route.is_for_admin == self.is_admin
+        if route is NO_ROUTE:
+            return False
+        return not self.app.settings.admin or route.is_for_admin == self.is_admin
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of descriptors the connection stays in the queue: pause, rather than spin."""
@@ -2985,7 +2991,7 @@ class Listener(http.server.ThreadingHTTPServer):
         log.exception("a request from %s failed", client_address)
 
     def stop(self) -> None:
-        """Answer those who were in the queue, since closing would reset them; a flood does not keep us."""
+        """Answer those who were in the queue, since closing would reset them; at most 100."""
         self.shutdown()
         self.socket.setblocking(False)
         with suppress(OSError):
@@ -3013,7 +3019,7 @@ class Server:
         self.page = page_and_policy()
         self.stopping = threading.Event()
         self.workers = Workers(max_pending)
-        self.counting = threading.BoundedSemaphore(MAX_NUMBERS)
+        self.number_places = threading.BoundedSemaphore(MAX_NUMBERS)
         self.places = threading.BoundedSemaphore(max_streams)
         self.relay = Relay(
             settings,
@@ -3098,12 +3104,11 @@ class Server:
             try:
                 page = self.redis.page(missed, chunked)
                 relay.take_page(page, streams)
-            except RedisAway as error:
+            except Exception as error:
+                if not isinstance(error, RedisAway):
+                    log.exception("a page of the history could not be read")
                 reason = "redis-refused" if isinstance(error, RedisRefused) else "redis-away"
                 relay.call(relay.refuse, streams, reason, str(error))
-            except Exception as error:
-                log.exception("a page of the history could not be read")
-                relay.call(relay.refuse, streams, "redis-away", str(error))
 
     def _watch(self) -> None:
         """The watch thread: have the relay compare what its subscribers have seen with what Redis knew a while ago."""
@@ -3173,7 +3178,9 @@ class Server:
 
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C, then drain. The thread that calls this only waits."""
-        sys.setswitchinterval(0.0005)  # so long the relay waits for its turn after each send while a request computes
+        sys.setswitchinterval(
+            0.0005
+        )  # the relay waits so long at most for its turn after each send while a request computes
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         relay = start_thread("relay", self.relay.run)
@@ -3324,14 +3331,18 @@ HOST_NAME = text_like(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", "a host name such a
 ADMIN = text_like(r"[^/\s]+:[0-9]{1,5}|/.*|\./.*", "HOST:PORT, or the path of a Unix socket with a / in it")
 HISTORY = number(0, 100_000)
 SECONDS = number(1, YEAR_S)
-ENVIRONMENT = {"SSEPUSH_HISTORY": HISTORY, "SSEPUSH_HISTORY_TTL": SECONDS}
+ENVIRONMENT = {
+    "SSEPUSH_HISTORY": (HISTORY, Settings.history),
+    "SSEPUSH_HISTORY_TTL": (SECONDS, Settings.history_ttl),
+}
 
 
-def environment_number(name: str, default: int) -> int:
-    """A setting from the environment. ValueError: it is no number that can be."""
+def environment_number(name: str) -> int:
+    """A setting from the environment, or else its default. ValueError: it is not such a number."""
+    number_like, default = ENVIRONMENT[name]
     text = os.environ.get(name) or str(default)
     try:
-        return int(ENVIRONMENT[name](text))
+        return int(number_like(text))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{name} {error}") from None
 
@@ -3358,7 +3369,7 @@ def command_line() -> Parser:
     add_publishing_options(publisher.add_argument)
     signer = commands.add_parser("sign", help="sign CHANNEL …: print a token for private channels")
     signer.add_argument("channels", metavar="CHANNEL", nargs="+")
-    signer.add_argument("--ttl", type=SECONDS, default=3600, help="s for which it opens them (3600)")
+    signer.add_argument("--ttl", type=SECONDS, default=3600, help="seconds for which it is valid (3600)")
     add_serving_options(parser.add_argument)
     for add in (parser.add_argument, publisher.add_argument):
         add_redis_options(add)
@@ -3379,7 +3390,7 @@ def add_serving_options(add: Callable[..., object]) -> None:
     add("--host", help="address to listen on (127.0.0.1)")
     add("--port", type=number(0, 65535), help="port to listen on; 0: any free one (5000)")
     add("--shared", action="store_true", help="one Redis subscriber for all streams instead of one each")
-    add("--heartbeat", type=number(0.1, 3600), help="s until a comment on a silent stream (15)")
+    add("--heartbeat", type=number(0.1, 3600), help="seconds of silence before a comment (15)")
     add("--retry", type=number(1, 3_600_000), help="ms until browsers reconnect, spread by ±50%% (3000)")
     add("--max-streams", type=number(1, 1_000_000), help="open streams (what open files and Redis's clients allow)")
     add("--max-backlog", type=number(1024, 2**30), help="unsent bytes that end a slow stream (1 MiB)")
@@ -3387,7 +3398,7 @@ def add_serving_options(add: Callable[..., object]) -> None:
     add("--allow-host", action="append", type=HOST_NAME, help="repeatable: what the Host header may say")
     add("--admin", type=ADMIN, help="HOST:PORT or socket for /metrics and /healthz of this process, and only there")
     add("--reuse-port", action="store_true", help="let several processes listen on the port")
-    add("--drain", type=number(0.0, 3600), help="s to close all streams in when told to stop (5)")
+    add("--drain", type=number(0.0, 3600), help="seconds to close all streams in when told to stop (5)")
     add("--log-level", choices=("debug", "info", "warning", "error"), help="(info)")
 
 
@@ -3396,7 +3407,7 @@ def add_redis_options(add: Callable[..., object]) -> None:
     add = functools.partial(add, default=argparse.SUPPRESS)
     add("--redis-url", help="redis://, rediss://, unix://, redis+sentinel:// … (REDIS_URL; else local, or embedded)")
     add("--history", type=HISTORY, help="events kept per channel; 0: none (100)")
-    add("--history-ttl", type=SECONDS, help="s for which they are kept (86400)")
+    add("--history-ttl", type=SECONDS, help="seconds for which they are kept (86400)")
     add("--max-event", type=number(16, 2**28), help="bytes of the largest event (1 MiB)")
 
 
@@ -3429,8 +3440,8 @@ def run_command(
 ) -> None:
     """Errors: those that `main` knows."""
     settings = Settings(
-        history=environment_number("SSEPUSH_HISTORY", 100),
-        history_ttl=environment_number("SSEPUSH_HISTORY_TTL", 86400),
+        history=environment_number("SSEPUSH_HISTORY"),
+        history_ttl=environment_number("SSEPUSH_HISTORY_TTL"),
     )
     options: Any = parser.parse_args(arguments, settings)
     if options.command == "sign":

@@ -437,12 +437,12 @@ def test_the_newest_events_are_no_reset_if_the_oldest_of_them_is_overwritten_mea
     publisher = ssepush.Redis(own_redis.url, history=3, history_ttl=60)
     for number in range(3):
         publisher.publish(number, None, channel, None, None)
-    missed = ssepush.missed_since("", [channel.encode()], newest=2)
-    start_id = publisher._before_newest(channel, 2)
+    missed = ssepush.missed_since("", [channel.encode()], last=2)
+    start_id = publisher._start_of_last(2, channel)
     for number in range(3, 5):
         publisher.publish(number, None, channel, None, None)
 
-    page = publisher.page(missed._replace(after=(start_id,), newest=0), chunked=False)
+    page = publisher.page(missed._replace(after=(start_id,), last=0), chunked=False)
 
     parser = Parser()
     parser.feed(page.wire)

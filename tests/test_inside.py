@@ -156,8 +156,8 @@ def parsed(chunks: Sequence[bytes]) -> Parsed:
         still_to_come -= len(chunk)
         read = ssepush.parse(rest + chunk, KEY, 1000)
         rest = read.rest
-        assert read.missing <= still_to_come
-        assert bool(read.missing) == bool(rest)
+        assert read.to_come <= still_to_come
+        assert bool(read.to_come) == bool(rest)
         result.add(read)
     assert rest == b""
     return result
@@ -289,7 +289,7 @@ class RelayBetween:
 
     def replay(self, page: bytes, streams: list[ssepush.Stream]) -> None:
         """Give these streams what they missed, up to the newest."""
-        events = ssepush.Page(page, 1, OURS)
+        events = ssepush.HistoryPage(page, 1, OURS)
         self.relay.call(self.relay.take_page, events, streams)
 
 
@@ -365,7 +365,7 @@ def test_an_event_that_is_missing_between_a_replay_and_what_came_meanwhile_ends_
             members = {"data": "later", "id": newest, "previous": lost, "mark": mark}
             between.publish(json.dumps(members).encode())
             wait_until_held(stream, 1)
-            page = ssepush.Page(b"data: missed\n\n", 1, position)
+            page = ssepush.HistoryPage(b"data: missed\n\n", 1, position)
             between.relay.call(between.relay.take_page, page, streams)
 
             received = read_until(browser, b"retry: ")

@@ -849,6 +849,7 @@ def test_with_admin_metrics_and_health_are_there_and_nowhere_else(start: Start) 
 
     assert server.get("/metrics").status == 404
     assert server.get("/healthz").status == 404
+    assert server.get("/nowhere").status == 404
     metrics = exchange(port, request(b"GET /metrics HTTP/1.1"))
     health = exchange(port, request(b"GET /healthz HTTP/1.1"))
     stream = exchange(port, request(b"GET /stream HTTP/1.1"))
