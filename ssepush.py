@@ -2418,10 +2418,9 @@ class Handler(socketserver.BaseRequestHandler):
         self.app = self.server.app
         self.settings = self.app.settings
         self.received = bytearray()
+        self.is_handed_over = False  # to the relay, which closes it
         with suppress(OSError):  # the browser left, or took too long
             self.request.setblocking(False)
-            if self.request.family != socket.AF_UNIX:
-                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self._answer_one():
                 if self.app.stopping.is_set():
                     break
@@ -2743,7 +2742,6 @@ class Handler(socketserver.BaseRequestHandler):
             position = position_of(missed.after[0]) if missed else ""
             self._not_now("expired", token_expired_frame(position) + RENEW)
             return
-        prepare(self.request, settings.heartbeat)
         retry = retry_line(settings.retry)
         opening = self._stream_of(retry)
         try:
@@ -2758,11 +2756,12 @@ class Handler(socketserver.BaseRequestHandler):
             peer=peer,
             channels=channels,
             chunked=self.asked.is_1_1,
-            sock=taken_over(self.request),
+            sock=self.request,
             opening=opening,
             missed=missed,
             expires_at=monotonic() + left_s,
         )
+        self.is_handed_over = True
         relay = self.app.relay
         relay.call(relay.open, stream, subscriber)
 
@@ -2802,27 +2801,6 @@ class Handler(socketserver.BaseRequestHandler):
             if last_event_id:
                 return missed_since(last_event_id, channels)
         return None
-
-
-def prepare(sock: socket.socket, heartbeat_s: float) -> None:
-    """Set what a stream's connection needs. OSError: the browser has gone."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    is_tcp = sock.family != socket.AF_UNIX
-    if is_tcp and hasattr(socket, "TCP_USER_TIMEOUT"):
-        timeout_ms = round(2000 * heartbeat_s)  # for hosts that vanished
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
-
-
-def taken_over(sock: socket.socket) -> socket.socket:
-    """The same connection as a socket of the relay's own. What is left of the old one closes without effect."""
-    taken = socket.socket(
-        sock.family,
-        sock.type,
-        sock.proto,
-        sock.detach(),
-    )
-    taken.setblocking(False)
-    return taken
 
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2946,7 +2924,6 @@ class Listener(http.server.ThreadingHTTPServer):
     """Accepts the connections of one listening socket, and has a thread answer each."""
 
     request_queue_size = 4096  # ten thousand pages come back after a deploy
-    server_bind = socketserver.TCPServer.server_bind  # http.server's looks up our own name, for up to half a minute
 
     def __init__(
         self,
@@ -2961,6 +2938,17 @@ class Listener(http.server.ThreadingHTTPServer):
         self.address_family = family
         self.allow_reuse_port = app.settings.reuse_port and not is_admin
         super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        """Set what accepted connections inherit, and bind. http.server's own looks up our name, which can take a while."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        is_tcp = self.address_family != socket.AF_UNIX
+        if is_tcp:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if is_tcp and hasattr(socket, "TCP_USER_TIMEOUT"):
+            timeout_ms = round(2000 * self.app.settings.heartbeat)  # for hosts that vanished
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+        socketserver.TCPServer.server_bind(self)
 
     def has(self, route: Route) -> bool:
         """What is for the operator has a listener of its own with --admin."""
@@ -2980,15 +2968,22 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Have a thread answer."""
-        self.app.workers.start(self.process_request_thread, request, client_address)
+        self.app.workers.start(self._answer, request, client_address)
+
+    def _answer(self, request: Any, client_address: Any) -> None:
+        """In place of process_request_thread, which would close a stream's connection, too."""
+        is_handed_over = False
+        try:
+            handler = Handler(request, client_address, self)  # it does all its work when it is made
+            is_handed_over = handler.is_handed_over
+        except Exception:
+            log.exception("a request from %s failed", client_address)
+        if not is_handed_over:
+            self.shutdown_request(request)
 
     def service_actions(self) -> None:
         """Called by serve_forever after each connection, and fifty times a second."""
         self.app.workers.relieve()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """An error of ours: what a browser does, Handler keeps to itself."""
-        log.exception("a request from %s failed", client_address)
 
     def stop(self) -> None:
         """Answer those who were in the queue, since closing would reset them; at most 100."""
