@@ -2940,7 +2940,7 @@ class Listener(http.server.ThreadingHTTPServer):
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        """Set what accepted connections inherit, and bind. http.server's own looks up our name, which can take a while."""
+        """Set what accepted connections inherit, and bind; http.server's own looks up our name, which can take long."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         is_tcp = self.address_family != socket.AF_UNIX
         if is_tcp:
