@@ -433,6 +433,13 @@ def queries() -> list[str]:
     return found
 
 
+def alerts() -> str:
+    """The conditions of all alerts."""
+    groups = yaml.safe_load(deployed("alerts.yml"))["groups"]
+    rules = groups[0]["rules"]
+    return " ".join(rule["expr"] for rule in rules)
+
+
 def promtool(*arguments: str | Path, stdin: str = "") -> str:
     """What it prints when it finds nothing wrong."""
     return said_by(program("promtool"), *arguments, stdin=stdin)
@@ -444,7 +451,7 @@ def test_prometheus_takes_the_alerts() -> None:
     assert "12 rules found" in said
 
 
-def test_each_alert_fires_when_it_should_and_none_for_a_quiet_server() -> None:
+def test_each_alert_fires_alone_when_it_should_and_none_for_a_quiet_server() -> None:
     promtool("test", "rules", TESTS / "alerts_test.yml")
 
 
@@ -481,15 +488,22 @@ def exported_by(server: ServerProcess, channel: str) -> set[str]:
 def test_alerts_and_dashboard_ask_for_what_the_server_exports(start: Start, channel: str) -> None:
     server = start("--max-streams", "1")
     exported = exported_by(server, channel)
-    alerts = yaml.safe_load(deployed("alerts.yml"))
-    rules = alerts["groups"][0]["rules"]
-    conditions = [rule["expr"] for rule in rules]
-    asked = " ".join(queries() + conditions)
+    asked = " ".join([*queries(), alerts()])
 
     names = set(re.findall(r"\bssepush_[a-z0-9_]+", asked))
 
     assert names <= exported
     assert names
+
+
+def test_what_an_alert_waits_for_is_counted_from_0_so_that_the_first_is_an_increase(start: Start) -> None:
+    _, text = get(start().port, "/metrics")
+    waited_for = re.findall(r'(ssepush_\w+){(\w+)=~?"([^"]+)"}', alerts())
+
+    assert waited_for
+    for name, label, values in waited_for:
+        for value in values.split("|"):
+            assert f'{name}{{{label}="{value}"}} 0\n' in text
 
 
 def test_prometheus_finds_nothing_wrong_with_the_metrics(start: Start, channel: str) -> None:
