@@ -11,6 +11,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -217,6 +218,27 @@ def test_two_instances_of_the_unit_share_a_port_and_each_shows_its_own_metrics(
     assert public_metrics == 404
     assert public_health == 404
     assert statuses == [0, 0]
+
+
+def test_the_admins_address_says_that_a_server_drains_as_long_as_it_does(start: Start, channel: str) -> None:
+    admin = free_port()
+    server = start("--shared", "--admin", f"{LOOPBACK}:{admin}")
+    streams = [server.opened(channel) for _ in range(100)]  # of which one ends each hundredth of a second
+    ready = status_of(admin, "/healthz")
+
+    server.signal(signal.SIGTERM)
+    wait_for(lambda: status_of(admin, "/healthz") == 503, "it is not ready any more")
+    status, body = get(admin, "/healthz")
+    left = open_streams(admin)
+    ended = server.process.poll()
+
+    assert ready == 200
+    assert status == 503
+    assert json.loads(body)["state"] == "draining"
+    assert 0 < left <= len(streams)
+    assert ended is None
+    assert server.terminate() == 0
+    assert status_of(admin, "/healthz") == 0
 
 
 # ── Redis's rights ───────────────────────────────────────────────────────────────────────────────────────────────────
