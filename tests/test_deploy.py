@@ -45,6 +45,7 @@ from tests.kit import (
     ssepush_command,
     wait_for,
 )
+from tests.machine import Machine
 
 pytestmark = needs_test_extra
 TESTS = HERE / "tests"
@@ -182,11 +183,14 @@ def command_of(
     return shlex.split(line)
 
 
-def open_streams(admin: int) -> int:
-    """How many streams a server says that it has, at its port for admins."""
+def shown_at(admin: int, sample: str) -> int:
+    """A sample of /metrics that a server shows at its port for admins: `shown_at(9001, "streams")`."""
     _, text = get(admin, "/metrics")
-    (number,) = re.findall("^ssepush_streams ([0-9]+)$", text, re.MULTILINE)
+    (number,) = re.findall(f"^ssepush_{sample} ([0-9]+)$", text, re.MULTILINE)
     return int(number)
+
+
+MAX_CLIENTS = 10_000  # of a Redis of which nothing else is said
 
 
 def test_two_instances_of_the_unit_share_a_port_and_each_shows_its_own_metrics(
@@ -208,13 +212,16 @@ def test_two_instances_of_the_unit_share_a_port_and_each_shows_its_own_metrics(
         for stream in streams:
             assert stream.next().data == "hi"
 
-        shown = [open_streams(admin) for admin in admins]
+        shown = [shown_at(admin, "streams") for admin in admins]
+        places = [shown_at(admin, "max_streams") for admin in admins]
         public_metrics = status_of(port, "/metrics")
         public_health = status_of(port, "/healthz")
     finally:
         statuses = [instance.ended() for instance in instances]
 
     assert sum(shown) == 12
+    # Each is a connection to Redis, and half of these are left to the application.
+    assert 0 < sum(places) <= MAX_CLIENTS / 2
     assert public_metrics == 404
     assert public_health == 404
     assert statuses == [0, 0]
@@ -229,7 +236,7 @@ def test_the_admins_address_says_that_a_server_drains_as_long_as_it_does(start: 
     server.signal(signal.SIGTERM)
     wait_for(lambda: status_of(admin, "/healthz") == 503, "it is not ready any more")
     status, body = get(admin, "/healthz")
-    left = open_streams(admin)
+    left = shown_at(admin, "streams")
     ended = server.process.poll()
 
     assert ready == 200
@@ -239,6 +246,55 @@ def test_the_admins_address_says_that_a_server_drains_as_long_as_it_does(start: 
     assert ended is None
     assert server.terminate() == 0
     assert status_of(admin, "/healthz") == 0
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """One with the unit, which a systemd of its own starts."""
+    machine = Machine(tmp_path)
+    yield machine
+    machine.end()
+
+
+UNITS = ("ssepush@1", "ssepush@2")
+
+
+def test_systemd_starts_the_unit_as_it_is_in_its_sandbox_and_again_when_it_was_killed(machine: Machine) -> None:
+    """The unit's own file, on its own ports, with all that it asks for; the program is not where pip puts it.
+
+    Of the sandbox, what the kernel shows of a process is looked at: its user, its rights, its filter. That the other
+    options are known, and how much they close, systemd-analyze says. How many files may be open is the machine's limit.
+    """
+
+    def is_healthy(number: int) -> bool:
+        ask = machine.run("curl", "--silent", "--fail", f"http://127.0.0.1:900{number}/healthz")
+        return ask.returncode == 0
+
+    def max_streams(number: int) -> int:
+        text = machine.said_by("curl", "--silent", f"http://127.0.0.1:900{number}/metrics")
+        (places,) = re.findall("^ssepush_max_streams ([0-9]+)$", text, re.MULTILINE)
+        return int(places)
+
+    machine.said_by("systemctl", "start", "redis-server", *UNITS)
+    wait_for(lambda: is_healthy(1), "the first answers")
+    wait_for(lambda: is_healthy(2), "so does the second")
+    first = machine.shown(UNITS[0], "MainPID")
+    status = machine.said_by("cat", f"/proc/{first}/status")
+    places = [max_streams(1), max_streams(2)]
+    public = machine.said_by("curl", "--silent", "--head", "http://127.0.0.1:5000/")
+    machine.said_by("systemctl", "kill", "--signal=KILL", UNITS[0])
+    wait_for(lambda: machine.shown(UNITS[0], "NRestarts") == "1", "the first is started again")
+    wait_for(lambda: is_healthy(1), "and answers")
+    machine.said_by("systemctl", "stop", *UNITS)
+    results = [machine.shown(unit, "Result") for unit in UNITS]
+
+    assert re.search(rf"^Uid:\s+{machine.user}\s", status, re.MULTILINE)
+    assert re.search(r"^CapBnd:\s+0+$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+    assert re.search(r"^Seccomp:\s+2$", status, re.MULTILINE)
+    assert public.startswith("HTTP/1.1 200 ")
+    assert 0 < sum(places) <= MAX_CLIENTS / 2
+    assert results == ["success", "success"]
 
 
 # ── Redis's rights ───────────────────────────────────────────────────────────────────────────────────────────────────
