@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import pytest
 import redis
@@ -565,20 +566,6 @@ def test_each_alert_fires_alone_when_it_should_and_none_for_a_quiet_server() -> 
     promtool("test", "rules", TESTS / "alerts_test.yml")
 
 
-def test_prometheus_takes_each_query_of_the_dashboard(tmp_path: Path) -> None:
-    rules = []
-    for number, query in enumerate(queries()):
-        rule = {"record": f"panel:query:{number}", "expr": query}
-        rules.append(rule)
-    group = {"name": "dashboard", "rules": rules}
-    file = tmp_path / "queries.yml"
-    file.write_text(json.dumps({"groups": [group]}))
-
-    said = promtool("check", "rules", file)
-
-    assert f"{len(rules)} rules found" in said
-
-
 def exported_by(server: ServerProcess, channel: str) -> set[str]:
     """The names of the server's samples, once it has seen of everything something."""
     stream = server.opened(channel)
@@ -593,6 +580,85 @@ def exported_by(server: ServerProcess, channel: str) -> set[str]:
         reset.wait(lambda: reset.events, "the reset")
         _, text = get(server.port, "/metrics")
     return set(re.findall("^(ssepush_[a-z0-9_]+)", text, re.MULTILINE))
+
+
+class Prometheus:
+    """A real one, with the configuration of the docs, the deployed alerts, and a server in place of the docs' own."""
+
+    def __init__(self, folder: Path, server: ServerProcess) -> None:
+        (shown,) = blocks("operations.md", "yaml")
+        configuration = yaml.safe_load(shown)
+        configuration["global"] = {
+            "scrape_interval": "300ms",
+            "scrape_timeout": "300ms",
+            "evaluation_interval": "300ms",
+        }
+        for job in configuration["scrape_configs"]:
+            job["static_configs"] = [{"targets": [f"{LOOPBACK}:{server.port}"]}]
+        shutil.copy(DEPLOY / "alerts.yml", folder)
+        file = folder / "prometheus.yml"
+        file.write_text(json.dumps(configuration))
+        promtool("check", "config", file)
+        self.port = free_port()
+        self.log = (folder / "prometheus.log").open("wb")
+        command = [
+            program("prometheus"),
+            f"--config.file={file}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address={LOOPBACK}:{self.port}",
+        ]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+
+    def asked(self, path: str, **query: str) -> Any:
+        """What its API answers."""
+        _, body = get(self.port, f"/api/v1/{path}?{urlencode(query)}")
+        answer = json.loads(body)
+        assert answer["status"] == "success", body
+        return answer["data"]
+
+    def wait_for_data(self, query: str) -> None:
+        """Until a query gives something: a rate does after two scrapes."""
+        wait_for(lambda: self.asked("query", query=query)["result"], query)
+
+    def is_ready(self) -> bool:
+        return status_of(self.port, "/-/ready") == 200
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait(DEADLINE_S)
+        self.log.close()
+
+
+@pytest.fixture
+def prometheus(
+    start: Start,
+    channel: str,
+    tmp_path: Path,
+) -> Iterator[Prometheus]:
+    """One that scrapes a server which has seen of everything something."""
+    server = start("--max-streams", "1")
+    exported_by(server, channel)
+    prometheus = Prometheus(tmp_path, server)
+    yield prometheus
+    prometheus.end()
+
+
+def test_a_real_prometheus_has_data_for_each_panel_a_first_alert_and_an_address_for_each_probe(
+    prometheus: Prometheus,
+) -> None:
+    wait_for(prometheus.is_ready, "Prometheus is ready")
+
+    for query in queries():
+        prometheus.wait_for_data(query)
+    prometheus.wait_for_data('ALERTS{alertname="SsepushDropsMessages"}')
+
+    targets = prometheus.asked("targets")["activeTargets"]
+    (probe,) = [target for target in targets if target["scrapePool"] == "ssepush-healthz"]
+    (metrics,) = [target for target in targets if target["scrapePool"] == "ssepush"]
+    instance = metrics["labels"]["instance"]
+    asked_for = quote(f"http://{instance}/healthz", safe="")
+    assert probe["scrapeUrl"] == f"http://127.0.0.1:9115/probe?module=http_2xx&target={asked_for}"
+    assert probe["labels"]["instance"] == instance
 
 
 def test_alerts_and_dashboard_ask_for_what_the_server_exports(start: Start, channel: str) -> None:
@@ -764,13 +830,13 @@ def test_the_docs_show_what_the_deployed_nginx_has() -> None:
     assert settings[start:-1] == settings_of(shown)
 
 
-def test_prometheus_takes_the_configuration_that_the_docs_show(tmp_path: Path) -> None:
+def test_the_jobs_of_the_alerts_are_in_the_configuration_that_the_docs_show() -> None:
     (shown,) = blocks("operations.md", "yaml")
-    file = tmp_path / "prometheus.yml"
-    file.write_text(shown)
-    shutil.copy(DEPLOY / "alerts.yml", tmp_path)
+    configured = {job["job_name"] for job in yaml.safe_load(shown)["scrape_configs"]}
 
-    promtool("check", "config", file)
+    asked = set(re.findall('job="([^"]+)"', alerts()))
+
+    assert asked == configured
 
 
 def test_the_server_takes_the_options_that_the_docs_give_to_systemd() -> None:
