@@ -793,6 +793,84 @@ def test_pages_that_move_between_the_last_release_and_this_one_miss_nothing_and_
         assert_whole(page, publishers)
 
 
+def run_shown(part: str, redis: RedisProcess) -> None:
+    """Run the command of the docs that has this part, for a Redis of the tests."""
+    cli = program("redis-cli", "valkey-cli")
+    command = the_block("operations.md", part)
+    said_by("sh", "-c", command.replace("redis-cli", f"{cli} -p {redis.port}"))
+
+
+def assert_both_serve(
+    servers: Sequence[ServerProcess],
+    channel: str,
+    last_event_id: str,
+) -> None:
+    """Pages of both get what each publishes, and stay."""
+    pages = [server.stream(channel, Last_Event_ID=last_event_id) for server in servers]
+
+    def both_are_there() -> bool:
+        return all(server.streams() == 1 for server in servers)
+
+    wait_for(both_are_there, "both pages are there")
+    published = []
+    for number in range(6):
+        data = f"number {number}"
+        servers[number % 2].publish(data, channel)
+        published.append(data)
+    for page in pages:
+        assert page.data(6) == published
+    assert both_are_there()
+    for page in pages:
+        page.close()
+
+
+PROMPT = ("--heartbeat", "3")  # so that it looks each second whether the key is another
+
+
+def test_the_last_release_joins_where_this_one_was_first_as_the_docs_say(
+    start: Start,
+    last_release: Callable[..., ServerProcess],
+    own_redis: RedisProcess,
+    channel: str,
+) -> None:
+    new = start(*PROMPT, redis=own_redis)
+    page = new.opened(channel)
+    new.publish("before", channel)
+    page.next()
+
+    run_shown("hdel", own_redis)
+    assert page.until_end() == []
+    old = last_release(*PROMPT, redis=own_redis)
+
+    assert_both_serve([old, new], channel, page.last_event_id)
+    old.end()
+
+
+def test_after_an_upgrade_the_way_back_to_the_last_release_is_that_of_the_docs(
+    start: Start,
+    last_release: Callable[..., ServerProcess],
+    own_redis: RedisProcess,
+    channel: str,
+) -> None:
+    old = last_release(*PROMPT, redis=own_redis)
+    old.publish("the counter is the old one's", channel)
+    new = start(*PROMPT, redis=own_redis)
+    page = new.opened(channel)
+    old.end()
+
+    run_shown("hset", own_redis)
+    assert page.until_end() == []
+    page = new.stream(channel, Last_Event_ID=page.last_event_id)
+    new.publish("upgraded", channel)
+    assert page.next().data == "upgraded"
+    run_shown("hdel", own_redis)
+    assert page.until_end() == []
+    old = last_release(*PROMPT, redis=own_redis)
+
+    assert_both_serve([new, old], channel, page.last_event_id)
+    old.end()
+
+
 # ── What the docs show ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
