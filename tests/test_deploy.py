@@ -414,6 +414,10 @@ def test_with_the_deployed_rights_strangers_read_nothing_of_celery(
 
 
 # ── Containers: there is no registry of images here, so their steps are run without one ─────────────────────────────
+#
+# Run: RUN, each in order, in an empty folder in place of the image's root, with this machine's Python in place of the
+# image's; ENTRYPOINT and HEALTHCHECK, as commands of this machine. Read only: FROM, WORKDIR, COPY (the test copies the
+# files), USER, EXPOSE, the times of HEALTHCHECK; and compose.yml, but for the options, which the server's parser takes.
 
 
 def values_of(name: str) -> list[str]:
@@ -433,6 +437,7 @@ def copied() -> list[str]:
 
 
 def test_the_image_has_two_stages_is_not_run_by_root_and_copies_what_is_there() -> None:
+    """Read, not run: FROM, COPY and USER."""
     base = "docker.io/library/python:3.13-slim"
     _, second_copy = values_of("COPY")
 
@@ -444,6 +449,7 @@ def test_the_image_has_two_stages_is_not_run_by_root_and_copies_what_is_there() 
 
 
 def test_the_steps_of_the_build_install_this_version_with_its_page(tmp_path: Path) -> None:
+    """Run: each RUN, by this machine's Python and user. Not run: COPY, in whose place the test copies the files."""
     source = tmp_path / "src"
     source.mkdir()
     installed = tmp_path / "opt" / "ssepush"
@@ -471,6 +477,7 @@ def test_the_steps_of_the_build_install_this_version_with_its_page(tmp_path: Pat
 def test_what_the_image_starts_is_healthy_by_its_own_check_and_shows_metrics_inside_alone(
     redis_process: RedisProcess,
 ) -> None:
+    """Run: ENTRYPOINT and HEALTHCHECK's command, with programs, ports and the user of this machine. Not run: USER."""
     port = free_port()
     admin = free_port()
     program_words = [json.dumps(word) for word in ssepush_command()]
