@@ -42,6 +42,11 @@ APACHE_HOST = "ProxyPreserveHost On"
 NGINX_LIST = "(publish|notifications|metrics|healthz)"
 HAPROXY_DENIES = "http-request deny if { path /publish /notifications /metrics /healthz }"
 HAPROXY_PLAIN = ("bind :443 ssl crt", "bind :443 #")
+NGINX_OPEN = [
+    ("publish|", ""),
+    ("proxy_set_header X-Forwarded-For $remote_addr;", ""),
+    (NGINX_LOCATION, f"{NGINX_LOCATION} proxy_set_header Host localhost;"),
+]
 AND_TOKEN = ("--origin", ORIGIN, "--token", TOKEN)
 
 GOOD = {
@@ -55,6 +60,7 @@ GOOD = {
     "nginx that compresses": Case(
         "nginx", [(NGINX_LOCATION, f"gzip on; gzip_types *; gzip_proxied any; {NGINX_LOCATION}")]
     ),
+    "Apache that compresses": Case("Apache", [(APACHE_HOST, f"{APACHE_HOST}\nSetOutputFilter DEFLATE")]),
 }
 
 FAULTS = {
@@ -134,11 +140,27 @@ FAULTS = {
     ),
     "metrics are open": Case("nginx", [(NGINX_LIST, "(publish|notifications|healthz)")], ["read /metrics"]),
     "healthz is open": Case("haproxy", [("/metrics /healthz", "/metrics")], ["read /healthz"]),
+    "metrics are open at haproxy": Case("haproxy", [("/metrics /healthz", "/healthz")], ["read /metrics"]),
+    "healthz is open at nginx": Case("nginx", [(NGINX_LIST, "(publish|notifications|metrics)")], ["read /healthz"]),
     "metrics are open at Apache": Case("Apache", [("metrics|", "")], ["read /metrics"]),
     "whoever claims to be local may publish": Case(
         "nginx",
         [("publish|", ""), ("proxy_set_header X-Forwarded-For $remote_addr;", "")],
         ["strangers may publish"],
+    ),
+    "whoever claims to ask for localhost may publish": Case(
+        "nginx",
+        NGINX_OPEN,
+        ["publish if they claim to ask for localhost"],
+        names="IP:0.0.0.0",
+        host="0.0.0.0",
+    ),
+    "whoever claims to ask for 127.0.0.1 may publish": Case(
+        "nginx",
+        [*NGINX_OPEN, ("location / {", "if ($host = localhost) { return 403; }\nlocation / {")],
+        ["publish if they claim to ask for 127.0.0.1"],
+        names="IP:0.0.0.0",
+        host="0.0.0.0",
     ),
     "the certificate is for another name": Case("nginx", says=["refuse the certificate"], names="DNS:other.example"),
     "nobody knows the certificate": Case("haproxy", says=["refuse the certificate"], is_trusted=False),

@@ -11,6 +11,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -18,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import pytest
 import redis
@@ -44,6 +46,7 @@ from tests.kit import (
     ssepush_command,
     wait_for,
 )
+from tests.machine import Machine
 
 pytestmark = needs_test_extra
 TESTS = HERE / "tests"
@@ -181,11 +184,14 @@ def command_of(
     return shlex.split(line)
 
 
-def open_streams(admin: int) -> int:
-    """How many streams a server says that it has, at its port for admins."""
+def shown_at(admin: int, sample: str) -> int:
+    """A sample of /metrics that a server shows at its port for admins: `shown_at(9001, "streams")`."""
     _, text = get(admin, "/metrics")
-    (number,) = re.findall("^ssepush_streams ([0-9]+)$", text, re.MULTILINE)
+    (number,) = re.findall(f"^ssepush_{sample} ([0-9]+)$", text, re.MULTILINE)
     return int(number)
+
+
+MAX_CLIENTS = 10_000  # of a Redis of which nothing else is said
 
 
 def test_two_instances_of_the_unit_share_a_port_and_each_shows_its_own_metrics(
@@ -207,16 +213,89 @@ def test_two_instances_of_the_unit_share_a_port_and_each_shows_its_own_metrics(
         for stream in streams:
             assert stream.next().data == "hi"
 
-        shown = [open_streams(admin) for admin in admins]
+        shown = [shown_at(admin, "streams") for admin in admins]
+        places = [shown_at(admin, "max_streams") for admin in admins]
         public_metrics = status_of(port, "/metrics")
         public_health = status_of(port, "/healthz")
     finally:
         statuses = [instance.ended() for instance in instances]
 
     assert sum(shown) == 12
+    # Each is a connection to Redis, and half of these are left to the application.
+    assert 0 < sum(places) <= MAX_CLIENTS / 2
     assert public_metrics == 404
     assert public_health == 404
     assert statuses == [0, 0]
+
+
+def test_the_admins_address_says_that_a_server_drains_as_long_as_it_does(start: Start, channel: str) -> None:
+    admin = free_port()
+    server = start("--shared", "--admin", f"{LOOPBACK}:{admin}")
+    streams = [server.opened(channel) for _ in range(100)]  # of which one ends each hundredth of a second
+    ready = status_of(admin, "/healthz")
+
+    server.signal(signal.SIGTERM)
+    wait_for(lambda: status_of(admin, "/healthz") == 503, "it is not ready any more")
+    status, body = get(admin, "/healthz")
+    left = shown_at(admin, "streams")
+    ended = server.process.poll()
+
+    assert ready == 200
+    assert status == 503
+    assert json.loads(body)["state"] == "draining"
+    assert 0 < left <= len(streams)
+    assert ended is None
+    assert server.terminate() == 0
+    assert status_of(admin, "/healthz") == 0
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """One with the unit, which a systemd of its own starts."""
+    machine = Machine(tmp_path)
+    yield machine
+    machine.end()
+
+
+UNITS = ("ssepush@1", "ssepush@2")
+
+
+def test_systemd_starts_the_unit_as_it_is_in_its_sandbox_and_again_when_it_was_killed(machine: Machine) -> None:
+    """The unit's own file, on its own ports, with all that it asks for; the program is not where pip puts it.
+
+    Of the sandbox, what the kernel shows of a process is looked at: its user, its rights, its filter. That the other
+    options are known, and how much they close, systemd-analyze says. How many files may be open is the machine's limit.
+    """
+
+    def is_healthy(number: int) -> bool:
+        ask = machine.run("curl", "--silent", "--fail", f"http://127.0.0.1:900{number}/healthz")
+        return ask.returncode == 0
+
+    def max_streams(number: int) -> int:
+        text = machine.said_by("curl", "--silent", f"http://127.0.0.1:900{number}/metrics")
+        (places,) = re.findall("^ssepush_max_streams ([0-9]+)$", text, re.MULTILINE)
+        return int(places)
+
+    machine.said_by("systemctl", "start", "redis-server", *UNITS)
+    wait_for(lambda: is_healthy(1), "the first answers")
+    wait_for(lambda: is_healthy(2), "so does the second")
+    first = machine.shown(UNITS[0], "MainPID")
+    status = machine.said_by("cat", f"/proc/{first}/status")
+    places = [max_streams(1), max_streams(2)]
+    public = machine.said_by("curl", "--silent", "--head", "http://127.0.0.1:5000/")
+    machine.said_by("systemctl", "kill", "--signal=KILL", UNITS[0])
+    wait_for(lambda: machine.shown(UNITS[0], "NRestarts") == "1", "the first is started again")
+    wait_for(lambda: is_healthy(1), "and answers")
+    machine.said_by("systemctl", "stop", *UNITS)
+    results = [machine.shown(unit, "Result") for unit in UNITS]
+
+    assert re.search(rf"^Uid:\s+{machine.user}\s", status, re.MULTILINE)
+    assert re.search(r"^CapBnd:\s+0+$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+    assert re.search(r"^Seccomp:\s+2$", status, re.MULTILINE)
+    assert public.startswith("HTTP/1.1 200 ")
+    assert 0 < sum(places) <= MAX_CLIENTS / 2
+    assert results == ["success", "success"]
 
 
 # ── Redis's rights ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -233,32 +312,64 @@ def restricted_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 
 
 @pytest.mark.parametrize("page", ["operations.md", "security.md"])
-def test_the_docs_show_no_other_rights_than_those_deployed(page: str) -> None:
+def test_the_docs_show_the_rights_that_are_deployed_and_no_others(page: str) -> None:
     rights = deployed("redis.acl").strip()
 
     shown = re.findall(r"^user ssepush .*$", docs(page), re.MULTILINE)
 
-    assert set(shown) <= {rights}
+    assert shown == [rights]
+
+
+CELERY_CHANNEL = "/0.celeryev/task.sent"
+
+CHANNEL_NAMED = {
+    "in a URL": r"[?&]channel=([^&\s\"'`)]+)",
+    "in a program, or in JSON": r'\bchannel"?\s*(?:=|:|=>)\s*f?"([^"]+)"',
+    "in a command": r"\b(?:redis-cli|ssepush|ssepush\.py)(?: -u \S+)? (?:publish|sign) ([a-z][\w:-]*)",
+    "in PHP": r'->publish\("([^"]+)"',
+    "with a token": r'"(private-[^"]+)"',
+    "in the log": r"\bopen: \S+ on ([^,\s]+)",
+    "in a warning": r"\bon channel '([^']+)'",
+}
+PLACEHOLDER = "NAME"
+
+
+def channels_of_the_docs() -> dict[str, set[str]]:
+    """The channels that somebody may try who reads README.md, docs/ or examples/, by how they are named there."""
+    found: dict[str, set[str]] = {way: set() for way in CHANNEL_NAMED}
+    for file in [
+        HERE / "README.md",
+        *(HERE / "docs").rglob("*.md"),
+        *(HERE / "examples").glob("*.*"),
+    ]:
+        text = re.sub(r"\{[^{}]*\}", "x", file.read_text())  # as if a program had filled it in
+        for way, pattern in CHANNEL_NAMED.items():
+            found[way].update(re.findall(pattern, text))
+    found["in a URL"].discard(PLACEHOLDER)
+    return found
 
 
 def test_the_channels_of_the_docs_are_those_that_the_deployed_user_may_read(restricted_redis: RedisProcess) -> None:
     url = restricted_redis.url_of("ssepush", "CHANGE-ME")
     user = redis.Redis.from_url(url, protocol=2)
     pubsub: Any = user.pubsub()  # type: ignore[no-untyped-call]
-    allowed = ["sse", "sse:news", "private-orders"]
 
-    with contextlib.closing(user), contextlib.closing(pubsub):
-        pubsub.subscribe(*allowed)
-        for _ in allowed:
+    def is_refused(channel: str) -> bool:
+        pubsub.subscribe(channel)
+        try:
             confirmation = pubsub.get_message(timeout=DEADLINE_S)
-            assert confirmation["type"] == "subscribe"
-        pubsub.subscribe("orders")
+        except redis.exceptions.NoPermissionError:
+            return True
+        assert confirmation["type"] == "subscribe"
+        return False
 
-        with pytest.raises(redis.exceptions.NoPermissionError):
-            pubsub.get_message(timeout=DEADLINE_S)
+    named = channels_of_the_docs()
+    with contextlib.closing(user), contextlib.closing(pubsub):
+        refused = {channel for channel in set.union(*named.values()) if is_refused(channel)}
 
-
-CELERY_CHANNEL = "/0.celeryev/task.sent"
+    assert all(named.values()), named
+    # The docs show this one as what strangers must not read.
+    assert refused == {CELERY_CHANNEL}
 
 
 def task_is_sent(url: str) -> None:
@@ -303,6 +414,10 @@ def test_with_the_deployed_rights_strangers_read_nothing_of_celery(
 
 
 # ── Containers: there is no registry of images here, so their steps are run without one ─────────────────────────────
+#
+# Run: RUN, each in order, in an empty folder in place of the image's root, with this machine's Python in place of the
+# image's; ENTRYPOINT and HEALTHCHECK, as commands of this machine. Read only: FROM, WORKDIR, COPY (the test copies the
+# files), USER, EXPOSE, the times of HEALTHCHECK; and compose.yml, but for the options, which the server's parser takes.
 
 
 def values_of(name: str) -> list[str]:
@@ -322,6 +437,7 @@ def copied() -> list[str]:
 
 
 def test_the_image_has_two_stages_is_not_run_by_root_and_copies_what_is_there() -> None:
+    """Read, not run: FROM, COPY and USER."""
     base = "docker.io/library/python:3.13-slim"
     _, second_copy = values_of("COPY")
 
@@ -333,6 +449,7 @@ def test_the_image_has_two_stages_is_not_run_by_root_and_copies_what_is_there() 
 
 
 def test_the_steps_of_the_build_install_this_version_with_its_page(tmp_path: Path) -> None:
+    """Run: each RUN, by this machine's Python and user. Not run: COPY, in whose place the test copies the files."""
     source = tmp_path / "src"
     source.mkdir()
     installed = tmp_path / "opt" / "ssepush"
@@ -360,6 +477,7 @@ def test_the_steps_of_the_build_install_this_version_with_its_page(tmp_path: Pat
 def test_what_the_image_starts_is_healthy_by_its_own_check_and_shows_metrics_inside_alone(
     redis_process: RedisProcess,
 ) -> None:
+    """Run: ENTRYPOINT and HEALTHCHECK's command, with programs, ports and the user of this machine. Not run: USER."""
     port = free_port()
     admin = free_port()
     program_words = [json.dumps(word) for word in ssepush_command()]
@@ -433,6 +551,13 @@ def queries() -> list[str]:
     return found
 
 
+def alerts() -> str:
+    """The conditions of all alerts."""
+    groups = yaml.safe_load(deployed("alerts.yml"))["groups"]
+    rules = groups[0]["rules"]
+    return " ".join(rule["expr"] for rule in rules)
+
+
 def promtool(*arguments: str | Path, stdin: str = "") -> str:
     """What it prints when it finds nothing wrong."""
     return said_by(program("promtool"), *arguments, stdin=stdin)
@@ -444,22 +569,8 @@ def test_prometheus_takes_the_alerts() -> None:
     assert "12 rules found" in said
 
 
-def test_each_alert_fires_when_it_should_and_none_for_a_quiet_server() -> None:
+def test_each_alert_fires_alone_when_it_should_and_none_for_a_quiet_server() -> None:
     promtool("test", "rules", TESTS / "alerts_test.yml")
-
-
-def test_prometheus_takes_each_query_of_the_dashboard(tmp_path: Path) -> None:
-    rules = []
-    for number, query in enumerate(queries()):
-        rule = {"record": f"panel:query:{number}", "expr": query}
-        rules.append(rule)
-    group = {"name": "dashboard", "rules": rules}
-    file = tmp_path / "queries.yml"
-    file.write_text(json.dumps({"groups": [group]}))
-
-    said = promtool("check", "rules", file)
-
-    assert f"{len(rules)} rules found" in said
 
 
 def exported_by(server: ServerProcess, channel: str) -> set[str]:
@@ -478,18 +589,104 @@ def exported_by(server: ServerProcess, channel: str) -> set[str]:
     return set(re.findall("^(ssepush_[a-z0-9_]+)", text, re.MULTILINE))
 
 
+class Prometheus:
+    """A real one, with the configuration of the docs, the deployed alerts, and a server in place of the docs' own."""
+
+    def __init__(self, folder: Path, server: ServerProcess) -> None:
+        (shown,) = blocks("operations.md", "yaml")
+        configuration = yaml.safe_load(shown)
+        configuration["global"] = {
+            "scrape_interval": "300ms",
+            "scrape_timeout": "300ms",
+            "evaluation_interval": "300ms",
+        }
+        for job in configuration["scrape_configs"]:
+            job["static_configs"] = [{"targets": [f"{LOOPBACK}:{server.port}"]}]
+        shutil.copy(DEPLOY / "alerts.yml", folder)
+        file = folder / "prometheus.yml"
+        file.write_text(json.dumps(configuration))
+        promtool("check", "config", file)
+        self.port = free_port()
+        self.log = (folder / "prometheus.log").open("wb")
+        command = [
+            program("prometheus"),
+            f"--config.file={file}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address={LOOPBACK}:{self.port}",
+        ]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+
+    def asked(self, path: str, **query: str) -> Any:
+        """What its API answers."""
+        _, body = get(self.port, f"/api/v1/{path}?{urlencode(query)}")
+        answer = json.loads(body)
+        assert answer["status"] == "success", body
+        return answer["data"]
+
+    def wait_for_data(self, query: str) -> None:
+        """Until a query gives something: a rate does after two scrapes."""
+        wait_for(lambda: self.asked("query", query=query)["result"], query)
+
+    def is_ready(self) -> bool:
+        return status_of(self.port, "/-/ready") == 200
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait(DEADLINE_S)
+        self.log.close()
+
+
+@pytest.fixture
+def prometheus(
+    start: Start,
+    channel: str,
+    tmp_path: Path,
+) -> Iterator[Prometheus]:
+    """One that scrapes a server which has seen of everything something."""
+    server = start("--max-streams", "1")
+    exported_by(server, channel)
+    prometheus = Prometheus(tmp_path, server)
+    yield prometheus
+    prometheus.end()
+
+
+def test_a_real_prometheus_has_data_for_each_panel_a_first_alert_and_an_address_for_each_probe(
+    prometheus: Prometheus,
+) -> None:
+    wait_for(prometheus.is_ready, "Prometheus is ready")
+
+    for query in queries():
+        prometheus.wait_for_data(query)
+    prometheus.wait_for_data('ALERTS{alertname="SsepushDropsMessages"}')
+
+    targets = prometheus.asked("targets")["activeTargets"]
+    (probe,) = [target for target in targets if target["scrapePool"] == "ssepush-healthz"]
+    (metrics,) = [target for target in targets if target["scrapePool"] == "ssepush"]
+    instance = metrics["labels"]["instance"]
+    asked_for = quote(f"http://{instance}/healthz", safe="")
+    assert probe["scrapeUrl"] == f"http://127.0.0.1:9115/probe?module=http_2xx&target={asked_for}"
+    assert probe["labels"]["instance"] == instance
+
+
 def test_alerts_and_dashboard_ask_for_what_the_server_exports(start: Start, channel: str) -> None:
     server = start("--max-streams", "1")
     exported = exported_by(server, channel)
-    alerts = yaml.safe_load(deployed("alerts.yml"))
-    rules = alerts["groups"][0]["rules"]
-    conditions = [rule["expr"] for rule in rules]
-    asked = " ".join(queries() + conditions)
+    asked = " ".join([*queries(), alerts()])
 
     names = set(re.findall(r"\bssepush_[a-z0-9_]+", asked))
 
     assert names <= exported
     assert names
+
+
+def test_what_an_alert_waits_for_is_counted_from_0_so_that_the_first_is_an_increase(start: Start) -> None:
+    _, text = get(start().port, "/metrics")
+    waited_for = re.findall(r'(ssepush_\w+){(\w+)=~?"([^"]+)"}', alerts())
+
+    assert waited_for
+    for name, label, values in waited_for:
+        for value in values.split("|"):
+            assert f'{name}{{{label}="{value}"}} 0\n' in text
 
 
 def test_prometheus_finds_nothing_wrong_with_the_metrics(start: Start, channel: str) -> None:
@@ -603,6 +800,84 @@ def test_pages_that_move_between_the_last_release_and_this_one_miss_nothing_and_
         assert_whole(page, publishers)
 
 
+def run_shown(part: str, redis: RedisProcess) -> None:
+    """Run the command of the docs that has this part, for a Redis of the tests."""
+    cli = program("redis-cli", "valkey-cli")
+    command = the_block("operations.md", part)
+    said_by("sh", "-c", command.replace("redis-cli", f"{cli} -p {redis.port}"))
+
+
+def assert_both_serve(
+    servers: Sequence[ServerProcess],
+    channel: str,
+    last_event_id: str,
+) -> None:
+    """Pages of both get what each publishes, and stay."""
+    pages = [server.stream(channel, Last_Event_ID=last_event_id) for server in servers]
+
+    def both_are_there() -> bool:
+        return all(server.streams() == 1 for server in servers)
+
+    wait_for(both_are_there, "both pages are there")
+    published = []
+    for number in range(6):
+        data = f"number {number}"
+        servers[number % 2].publish(data, channel)
+        published.append(data)
+    for page in pages:
+        assert page.data(6) == published
+    assert both_are_there()
+    for page in pages:
+        page.close()
+
+
+PROMPT = ("--heartbeat", "3")  # so that it looks each second whether the key is another
+
+
+def test_the_last_release_joins_where_this_one_was_first_as_the_docs_say(
+    start: Start,
+    last_release: Callable[..., ServerProcess],
+    own_redis: RedisProcess,
+    channel: str,
+) -> None:
+    new = start(*PROMPT, redis=own_redis)
+    page = new.opened(channel)
+    new.publish("before", channel)
+    page.next()
+
+    run_shown("hdel", own_redis)
+    assert page.until_end() == []
+    old = last_release(*PROMPT, redis=own_redis)
+
+    assert_both_serve([old, new], channel, page.last_event_id)
+    old.end()
+
+
+def test_after_an_upgrade_the_way_back_to_the_last_release_is_that_of_the_docs(
+    start: Start,
+    last_release: Callable[..., ServerProcess],
+    own_redis: RedisProcess,
+    channel: str,
+) -> None:
+    old = last_release(*PROMPT, redis=own_redis)
+    old.publish("the counter is the old one's", channel)
+    new = start(*PROMPT, redis=own_redis)
+    page = new.opened(channel)
+    old.end()
+
+    run_shown("hset", own_redis)
+    assert page.until_end() == []
+    page = new.stream(channel, Last_Event_ID=page.last_event_id)
+    new.publish("upgraded", channel)
+    assert page.next().data == "upgraded"
+    run_shown("hdel", own_redis)
+    assert page.until_end() == []
+    old = last_release(*PROMPT, redis=own_redis)
+
+    assert_both_serve([new, old], channel, page.last_event_id)
+    old.end()
+
+
 # ── What the docs show ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -640,13 +915,13 @@ def test_the_docs_show_what_the_deployed_nginx_has() -> None:
     assert settings[start:-1] == settings_of(shown)
 
 
-def test_prometheus_takes_the_configuration_that_the_docs_show(tmp_path: Path) -> None:
+def test_the_jobs_of_the_alerts_are_in_the_configuration_that_the_docs_show() -> None:
     (shown,) = blocks("operations.md", "yaml")
-    file = tmp_path / "prometheus.yml"
-    file.write_text(shown)
-    shutil.copy(DEPLOY / "alerts.yml", tmp_path)
+    configured = {job["job_name"] for job in yaml.safe_load(shown)["scrape_configs"]}
 
-    promtool("check", "config", file)
+    asked = set(re.findall('job="([^"]+)"', alerts()))
+
+    assert asked == configured
 
 
 def test_the_server_takes_the_options_that_the_docs_give_to_systemd() -> None:

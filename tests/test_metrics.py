@@ -58,6 +58,17 @@ def test_every_metric_has_a_name_of_ours_and_a_type(server: ServerProcess) -> No
     assert families["ssepush_streams"].type == "gauge"
 
 
+def test_metrics_say_which_version_runs_since_when(start: Start) -> None:
+    before = time.time()
+    server = start()
+    after = time.time()
+
+    scraped = Scraped(server)
+
+    assert scraped[f'build_info{{version="{ssepush.__version__}"}}'] == 1
+    assert before <= scraped["start_time_seconds"] <= after
+
+
 @both_ways
 def test_metrics_count_what_was_done(start: Start, channel: str) -> None:
     server = start()
