@@ -246,6 +246,30 @@ def test_a_page_that_slept_until_its_token_had_expired_renews_it_and_gets_what_i
     assert deployment.server.refused("expired") == 1
 
 
+FAIL_ONCE = """
+  const { fetch } = window;
+  window.fetch = () => {
+    window.fetch = fetch;
+    document.title += ", failed once";
+    return Promise.reject(new TypeError("the network is away"));
+  };
+"""
+
+
+def test_a_page_whose_renewal_fails_renews_when_the_browser_has_come_back(
+    deployment: Deployment, tab: WebDriver
+) -> None:
+    deployment.log_in(tab)
+    wait_for(lambda: deployment.server.streams() == 1, "the page listens")
+    tab.execute_script(FAIL_ONCE)
+
+    wait_for(lambda: "failed once" in tab.title, "the token has expired, and was not renewed")
+    deployment.publish("missed")
+    wait_for(lambda: items(tab) == ["missed"], "what was missed")
+    deployment.publish("live")
+    wait_for(lambda: items(tab) == ["missed", "live"], "what is live")
+
+
 def test_whoever_has_logged_out_hears_nothing_more_once_the_token_has_expired(
     deployment: Deployment,
     tab: WebDriver,
