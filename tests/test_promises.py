@@ -560,6 +560,38 @@ def test_a_stream_with_a_genuine_token_that_has_expired_is_told_so_and_nothing_i
 
 
 @both_ways
+def test_a_browser_that_reads_slowly_is_told_that_its_token_has_expired_when_it_comes_back(
+    start: Start,
+    channel: str,
+) -> None:
+    server = start(SSEPUSH_SECRET=SECRET)
+    name = f"private-{channel}"
+    brief = token_query(name, ttl=2)
+    padding = "x" * 50_000
+    published = [f"{number} {padding}" for number in range(18)]
+    with server.stream(name, query=brief) as stream:
+        stream.position()
+        for data in published:
+            server.publish(data, name)
+        assert server.metric("backlog_bytes") > 0
+        wait_for(lambda: server.closed("expired"), "the token has expired")
+
+        received = stream.until_end()
+
+    taken = [event.data for event in received]
+    assert taken == published[: len(taken)]
+    assert len(taken) < len(published)
+    position = stream.last_event_id
+    [expired] = server.stream(name, query=brief, Last_Event_ID=position).until_end()
+    assert expired.type == "token-expired"
+    assert expired.id == position
+    renewed = token_query(name)
+    with server.stream(name, query=f"{renewed}&lastEventId={position}") as stream:
+        rest = published[len(taken) :]
+        assert stream.data(len(rest)) == rest
+
+
+@both_ways
 def test_for_an_expired_token_redis_is_asked_for_nothing(
     own_redis: RedisProcess,
     start: Start,
@@ -679,7 +711,7 @@ def test_a_cookie_does_not_count_for_pages_of_an_origin_that_is_not_named(
     cookie = f"ssepush-token={token(private)}"
 
     for origin in ("https://evil.example", "null", "http://localhost:1"):
-        answer = server.get(path, Cookie=cookie, Origin=origin)
+        answer = server.get(path, "HEAD", Cookie=cookie, Origin=origin)
         assert answer.status == 403, origin
     assert server.get(path, "HEAD", Cookie=cookie).status == 200
 
