@@ -48,6 +48,7 @@ README = HERE / "README.md"
 CHINESE = DOCS / "README.zh.md"
 CHANGES = HERE / "CHANGELOG.md"
 GUIDE = DOCS / "guide.md"
+CLIENTS = DOCS / "clients.md"
 REFERENCE = DOCS / "reference.md"
 PROMISES = DOCS / "promises.md"
 PAGES = [README, CHANGES, *sorted(DOCS.glob("**/*.md"))]
@@ -405,6 +406,21 @@ def test_the_guides_script_hears_the_events_of_all_its_channels(
 
     wait_for(lambda: "plain" in shown(tab), "the last event is shown")
     assert shown(tab) == [{"item": "tea"}, "plain"]
+
+
+def test_the_guide_names_the_clients_that_need_nothing() -> None:
+    text = section(GUIDE, "How does a page listen?")
+    prose = " ".join(text.split())
+    sentence = re.search("while ([^:]*) need none:", prose)
+    assert sentence
+
+    need_nothing = set()
+    for client in CLIENTS.read_text().split("\n### ")[1:]:
+        name, _, description = client.partition("\n")
+        if "needs nothing" in description.lower():
+            need_nothing.add(name)
+
+    assert set(re.split(", | and ", sentence[1])) == need_nothing
 
 
 KEEP_SOURCES = """
