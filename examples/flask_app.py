@@ -127,10 +127,12 @@ PAGE = """<!doctype html>
 
     // The last event of a stream whose token has expired. Its id is where the next stream has to go on.
     source.addEventListener("token-expired", async (event) => {
+      lastEventId = event.lastEventId || lastEventId;
+      const answer = await fetch("/renew", { method: "POST" }); // if it fails, the event comes again
+      if (!answer.ok) return location.assign("/"); // logged out: the page asks who is there
+      if (source.readyState === EventSource.CLOSED) return; // renewed already
       source.close();
-      const answer = await fetch("/renew", { method: "POST" });
-      if (answer.ok) listen(event.lastEventId);
-      else location.assign("/"); // logged out: the page asks who is there
+      listen(lastEventId);
     });
 
     // Something may be missing that cannot be had again: load anew what the page shows.

@@ -35,6 +35,24 @@ class Firefox:
     def execute_script(self, script: str, *arguments: Any) -> Any:
         return self._marionette.execute_script(script, script_args=arguments, sandbox=None)
 
+    def current_tab(self) -> str:
+        """Its handle."""
+        return str(self._marionette.current_window_handle)
+
+    def open_tab(self) -> str:
+        """One more, in front of the others; its handle."""
+        opened = self._marionette.open(type="tab", focus=True)
+        self.switch_to(opened["handle"])
+        return self.current_tab()
+
+    def switch_to(self, handle: str) -> None:
+        self._marionette.switch_to_window(handle)
+
+    def close_tab(self) -> None:
+        """The one that is in front, with the cookies of its page's host."""
+        self._marionette.delete_all_cookies()
+        self._marionette.close()
+
 
 @contextlib.contextmanager
 def firefox(folder: Path) -> Iterator[Firefox]:

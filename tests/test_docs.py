@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import subprocess
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -47,6 +48,7 @@ README = HERE / "README.md"
 CHINESE = DOCS / "README.zh.md"
 CHANGES = HERE / "CHANGELOG.md"
 GUIDE = DOCS / "guide.md"
+CLIENTS = DOCS / "clients.md"
 REFERENCE = DOCS / "reference.md"
 PROMISES = DOCS / "promises.md"
 PAGES = [README, CHANGES, *sorted(DOCS.glob("**/*.md"))]
@@ -406,6 +408,21 @@ def test_the_guides_script_hears_the_events_of_all_its_channels(
     assert shown(tab) == [{"item": "tea"}, "plain"]
 
 
+def test_the_guide_names_the_clients_that_need_nothing() -> None:
+    text = section(GUIDE, "How does a page listen?")
+    prose = " ".join(text.split())
+    sentence = re.search("while ([^:]*) need none:", prose)
+    assert sentence
+
+    need_nothing = set()
+    for client in CLIENTS.read_text().split("\n### ")[1:]:
+        name, _, description = client.partition("\n")
+        if "needs nothing" in description.lower():
+            need_nothing.add(name)
+
+    assert set(re.split(", | and ", sentence[1])) == need_nothing
+
+
 KEEP_SOURCES = """
     window.sources = [];
     window.EventSource = class extends EventSource {
@@ -451,25 +468,53 @@ def test_the_guide_names_the_events_that_come_from_ssepush() -> None:
     assert documented == set(made)
 
 
+def orders_page(server: ServerProcess) -> str:
+    """The page that the guide's application renders at this moment."""
+    pytest.importorskip("flask")
+    text = example(GUIDE, "How do I render a page without a gap?", "python")
+    text = text.replace("/stream?", f"{server.url}/stream?")
+    app = names_in(text)["app"]
+    return str(app.test_client().get("/orders").text)
+
+
 def test_a_page_that_was_rendered_with_its_position_misses_nothing(
     own_server: ServerProcess,
     tab: WebDriver,
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("flask")
-    text = example(GUIDE, "How do I render a page without a gap?", "python")
-    text = text.replace("/stream?", f"{own_server.url}/stream?")
-    app = names_in(text)["app"]
     page = tmp_path / "orders.html"
 
-    answer = app.test_client().get("/orders")
-    page.write_text(answer.text)
+    page.write_text(orders_page(own_server))
     change = {"number": 1, "state": "eaten"}
     own_server.publish(change, "orders", type="order_changed")
     tab.get(page.as_uri())
 
     wait_for(lambda: text_of(tab, "order-1") == "eaten", "the page has what came before its stream")
     assert text_of(tab, "order-2") == "sent"
+
+
+def test_a_page_that_was_rendered_without_a_history_hears_what_is_live(
+    start: Start,
+    own_redis: RedisProcess,
+    tab: WebDriver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("REDIS_URL", own_redis.url)
+    monkeypatch.setenv("SSEPUSH_HISTORY", "0")
+    server = start(redis=own_redis, SSEPUSH_HISTORY="0")
+    rendered = orders_page(server)
+    page = tmp_path / "orders.html"
+    page.write_text(rendered)
+    tab.get(page.as_uri())
+    wait_until_open(server)
+
+    change = {"number": 1, "state": "eaten"}
+    server.publish(change, "orders", type="order_changed")
+
+    assert 'lastEventId="' in rendered
+    wait_for(lambda: text_of(tab, "order-1") == "eaten", "the page has the event")
+    assert server.metric('streams_reset_total{reason="unknown-id"}') == 0
 
 
 EVERYTHING = [str(number) for number in range(15)]
@@ -677,6 +722,37 @@ def test_a_token_in_the_url_that_is_renewed_loses_nothing(
         assert shown(tab) == published[first:]
 
 
+FROM = {
+    '{ lastEventId: "earliest" }': ["one", "two", "three"],
+    "{ last: 2 }": ["two", "three"],
+}
+
+
+@pytest.mark.parametrize("begin", FROM)
+def test_a_page_that_is_opened_with_an_expired_token_renews_it_and_gets_what_it_asked_for(
+    begin: str,
+    own_redis: RedisProcess,
+    start: Start,
+    tab: WebDriver,
+) -> None:
+    server = start(redis=own_redis, SSEPUSH_SECRET=SECRET)
+    for data in ("one", "two", "three"):
+        server.publish(data, "private-7")
+    expired = ssepush.sign("private-7", ttl=-60, secret=SECRET)
+    renewed = ssepush.sign("private-7", secret=SECRET)
+    listen = example(GUIDE, "How is a token in the URL renewed?", "js")
+    listen = listen.replace("/stream?", f"{server.url}/stream?")
+
+    with Site({"/": lambda: "", "/token": lambda: renewed}) as site:
+        run_script(tab, site.url, f'{listen}; listen("{expired}", {begin})')
+        wait_until_open(server)
+        server.publish("live", "private-7")
+        wait_for(lambda: shown(tab)[-1:] == ["live"], "the page has what is live")
+
+        assert shown(tab) == [*FROM[begin], "live"]
+    assert server.refused("expired") == 1
+
+
 # ── Guide: history and publishing ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -704,12 +780,16 @@ def test_a_key_makes_publishing_again_safe(own_server: ServerProcess) -> None:
     sent_data = {"order": 7, "state": "sent"}
     again = names["publish_surely"](sent_data, key="order-7-sent")
     printed = shell(by_command, own_server)
+    printed_again = shell(f"{by_command} 2>&1", own_server)
     answer = json.loads(shell(by_curl, own_server))
 
     assert again == 0
     assert again.duplicate
     assert again.id == names["event"].id
     assert printed == "1\n"
+    prose = BLOCK.sub("", section(GUIDE, heading))
+    (said,) = re.findall("`(ssepush: .* ID)`", prose)
+    assert printed_again.splitlines() == ["0", said.replace("ID", answer["id"])]
     assert answer["receivers"] == 0
     assert answer["duplicate"]
     own_server.publish("last", "orders")
@@ -719,6 +799,32 @@ def test_a_key_makes_publishing_again_safe(own_server: ServerProcess) -> None:
     assert paid.json["state"] == "paid"
     assert paid.id == answer["id"]
     assert last.data == "last"
+
+
+# ── Guide: examples ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_excerpt(shown: str, path: Path) -> bool:
+    """Whether these lines stand in the file one after the other, perhaps further to the right."""
+    lines = path.read_text().splitlines(keepends=True)
+    length = len(shown.splitlines())
+    for first in range(len(lines)):
+        passage = "".join(lines[first : first + length])
+        if textwrap.dedent(passage) == shown:
+            return True
+    return False
+
+
+def test_the_guide_shows_the_minimal_page_whole_and_of_each_other_example_an_excerpt() -> None:
+    text = section(GUIDE, "Is there a whole program to start from?")
+    names = re.findall(r"\(\.\./examples/(.*)\)", text)
+    blocks = [block[2] for block in BLOCK.finditer(text)]
+
+    folder = HERE / "examples"
+    assert set(names) == {path.name for path in folder.iterdir() if path.is_file()}
+    assert blocks[0] == (folder / "minimal.html").read_text()
+    for name, block in zip(names, blocks, strict=True):
+        assert is_excerpt(block, folder / name), name
 
 
 # ── Reference ────────────────────────────────────────────────────────────────────────────────────────────────────────

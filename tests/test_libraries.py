@@ -26,9 +26,11 @@ from tests.kit import (
     LOOPBACK,
     RedisProcess,
     ServerProcess,
+    Start,
     environment_with,
     free_port,
     listens,
+    npm_install,
     program,
     wait_for,
 )
@@ -215,7 +217,7 @@ class Clients:
         """One page, with a frame for each client that runs in this browser."""
         page = COLLECTS
         for row in rows:
-            name = self._write_frame(row)
+            name = self.write_frame(row)
             page += f'<iframe src="/{name}"></iframe>\n'
             self.running[row] = Frame(browser, row.name)
         (self._folder / f"{place}.html").write_text(page)
@@ -240,10 +242,12 @@ class Clients:
         self._stack.callback(process.end)
         return process
 
-    def _write_frame(self, row: Documented) -> str:
+    def write_frame(self, row: Documented, script: str = "") -> str:
+        """Its page, with one more script before its code; the name of the file."""
         name = f"{self.channel_of[row]}.html"
         shows = PAGE_SHOWS.replace("NAME", json.dumps(row.name))
-        (self._folder / name).write_text(shows + self._code(row))
+        before = f"<script>{script}</script>\n"
+        (self._folder / name).write_text(shows + before + self._code(row))
         return name
 
     def publish(self, server: ServerProcess, text: str) -> None:
@@ -433,6 +437,32 @@ def test_each_client_does_what_the_table_in_the_docs_says(
         found = {(row.name, row.place): verdict_on(client) for row, client in clients.running.items()}
         server.kill()
     assert found == {(row.name, row.place): row.verdict for row in clients.rows}
+
+
+STOPS = """
+  addEventListener("unhandledrejection", ({ reason }) => { document.title = reason.message; });
+"""
+
+
+def test_fetch_event_source_stops_when_it_is_refused(
+    chromium: WebDriver,
+    tmp_path: Path,
+    own_redis: RedisProcess,
+    start: Start,
+) -> None:
+    """By the code of the docs; left to itself, it would try again."""
+    server = start(redis=own_redis)
+    [package] = [package for package in NPM_PACKAGES if "fetch-event-source" in package]
+    folder = npm_install(tmp_path, package)
+    with site_before(server.port, folder) as site:
+        clients = Clients(server, folder, site)
+        [row] = [row for row in clients.rows if row.name in package]
+        clients.channel_of[row] = "private-7"
+        name = clients.write_frame(row, STOPS)
+        chromium.get(f"{site}/{name}")
+        wait_for(lambda: chromium.title == "a token is missing", "it has stopped")
+
+    assert server.refused("forbidden") == 1
 
 
 class Elsewhere:

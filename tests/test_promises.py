@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
+import select
+import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from tests.kit import (
     DEADLINE_S,
     LOOPBACK,
     EventStream,
+    Publisher,
     RedisProcess,
     ServerProcess,
     Start,
@@ -31,6 +36,8 @@ from tests.kit import (
     found_program,
     free_port,
     numbers,
+    one_way,
+    place_of,
     request,
     run,
     the_line,
@@ -552,6 +559,60 @@ def test_a_stream_with_a_genuine_token_that_has_expired_is_told_so_and_nothing_i
     assert keeper.redis.subscribers(name) == 0
 
 
+@both_ways
+def test_a_browser_that_reads_slowly_is_told_that_its_token_has_expired_when_it_comes_back(
+    start: Start,
+    channel: str,
+) -> None:
+    server = start(SSEPUSH_SECRET=SECRET)
+    name = f"private-{channel}"
+    brief = token_query(name, ttl=2)
+    padding = "x" * 50_000
+    published = [f"{number} {padding}" for number in range(18)]
+    with server.stream(name, query=brief) as stream:
+        stream.position()
+        for data in published:
+            server.publish(data, name)
+        assert server.metric("backlog_bytes") > 0
+        wait_for(lambda: server.closed("expired"), "the token has expired")
+
+        received = stream.until_end()
+
+    taken = [event.data for event in received]
+    assert taken == published[: len(taken)]
+    assert len(taken) < len(published)
+    position = stream.last_event_id
+    [expired] = server.stream(name, query=brief, Last_Event_ID=position).until_end()
+    assert expired.type == "token-expired"
+    assert expired.id == position
+    renewed = token_query(name)
+    with server.stream(name, query=f"{renewed}&lastEventId={position}") as stream:
+        rest = published[len(taken) :]
+        assert stream.data(len(rest)) == rest
+
+
+@both_ways
+def test_for_an_expired_token_redis_is_asked_for_nothing(
+    own_redis: RedisProcess,
+    start: Start,
+    channel: str,
+) -> None:
+    server = start(redis=own_redis, SSEPUSH_SECRET=SECRET)
+    name = f"private-{channel}"
+    late = token_query(name, ttl=-5)
+    server.publish("hello", name)
+    connected = stat(own_redis, "total_connections_received")
+
+    for begin in ("", "&lastEventId=earliest", "&last=1"):
+        stream = server.stream(name, query=late + begin)
+        [expired] = stream.until_end()
+        assert expired.type == "token-expired"
+
+    assert stat(own_redis, "total_connections_received") == connected
+    commands = own_redis.client.info("commandstats")
+    assert "cmdstat_subscribe" not in commands
+
+
 def test_one_token_opens_the_channels_that_it_names_and_no_other(keeper: ServerProcess, channel: str) -> None:
     first = f"private-{channel}-1"
     second = f"private-{channel}-2"
@@ -565,12 +626,43 @@ def test_one_token_opens_the_channels_that_it_names_and_no_other(keeper: ServerP
     assert refused.status == 403
 
 
+def test_a_token_opens_up_to_twenty_channels(keeper: ServerProcess, channel: str) -> None:
+    names = [f"private-{channel}-{number}" for number in range(21)]
+    twenty = names[:20]
+
+    with keeper.stream(*twenty, query=token_query(*twenty)) as stream:
+        keeper.publish("for you", twenty[-1])
+        assert stream.next().data == "for you"
+    for wrong in ([], names):
+        with pytest.raises(ValueError, match="1 to 20 channels"):
+            token(*wrong)
+    too_many = run("sign", *names, SSEPUSH_SECRET=SECRET)
+    none = run("sign", SSEPUSH_SECRET=SECRET)
+    assert "1 to 20 channels" in the_line(too_many, 2)
+    assert "CHANNEL" in the_line(none, 2)
+
+
 HEADERS = {
     "Authorization": {
         "Authorization": "Bearer {token} {other}",
     },
+    "Authorization, as the last of several": {
+        "Authorization": "Bearer {other} {other} {token}",
+    },
     "a cookie": {
         "Cookie": "theme=dark; ssepush-token={token}",
+    },
+    "a cookie of several": {
+        "Cookie": "ssepush-token={other} {token}; theme=dark",
+    },
+    "a cookie of several, in quotes": {
+        "Cookie": 'ssepush-token="{other} {token}"',
+    },
+    "a cookie of several, encoded": {
+        "Cookie": "ssepush-token={other}%20{token}",
+    },
+    "the second of two cookies": {
+        "Cookie": "ssepush-token={other}; ssepush-token={token}",
     },
     "a cookie of a page of ours": {
         "Cookie": "ssepush-token={token}",
@@ -606,18 +698,57 @@ def test_a_token_may_come_in(
         assert stream.next().data == "for you"
 
 
-def test_a_cookie_does_not_count_for_pages_of_an_origin_that_is_not_named(start: Start, channel: str) -> None:
-    server = start("--allow-origin", "*", SSEPUSH_SECRET=SECRET)
+@pytest.mark.parametrize("allowed", ["", "*", "null"])
+def test_a_cookie_does_not_count_for_pages_of_an_origin_that_is_not_named(
+    allowed: str,
+    start: Start,
+    channel: str,
+) -> None:
+    options = ("--allow-origin", allowed) if allowed else ()
+    server = start(*options, SSEPUSH_SECRET=SECRET)
     private = f"private-{channel}"
+    path = f"/stream?channel={private}"
     cookie = f"ssepush-token={token(private)}"
 
-    answer = server.get(
-        f"/stream?channel={private}",
-        Cookie=cookie,
-        Origin="https://evil.example",
-    )
+    for origin in ("https://evil.example", "null", "http://localhost:1"):
+        answer = server.get(path, "HEAD", Cookie=cookie, Origin=origin)
+        assert answer.status == 403, origin
+    assert server.get(path, "HEAD", Cookie=cookie).status == 200
 
-    assert answer.status == 403
+
+APP = "https://app.example"
+ASKED = {
+    "HEAD /stream": 200,
+    "GET /stream?last=x": 400,
+    "GET /stream?channel=private-x": 403,
+    "GET /position": 200,
+    "GET /": 200,
+    "GET /healthz": 200,
+    "GET /metrics": 200,
+    "GET /notifications": 200,
+    "HEAD /numbers": 200,
+    "GET /publish": 405,
+    "POST /publish": 415,
+    "OPTIONS /publish": 204,
+    "GET /nothing": 404,
+}
+
+
+def test_each_answer_to_a_named_origin_says_that_credentials_may_come_along_and_no_other_does(start: Start) -> None:
+    server = start("--allow-origin", APP, "--allow-origin", "*")
+    paths = set()
+
+    for asked, status in ASKED.items():
+        method, path = asked.split()
+        paths.add(path.partition("?")[0])
+        named = server.get(path, method, Origin=APP)
+        other = server.get(path, method, Origin="https://evil.example")
+        assert named.status == status, asked
+        assert named.headers["Access-Control-Allow-Origin"] == APP, asked
+        assert named.headers["Access-Control-Allow-Credentials"] == "true", asked
+        assert named.headers["Vary"] == "Origin", asked
+        assert "Access-Control-Allow-Credentials" not in other.headers, asked
+    assert ssepush.ROUTES.keys() <= paths
 
 
 KEPT = {
@@ -648,11 +779,16 @@ def test_earliest_is_all_that_is_kept_and_last_the_newest_of_each_channel_then_l
 
 
 @both_ways
-def test_the_header_of_a_page_that_comes_back_wins_over_earliest(start: Start, channel: str) -> None:
+@pytest.mark.parametrize("query", ["lastEventId=earliest", "last=5", "last=5&lastEventId=earliest"])
+def test_the_header_of_a_page_that_comes_back_wins_over(
+    query: str,
+    start: Start,
+    channel: str,
+) -> None:
     server = start()
     newest = server.publish_id("before", channel)
 
-    with server.stream(channel, query="lastEventId=earliest", Last_Event_ID=newest) as stream:
+    with server.stream(channel, query=query, Last_Event_ID=newest) as stream:
         server.publish("a header wins", channel)
         assert stream.next().data == "a header wins"
 
@@ -705,6 +841,48 @@ def test_with_earliest_and_last_nothing_is_doubled_or_lost_where_history_and_liv
         data = until(stream, "end")
         assert data == published[len(published) - len(data) :]
         stream.close()
+
+
+SMALL = 20
+WANTED = {
+    "lastEventId=earliest": SMALL,
+    f"last={SMALL}": SMALL,
+    "last=5": 5,
+}
+
+
+@both_ways
+@pytest.mark.parametrize("query", WANTED)
+def test_a_stream_begins_with_exactly_what_is_kept_at_that_moment_however_fast_it_is_replaced(
+    query: str,
+    start: Start,
+    channel: str,
+) -> None:
+    server = start("--history", str(SMALL))
+    publisher = Publisher(server.port, "event", channel)
+    acknowledged = publisher.acknowledged
+    wait_for(lambda: len(acknowledged) > SMALL, "more events than are kept")
+    opened = []
+    for _ in range(20):
+        at_least = len(acknowledged)
+        stream = server.opened(channel, query=query)
+        opened.append((at_least, stream))
+    publisher.stop()
+    server.publish("end", channel)
+
+    places = [place for place, _, _ in acknowledged]
+    published = [data for _, _, data in acknowledged]
+    for at_least, stream in opened:
+        with stream:
+            received = until(stream, "end")
+        first = published.index(received[0])
+        assert received == published[first:]
+        position = next(filter(None, stream.positions))
+        from_history = places.index(place_of(position)) + 1 - first
+        assert from_history >= WANTED[query]
+        assert first >= at_least - WANTED[query]
+        if "earliest" in query:
+            assert from_history == SMALL
 
 
 BAD_QUERIES = {
@@ -791,6 +969,143 @@ def test_a_key_that_cannot_be_is_refused_by_name(server: ServerProcess, key: obj
     assert answer.error.startswith("key must be")
 
 
+@pytest.mark.parametrize("key", ["", "x" * 201])
+def test_nor_does_the_command_take_it(redis_process: RedisProcess, key: str) -> None:
+    refused = run("publish", "sse", "hello", "--key", key, REDIS_URL=redis_process.url)
+
+    assert "key must be" in the_line(refused, 2)
+
+
+def test_without_a_history_a_key_is_refused_since_nothing_would_remember_it(
+    redis_process: RedisProcess,
+    start: Start,
+    channel: str,
+) -> None:
+    server = start("--history", "0")
+
+    over_http = server.post({"data": 1, "channel": channel, "key": "k"})
+    by_command = run("publish", channel, "1", "--key", "k", REDIS_URL=redis_process.url, SSEPUSH_HISTORY="0")
+
+    assert over_http.status == 400
+    assert "key needs a history" in over_http.error
+    assert "key needs a history" in the_line(by_command, 2)
+    with pytest.raises(ValueError, match="key needs a history"):
+        ssepush.publish(1, channel=channel, key="k", redis_url=redis_process.url, history=0)
+
+
+def test_a_key_is_forgotten_when_the_historys_time_is_over(redis_process: RedisProcess, channel: str) -> None:
+    publish = functools.partial(
+        ssepush.publish,
+        "hello",
+        channel=channel,
+        key="order 7",
+        redis_url=redis_process.url,
+        history_ttl=1,
+    )
+    remembered = f"{ssepush.PUBLISHED_KEY}{channel}\0order 7"
+
+    first = publish()
+    wait_for(lambda: not redis_process.client.exists(remembered), "the key is forgotten")
+    again = publish()
+
+    assert not again.duplicate
+    assert str(again.id) > str(first.id)
+
+
+class HangingUp:
+    """Stands before Redis, and hangs up instead of passing on the answer to the next script, once it is told to."""
+
+    def __init__(self, redis_process: RedisProcess) -> None:
+        self.is_due = False
+        self.redis_process = redis_process
+        hanging_up = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with connect(redis_process.port) as theirs, contextlib.suppress(OSError):
+                    hanging_up.pass_on(self.request, theirs)
+
+        self._listener = socketserver.ThreadingTCPServer((LOOPBACK, 0), Handler)
+        self._listener.daemon_threads = True
+        self.url = f"redis://{LOOPBACK}:{self._listener.server_address[1]}/0"
+
+    def __enter__(self) -> HangingUp:
+        threading.Thread(target=self._listener.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._listener.shutdown()
+        self._listener.server_close()
+
+    def pass_on(self, ours: socket.socket, theirs: socket.socket) -> None:
+        is_script = False
+        while True:
+            ready, _, _ = select.select([ours, theirs], [], [])
+            source = ready[0]
+            received = source.recv(65536)
+            if not received:
+                return
+            if source is ours:
+                is_script = b"EVAL" in received
+                theirs.sendall(received)
+            elif is_script and self.is_due:
+                self.is_due = False
+                return
+            else:
+                ours.sendall(received)
+
+
+def again_from_python(proxy: HangingUp, channel: str, start: Start) -> None:
+    publish = functools.partial(ssepush.publish, "hello", channel=channel, key="k", redis_url=proxy.url)
+    proxy.is_due = True
+
+    with pytest.raises(ssepush.Unanswered):
+        publish()
+
+    assert publish().duplicate
+
+
+def again_over_http(proxy: HangingUp, channel: str, start: Start) -> None:
+    server = start(redis=proxy.url)
+    event = {"data": "hello", "channel": channel, "key": "k"}
+    proxy.is_due = True
+
+    unsure = server.post(event)
+    again = server.post(event)
+
+    assert unsure.status == 503
+    assert "may or may not" in unsure.error
+    assert again.status == 200
+    assert again.json["duplicate"]
+
+
+def again_by_command(proxy: HangingUp, channel: str, start: Start) -> None:
+    command = ("publish", channel, "hello", "--key", "k")
+    proxy.is_due = True
+
+    unsure = run(*command, REDIS_URL=proxy.url)
+    again = run(*command, REDIS_URL=proxy.url)
+
+    assert "may or may not" in the_line(unsure, 1)
+    assert again.returncode == 0
+    assert again.stdout == "0\n"
+
+
+@one_way
+@pytest.mark.parametrize("publish_again", [again_from_python, again_over_http, again_by_command])
+def test_an_event_whose_answer_was_lost_goes_out_once_if_it_is_published_again_with_its_key(
+    publish_again: Callable[[HangingUp, str, Start], None],
+    server: ServerProcess,
+    start: Start,
+    channel: str,
+) -> None:
+    with HangingUp(server.redis) as proxy, server.opened(channel) as stream:
+        publish_again(proxy, channel, start)
+        server.publish("last", channel)
+
+        assert stream.data(2) == ["hello", "last"]
+
+
 def test_the_first_block_of_a_stream_holds_its_position_and_the_reconnection_time(
     server: ServerProcess,
     channel: str,
@@ -801,26 +1116,71 @@ def test_the_first_block_of_a_stream_holds_its_position_and_the_reconnection_tim
     assert re.fullmatch(rb"retry: [0-9]+\nevent: stream-position\nid: [0-9-]{30}\ndata: ", block)
 
 
-def test_the_historys_size_comes_from_the_environment_for_all(redis_process: RedisProcess, start: Start) -> None:
-    server = start(SSEPUSH_HISTORY="2", SSEPUSH_HISTORY_TTL="50")
-    channel = "from-the-environment"
+FROM_ENVIRONMENT: dict[str, Any] = {"SSEPUSH_HISTORY": "2", "SSEPUSH_HISTORY_TTL": "50"}
+
+
+def four_over_http(redis: RedisProcess, start: Start) -> None:
+    server = start(redis=redis, **FROM_ENVIRONMENT)
     for data in numbers(0, 4):
-        done = run(
-            "publish",
-            channel,
-            data,
-            REDIS_URL=redis_process.url,
-            SSEPUSH_HISTORY="2",
-        )
-        assert done.returncode == 0, done
-
-    with server.stream(channel, query="lastEventId=earliest") as stream:
-        assert stream.data(2) == ["2", "3"]
-    refused = run("--port", "0", SSEPUSH_HISTORY="many")
-    assert "SSEPUSH_HISTORY must be" in the_line(refused, 2)
+        server.publish(data)
 
 
-def test_a_history_that_a_publisher_cuts_shorter_is_complained_of(
+def four_notifications(redis: RedisProcess, start: Start) -> None:
+    server = start(redis=redis, **FROM_ENVIRONMENT)
+    for _ in range(4):
+        assert server.get("/notifications").status == 200
+
+
+def four_by_command(redis: RedisProcess, start: Start) -> None:
+    done = run("publish", "sse", "-", stdin="0\n1\n2\n3\n", REDIS_URL=redis.url, **FROM_ENVIRONMENT)
+    assert done.returncode == 0, done
+
+
+def four_from_python(redis: RedisProcess, start: Start) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in FROM_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        for data in numbers(0, 4):
+            ssepush.publish(data, redis_url=redis.url)
+
+
+@pytest.mark.parametrize(
+    "publish_four",
+    [four_over_http, four_notifications, four_by_command, four_from_python],
+)
+def test_how_much_is_kept_and_for_how_long_comes_from_the_environment(
+    publish_four: Callable[[RedisProcess, Start], None],
+    own_redis: RedisProcess,
+    start: Start,
+) -> None:
+    publish_four(own_redis, start)
+
+    history = f"{ssepush.HISTORY_KEY}sse"
+    assert own_redis.client.xlen(history) == 2
+    assert 30 < own_redis.client.ttl(history) <= 50
+
+
+WRONG_SETTINGS = {
+    "SSEPUSH_HISTORY": ["many", "-1", "100001"],
+    "SSEPUSH_HISTORY_TTL": ["long", "0", "1.5", "31536001"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SETTINGS)
+def test_a_setting_of_the_history_that_cannot_be_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in WRONG_SETTINGS[name]:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            ssepush.publish("hello")
+    setting: dict[str, Any] = {name: value}
+    server = run("--port", "0", **setting)
+    command = run("publish", "sse", "hello", **setting)
+
+    assert f"{name} must be" in the_line(server, 2)
+    assert f"{name} must be" in the_line(command, 2)
+
+
+def test_a_history_that_a_publisher_cuts_shorter_is_complained_of_once_a_minute(
     redis_process: RedisProcess,
     start: Start,
     channel: str,
@@ -835,9 +1195,13 @@ def test_a_history_that_a_publisher_cuts_shorter_is_complained_of(
             history=1,
         )
 
-    with server.stream(channel, Last_Event_ID=position) as stream:
-        assert_reset(stream, "trimmed")
-    wait_for(lambda: server.said("SSEPUSH_HISTORY"), "the log says so")
+    for _ in range(2):
+        with server.stream(channel, Last_Event_ID=position) as stream:
+            assert_reset(stream, "trimmed")
+    assert server.terminate() == 0
+
+    [complaint] = [line for line in server.lines if "SSEPUSH_HISTORY" in line]
+    assert "a publisher keeps 1 events a channel, this server 1000" in complaint
 
 
 # ── For whoever runs it ──────────────────────────────────────────────────────────────────────────────────────────────

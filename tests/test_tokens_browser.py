@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 import ssepush
-from tests.engines import Site
+from tests.engines import Browser, Firefox, Site
 from tests.kit import LOOPBACK, RedisProcess, ServerProcess, Start, free_port, wait_for
 from tests.test_examples import items, running_app
 
@@ -19,8 +20,14 @@ if TYPE_CHECKING:
 
 SECRET = "only the application and ssepush know this"
 TTL_S = 3
-RENEWALS = 4
+RENEWALS = 10  # of each page
 EVENTS_PER_S = 20
+LOG_IN = """
+  const request = new XMLHttpRequest();
+  request.open("POST", "/login", false);
+  request.send(new URLSearchParams({ user: arguments[0] }));
+"""
+RENEW = "fetch('/renew', { method: 'POST' })"  # whatever the user does in the application
 
 # A page whose token is part of the URL; /token gives a new one to whoever has logged in.
 TOKEN_IN_URL = """<!doctype html><ol></ol><script>
@@ -69,6 +76,14 @@ class Deployment:
         tab.get(self.app)
         tab.find_element("name", "user").send_keys(f"{self.user}\n")
         wait_for(lambda: "notes" in tab.title, "logged in")
+
+    def pages(self) -> dict[str, str]:
+        """The URLs of the three pages; whoever opens the first two has to be logged in."""
+        return {
+            "cookie, renewed by the page": self.app,
+            "cookie, a page that does nothing": f"{self.site.url}/cookie",
+            "token in the URL": f"{self.site.url}/url?token={self.token()}",
+        }
 
     def token(self, ttl: int = TTL_S) -> str:
         return ssepush.sign(self.channel, ttl=ttl, secret=SECRET)
@@ -130,34 +145,91 @@ def tabs(tab: WebDriver) -> Iterator[Any]:
     tab.delete_all_cookies()
 
 
-def test_nothing_is_lost_or_doubled_while_tokens_expire_and_are_renewed(
+@pytest.fixture
+def tabs_of_firefox(second_browser: Firefox) -> Iterator[Any]:
+    """The same in Firefox."""
+    first = second_browser.current_tab()
+    opened = []
+
+    def open_page(url: str) -> str:
+        handle = second_browser.open_tab()
+        opened.append(handle)
+        second_browser.get(url)
+        return handle
+
+    yield open_page
+    for handle in opened:
+        second_browser.switch_to(handle)
+        second_browser.close_tab()
+    second_browser.switch_to(first)
+
+
+class Listening(NamedTuple):
+    """A page that is open in a tab."""
+
+    name: str
+    browser: Browser
+    come_to_front: Callable[[], None]
+
+    def run(self, script: str) -> None:
+        self.come_to_front()
+        self.browser.execute_script(script)
+
+    def items(self) -> list[str]:
+        self.come_to_front()
+        return items(self.browser)
+
+    def wait_for_last(self, text: str) -> None:
+        wait_for(lambda: self.items()[-1:] == [text], f"the last note: {self.name}")
+
+
+@pytest.fixture
+def listening(
     deployment: Deployment,
     tab: WebDriver,
     tabs: Any,
+    second_browser: Firefox,
+    tabs_of_firefox: Any,
+) -> list[Listening]:
+    """All three pages in Chromium, and all three in Firefox."""
+    deployment.log_in(tab)
+    tabs_of_firefox(deployment.app)
+    second_browser.execute_script(LOG_IN, deployment.user)
+    found = []
+    for name, url in deployment.pages().items():
+        show = functools.partial(tab.switch_to.window, tabs(url))
+        found.append(Listening(f"{name}, in Chromium", tab, show))
+    for name, url in deployment.pages().items():
+        show = functools.partial(second_browser.switch_to, tabs_of_firefox(url))
+        found.append(Listening(f"{name}, in Firefox", second_browser, show))
+    return found
+
+
+def test_nothing_is_lost_or_doubled_through_ten_renewals_in_chromium_and_in_firefox(
+    deployment: Deployment,
+    listening: list[Listening],
     redis_process: RedisProcess,
 ) -> None:
-    deployment.log_in(tab)
-    pages = {
-        "cookie, renewed by the page": tab.current_window_handle,
-        "cookie, a page that does nothing": tabs(f"{deployment.site.url}/cookie"),
-        "token in the URL": tabs(f"{deployment.site.url}/url?token={deployment.token()}"),
-    }
-    wait_for(lambda: redis_process.subscribers(deployment.channel) == len(pages), "all pages listen")
-    tab.switch_to.window(pages["cookie, renewed by the page"])
+    used = [page for page in listening if page.name.startswith("cookie, renewed by the page")]
+    redis_process.wait_for_subscribers(deployment.channel, len(listening))
+    renewals = RENEWALS * len(listening)
+    events = EVENTS_PER_S * TTL_S * RENEWALS
 
-    published = [f"note {number}" for number in range(EVENTS_PER_S * TTL_S * RENEWALS)]
+    published: list[str] = []
     begun = time.monotonic()
-    for number, text in enumerate(published):
-        deployment.publish(text)
-        if number % EVENTS_PER_S == 0:
-            tab.execute_script("fetch('/renew', { method: 'POST' })")  # whatever the user does in the application
-        time.sleep(max(0.0, begun + number / EVENTS_PER_S - time.monotonic()))
+    while len(published) < events or deployment.server.closed("expired") < renewals:
+        assert len(published) < 2 * events, "the tokens do not expire, or are not renewed"
+        if len(published) % EVENTS_PER_S == 0:
+            for page in used:
+                page.run(RENEW)
+        published.append(f"note {len(published)}")
+        deployment.publish(published[-1])
+        next_at = begun + len(published) / EVENTS_PER_S
+        time.sleep(max(0.0, next_at - time.monotonic()))
 
-    for name, handle in pages.items():
-        tab.switch_to.window(handle)
-        wait_for(lambda: items(tab)[-1:] == published[-1:], f"the last note: {name}")
-        assert items(tab) == published, name
-    assert deployment.server.closed("expired") >= len(pages) * (RENEWALS - 1)
+    for page in listening:
+        page.wait_for_last(published[-1])
+        assert page.items() == published, page.name
 
 
 def test_a_page_that_slept_until_its_token_had_expired_renews_it_and_gets_what_it_missed(
@@ -172,6 +244,30 @@ def test_a_page_that_slept_until_its_token_had_expired_renews_it_and_gets_what_i
     wait_for(lambda: items(tab) == ["missed", "live"], "what is live")
 
     assert deployment.server.refused("expired") == 1
+
+
+FAIL_ONCE = """
+  const { fetch } = window;
+  window.fetch = () => {
+    window.fetch = fetch;
+    document.title += ", failed once";
+    return Promise.reject(new TypeError("the network is away"));
+  };
+"""
+
+
+def test_a_page_whose_renewal_fails_renews_when_the_browser_has_come_back(
+    deployment: Deployment, tab: WebDriver
+) -> None:
+    deployment.log_in(tab)
+    wait_for(lambda: deployment.server.streams() == 1, "the page listens")
+    tab.execute_script(FAIL_ONCE)
+
+    wait_for(lambda: "failed once" in tab.title, "the token has expired, and was not renewed")
+    deployment.publish("missed")
+    wait_for(lambda: items(tab) == ["missed"], "what was missed")
+    deployment.publish("live")
+    wait_for(lambda: items(tab) == ["missed", "live"], "what is live")
 
 
 def test_whoever_has_logged_out_hears_nothing_more_once_the_token_has_expired(
