@@ -1841,15 +1841,7 @@ def is_readable(sock: socket.socket) -> bool:
 # ── Publishing from Python ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@functools.lru_cache(maxsize=16)
-def redis_at(
-    url: str,
-    history: int,
-    history_ttl: int,
-    max_event: int,
-) -> Redis:
-    """One for each set of arguments: its connections are used again."""
-    return Redis(url, history, history_ttl, max_event)
+redis_at = functools.lru_cache(maxsize=16)(Redis)  # one for each set of arguments: its connections are used again
 
 
 def publish(
