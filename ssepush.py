@@ -1153,6 +1153,7 @@ def parse_answer(
     return None, at
 
 
+@functools.lru_cache(maxsize=256)  # all subscribers of a channel send the same
 def command(*words: str | bytes) -> bytes:
     r"""A command as it goes to Redis: `command("PING")` gives `b"*1\r\n$4\r\nPING\r\n"`."""
     wire = b"*%d\r\n" % len(words)
@@ -3481,7 +3482,9 @@ def serve(
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)s %(message)s",
     )
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # our format names none of them
+    # Our format names no place, thread or process: looking them up is most of what a line costs.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     signing_secret()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while starting, and a second time
     # Blocked before any thread starts, or the kernel might hand it to one that cannot act on it; and before an embedded
