@@ -23,8 +23,10 @@ from tests.kit import (
     RedisProcess,
     ServerProcess,
     both_ways,
+    connect,
     dispatched,
     numbers,
+    query_of,
     request,
     resp_array,
     stopped,
@@ -661,3 +663,79 @@ def test_replays_that_nobody_takes_stay_within_a_bound_of_memory_all_together(
     assert memory < 20 * 2**20
     assert server.refused("busy") > REPLAYS / 2
     wait_for(lambda: server.metric("replay_bytes") == 0, "nothing is left")
+
+
+SMALL_BUFFER = """
+import socket
+whole_socket_of = ssepush.socket_of
+
+def socket_of(connection):
+    sock = whole_socket_of(connection)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return sock
+
+ssepush.socket_of = socket_of
+"""
+EARLY, LATE = 5, 60  # streams of 20 channels with long names: more than the kernel takes while Redis does not read
+
+
+def channels_of(stream: int) -> list[str]:
+    long = "x" * 180
+    return [f"{stream}-{number}-{long}" for number in range(20)]
+
+
+def asks_for(server: ServerProcess, channels: Sequence[str]) -> socket.socket:
+    """A browser that has asked for a stream of these."""
+    sock = connect(server.port)
+    line = f"GET /stream?{query_of(*channels)} HTTP/1.1"
+    sock.sendall(request(line.encode()))
+    return sock
+
+
+@pytest.mark.parametrize("way", [("--shared",)])
+def test_commands_of_which_redis_takes_a_part_at_a_time_cut_nobody(start_changed: StartChanged) -> None:
+    server = start_changed(SMALL_BUFFER)
+    redis = server.redis
+    early = [server.opened(*channels_of(number)) for number in range(EARLY)]
+
+    with contextlib.ExitStack() as stack:
+        with stopped(redis.process):
+            late = []
+            for number in range(EARLY, LATE):
+                sock = asks_for(server, channels_of(number))
+                late.append(stack.enter_context(sock))
+            wait_for(lambda: server.streams() == LATE, "all wait for Redis")
+        for sock in late:
+            assert read_until(sock, b"data: \n\n").startswith(b"HTTP/1.1 200 ")
+        for number in range(LATE):
+            last = channels_of(number)[-1]
+            assert redis.publish(last, "hello") == 1
+        for sock in late:
+            assert b"data: hello\n\n" in read_until(sock, b"hello\n\n")
+        for stream in early:
+            assert stream.next().data == "hello"
+            stream.close()
+    assert server.closed("redis-lost") == server.refused("redis-away") == 0
+
+
+LARGE_HEARTBEAT = """
+ssepush.HEARTBEAT = b":" + b"x" * 2_000_000 + b"\\n\\n"
+sys.argv += ["--heartbeat", "1"]
+"""
+
+
+@both_ways
+def test_a_heartbeat_that_the_kernel_takes_in_parts_leaves_the_stream_whole(
+    start_changed: StartChanged,
+    channel: str,
+) -> None:
+    server = start_changed(LARGE_HEARTBEAT)
+    with server.opened(channel) as stream:
+        wait_for(lambda: server.metric("backlog_bytes") > 0, "a part of the heartbeat waits")
+        for data in numbers(0, 5):
+            server.publish(data, channel)
+
+        assert stream.data(5) == numbers(0, 5)
+
+    heartbeat, *_ = stream.parser.comments
+    assert heartbeat == "x" * 2_000_000
