@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -22,6 +26,7 @@ from tests.kit import (
     both_ways,
     certificate,
     free_port,
+    place_of,
     program,
     run,
     the_line,
@@ -381,6 +386,51 @@ def test_nobody_is_reset_because_redis_has_got_its_first_replica(
 
     page.wait_for("last")
     assert page.data() == ["before", "after", "last"]
+
+
+def wait_until_past(id: str) -> None:
+    """Until the clock is beyond an id's millisecond: that of a counter's birth is the next one."""
+    milliseconds, _ = place_of(id)
+    wait_for(lambda: time.time() * 1000 > milliseconds + 1, "a millisecond")
+
+
+def test_ids_rise_over_all_and_pages_are_told_of_the_loss_however_often_redis_is_emptied_under_load(
+    snapshot_redis: RedisProcess,
+    channel: str,
+) -> None:
+    url = snapshot_redis.url
+    history = ssepush.Redis(url, history=100, history_ttl=100)
+    is_enough = threading.Event()
+
+    def publish() -> None:
+        while not is_enough.is_set():
+            ssepush.publish("load", channel=channel, redis_url=url)
+
+    publishers = [threading.Thread(target=publish) for _ in range(3)]
+    resets = Counter[str]()
+    ids = []
+    pubsub: Any = snapshot_redis.client.pubsub()  # type: ignore[no-untyped-call]
+    with contextlib.closing(pubsub):
+        pubsub.subscribe(channel)
+        for publisher in publishers:
+            publisher.start()
+        for _ in range(100):
+            published = ssepush.publish("mine", channel=channel, redis_url=url)
+            missed = ssepush.missed_since(str(published.id), [channel.encode()])
+            snapshot_redis.client.flushall()
+            page = history.page(missed, chunked=False)
+            resets[page.reset] += 1
+            wait_until_past(page.position)
+        is_enough.set()
+        for publisher in publishers:
+            publisher.join()
+        while message := pubsub.get_message(timeout=0.5):
+            if message["type"] == "message":
+                ids.append(json.loads(message["data"])["id"])
+
+    assert len(ids) > 100
+    assert ids == sorted(set(ids))  # as text they are in order, too
+    assert resets == {"data-lost": 100}
 
 
 def assert_reset(server: ServerProcess, channel: str, *told: str) -> None:
