@@ -14,7 +14,6 @@ import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -27,7 +26,7 @@ def measure(server: ServerProcess, name: str) -> int:
     """Print a line; how many requests were not answered."""
     taken = []
     failed = 0
-    keep: Callable[[int], contextlib.AbstractContextManager[object]] | None = KEEP_THREADS.get(name)
+    keep = KEEP_THREADS.get(name)
     ends_at = time.monotonic() + options.seconds
     with flood(server.port, options.per_s):
         while time.monotonic() < ends_at:
@@ -38,11 +37,13 @@ def measure(server: ServerProcess, name: str) -> int:
                 for _ in range(20):
                     began = time.perf_counter()
                     failed += not is_answered(server.port)
-                    taken.append(1000 * (time.perf_counter() - began))
+                    taken_s = time.perf_counter() - began
+                    taken.append(1000 * taken_s)
     taken.sort()
     p50 = taken[len(taken) // 2]
     p99 = taken[len(taken) * 99 // 100]
-    print(f"{name:20} {len(taken):6} {failed:12} {p50:8.1f} {p99:8.1f}", flush=True)
+    asked = len(taken)
+    print(f"{name:20} {asked:6} {failed:12} {p50:8.1f} {p99:8.1f}", flush=True)
     return failed
 
 
