@@ -323,8 +323,8 @@ class Publishers:
         limit_s = time.monotonic() + seconds
         lasts = {}
         for channel in self.channels:
-            for number in itertools.count():
-                data = f"last {channel} {number}"
+            while True:
+                data = f"last {channel} {next(self.numbers)}"
                 if self.publish(self.from_python, data, channel):
                     lasts[channel] = data
                     break

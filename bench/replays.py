@@ -1,11 +1,18 @@
 """What large replays cost those who publish meanwhile, and how long a script holds up Redis.
 
-    python bench/replays.py                           8 pages that each missed 20 channels of 100 events of 50 KB
-    python bench/replays.py --event-bytes 100         many small events: most work for each byte
+    python bench/replays.py                                  8 pages that each missed 20 channels of 100 events of 50 KB
+    python bench/replays.py --event-bytes 100                many small events: most work for each byte
+    python bench/replays.py --event-bytes 1048000 --events 3 the largest that are taken
+    python bench/replays.py --quick                          a little of it, judged by its bytes alone
 
 Publishing is measured twice, at the same pace: while nothing else happens, and while the pages are sent what they
-missed. Redis and the server are its own, and on this machine alone. Redis's slow log tells the longest script, by the
-clock: on a busy machine that holds the time in which Redis had to wait for a processor, too. `script ms, CPU` does not.
+missed. Each page has missed something else, so that nothing is read for two. Redis and the server are its own, and on
+this machine alone. Redis's slow log tells the longest script, by the clock: on a busy machine that holds the time in
+which Redis had to wait for a processor, too. `script ms, CPU` does not.
+
+It ends with status 1 if a page was not sent everything, if Redis sent more than 1.5 times what the pages were sent, if
+a script took more than 5 ms, by the clock or of a processor, or if publishing's p99 was more than doubled. Of events of
+less than 1,000 bytes, most of what Redis sends are ids and marks: with them the first limit is not looked at.
 """
 
 from __future__ import annotations
@@ -25,10 +32,13 @@ import ssepush
 from tests.kit import RedisProcess, ServerProcess, query_of
 
 CHANNELS = [f"replays-{number}" for number in range(20)]
-EVENTS = 100  # on each channel, as many as are kept
 PAUSE_S = 0.002  # between two publishes
 QUIET_S = 5.0
 MOST_S = 60.0  # for all replays
+MOST_READ = 1.5  # times what is sent
+MOST_SCRIPT_MS = 5.0
+MOST_P99 = 2.0  # times that of quiet moments
+SMALL_BYTES = 1000
 
 # A page in a process of its own: reads until it has had so many bytes, or the stream ends.
 READER = """
@@ -61,24 +71,35 @@ def percentile(taken: Sequence[float], percent: int) -> float:
     return taken[at]
 
 
-def fill(redis: RedisProcess, event_bytes: int) -> str:
-    """One channel after the other; the id from before."""
+def fill(redis: RedisProcess) -> list[str]:
+    """One channel after the other; the ids in order, of which the first is from before."""
     first = ssepush.publish("first", channel=CHANNELS[0], redis_url=redis.url)
+    ids = [str(first.id)]
     for channel in CHANNELS:
-        for _ in range(EVENTS):
-            ssepush.publish("x" * event_bytes, channel=channel, redis_url=redis.url)
-    assert first.id
-    return first.id
+        for _ in range(options.events):
+            data = "x" * options.event_bytes
+            event = ssepush.publish(data, channel=channel, redis_url=redis.url)
+            ids.append(str(event.id))
+    return ids
+
+
+def sent_bytes(page: int) -> int:
+    """How much a page is sent: each has missed one event less than the one before."""
+    events = int(options.events) * len(CHANNELS) - page
+    return events * int(options.event_bytes)
 
 
 @contextlib.contextmanager
-def readers(port: int, number: int, last_event_id: str) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many pages that come back with this id, each in a process."""
-    length = EVENTS * len(CHANNELS) * options.event_bytes
+def readers(port: int, ids: Sequence[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """All pages, each in a process, come back."""
     path = f"/stream?{query_of(*CHANNELS)}"
-    command = [sys.executable, "-c", READER]
-    command += [str(port), path, last_event_id, str(length)]
-    processes = [subprocess.Popen(command) for _ in range(number)]
+    processes = []
+    for page in range(options.pages):
+        command = [sys.executable, "-c", READER]
+        command += [str(port), path]
+        command += [ids[page], str(sent_bytes(page))]
+        process = subprocess.Popen(command)
+        processes.append(process)
     try:
         yield processes
     finally:
@@ -95,7 +116,7 @@ def cpu_ms(redis: RedisProcess) -> float:
 
 def script_cpu_ms(redis: RedisProcess, last_event_id: str) -> float:
     """The CPU time of one script that reads a page, its answer included: the mean of a hundred."""
-    history = ssepush.Redis(redis.url, EVENTS, 86400)
+    history = ssepush.Redis(redis.url, options.events, 86400)
     channels = [channel.encode() for channel in CHANNELS]
     missed = ssepush.missed_since(last_event_id, channels)
     before = cpu_ms(redis)
@@ -104,16 +125,25 @@ def script_cpu_ms(redis: RedisProcess, last_event_id: str) -> float:
     return (cpu_ms(redis) - before) / 100
 
 
-def measure(redis: RedisProcess, server: ServerProcess) -> None:
-    last_event_id = fill(redis, options.event_bytes)
-    quiet_ends_at = time.monotonic() + QUIET_S
+def read_bytes(redis: RedisProcess) -> int:
+    """How much Redis has sent to everybody."""
+    stats = redis.client.info("stats")
+    return int(stats["total_net_output_bytes"])
+
+
+def measure(redis: RedisProcess, server: ServerProcess) -> list[str]:
+    """Print the figures; those that are beyond their limits."""
+    ids = fill(redis)
+    quiet_ends_at = time.monotonic() + (0.5 if options.quick else QUIET_S)
     quiet = publish_ms(redis, lambda: time.monotonic() > quiet_ends_at)
-    print(f"{'script ms, CPU':40} {script_cpu_ms(redis, last_event_id):.2f}")
+    script_ms = script_cpu_ms(redis, ids[0])
+    print(f"{'script ms, CPU':40} {script_ms:.2f}")
     redis.client.config_set("slowlog-log-slower-than", 1000)
     redis.client.config_set("slowlog-max-len", 100_000)
     redis.client.slowlog_reset()
+    before = read_bytes(redis)
     began = time.monotonic()
-    with readers(server.port, options.pages, last_event_id) as processes:
+    with readers(server.port, ids) as processes:
 
         def are_done() -> bool:
             if time.monotonic() > began + MOST_S:
@@ -123,28 +153,50 @@ def measure(redis: RedisProcess, server: ServerProcess) -> None:
         busy = publish_ms(redis, are_done)
         done = [process for process in processes if process.poll() == 0]
     took_s = time.monotonic() - began
+    sent = sum(map(sent_bytes, range(options.pages)))
+    read = (read_bytes(redis) - before) / sent
     scripts_ms = [entry["duration"] / 1000 for entry in redis.client.slowlog_get(100_000)]
-    over_5_ms = [each for each in scripts_ms if each > 5]
+    over = [each for each in scripts_ms if each > MOST_SCRIPT_MS]
     longest_ms = max(scripts_ms, default=0.0)
-    ratio = percentile(busy, 99) / percentile(quiet, 99)
+    slower = percentile(busy, 99) / percentile(quiet, 99)
     print(f"{'replays done':40} {len(done)} of {options.pages} in {took_s:.1f} s")
+    print(f"{'read from Redis, to sent':40} {read:.2f}")
     for name, taken in (("quiet", quiet), ("with replays", busy)):
         what = f"publish ms, {name}: p50, p99"
         p50 = percentile(taken, 50)
         p99 = percentile(taken, 99)
         print(f"{what:40} {p50:.2f} {p99:.2f} ({len(taken)})")
-    print(f"{'p99, with replays to quiet':40} {ratio:.1f}")
-    print(f"{'slow log ms: longest, number over 5':40} {longest_ms:.1f} {len(over_5_ms)}")
+    print(f"{'p99, with replays to quiet':40} {slower:.1f}")
+    print(f"{'slow log ms: longest, number over 5':40} {longest_ms:.1f} {len(over)}")
+    is_large = options.event_bytes >= SMALL_BYTES
+    limits = {
+        "a page was not sent everything": len(done) < options.pages,
+        "too much was read from Redis": is_large and read > MOST_READ,
+    }
+    if not options.quick:
+        limits |= {
+            "a script took too long by the clock": len(over) > 0,
+            "a script took too much of a processor": script_ms > MOST_SCRIPT_MS,
+            "publishing took too long": slower > MOST_P99,
+        }
+    return [what for what in limits if limits[what]]
 
 
 parser = argparse.ArgumentParser(description="What large replays cost those who publish meanwhile.")
 parser.add_argument("--pages", type=int, default=8, help="that come back at once (8)")
+parser.add_argument("--events", type=int, default=100, help="on each channel (100)")
 parser.add_argument("--event-bytes", type=int, default=50_000, help="(50000)")
+parser.add_argument("--quick", action="store_true", help="10 events on each channel, and no limits of time")
 options = parser.parse_args()
+if options.quick:
+    options.events = 10
 with contextlib.ExitStack() as stack:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     redis_process = RedisProcess(Path(folder))
     stack.callback(redis_process.kill)
     server_process = ServerProcess(redis_process)
     stack.callback(server_process.terminate)
-    measure(redis_process, server_process)
+    beyond = measure(redis_process, server_process)
+for line in beyond:
+    print(line)
+sys.exit(1 if beyond else 0)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import ssepush
 from tests.kit import (
     DEADLINE_S,
+    HERE,
     RedisProcess,
     Start,
     WithholdingProxy,
@@ -105,3 +108,51 @@ def test_a_page_whose_history_redis_did_not_answer_is_told_to_come_back(
         assert stream.comes_back_after()
         assert server.refused("redis-away") == 1
         assert server.streams() == 0
+
+
+FORKS = """
+import contextlib, os, sys
+import ssepush
+
+channel, url = sys.argv[1:]
+connections = ssepush.redis_at(url, 100, 86400, ssepush.MAX_EVENT_BYTES).connections
+
+def publish(data):
+    ssepush.publish(data, channel=channel, redis_url=url)
+
+def hold_all_but(number, stack):
+    for _ in range(connections.MOST - number):
+        stack.enter_context(connections._one())
+
+publish("parent")
+with contextlib.ExitStack() as in_use:
+    hold_all_but(0, in_use)
+    child = os.fork()
+    if not child:
+        with contextlib.ExitStack() as in_use_too:
+            hold_all_but(1, in_use_too)
+            publish("child")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+publish("parent again")
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_process_that_is_forked_while_all_connections_are_in_use_has_as_many_of_its_own(
+    redis_process: RedisProcess,
+    start: Start,
+    channel: str,
+) -> None:
+    server = start()
+    with server.opened(channel) as stream:
+        done = subprocess.run(
+            [sys.executable, "-c", FORKS, channel, redis_process.url],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+
+        assert done.returncode == 0, done.stderr
+        assert stream.data(3) == ["parent", "child", "parent again"]

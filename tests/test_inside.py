@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
 
 import ssepush
-from tests.kit import DEADLINE_S, Received, dispatched, resp_array, wait_for
+from tests.kit import (
+    DEADLINE_S,
+    HERE,
+    EventStream,
+    Page,
+    Received,
+    RedisProcess,
+    ServerProcess,
+    both_ways,
+    connect,
+    dispatched,
+    numbers,
+    query_of,
+    request,
+    resp_array,
+    stopped,
+    wait_for,
+)
 
 # ── Ids and marks ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -432,27 +452,6 @@ def test_a_stream_that_resumed_is_not_sent_again_what_the_replay_had() -> None:
             assert received == b"HEAD\ndata: replayed\n\ndata: plain\n\n"
 
 
-def fail(*arguments: object) -> None:
-    raise MemoryError
-
-
-def test_an_error_of_ours_while_events_are_passed_on_ends_the_streams_that_they_were_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with RelayBetween() as between:
-        _, browser = between.open()
-        with browser:
-            between.is_asked()
-            between.answer()
-            read_until(browser, b"data: \n\n")
-            monkeypatch.setattr(between.relay, "_count_sent", fail)
-
-            between.publish(b"hello")
-
-            read_until(browser, b"retry: ")
-            between.ended.get(timeout=DEADLINE_S)
-
-
 def test_all_that_was_held_during_a_replay_is_sent_after_it_in_order() -> None:
     with RelayBetween() as between:
         stream, browser = between.open(MISSED)
@@ -468,3 +467,275 @@ def test_all_that_was_held_during_a_replay_is_sent_after_it_in_order() -> None:
 
             received = read_until(browser, b"data: 3\n\n")
             assert received == b"HEAD\ndata: 0\n\ndata: 1\n\ndata: 2\n\ndata: 3\n\n"
+
+
+# ── A whole server of which a part is changed ────────────────────────────────────────────────────────────────────────
+
+
+StartChanged = Callable[[str], ServerProcess]
+
+
+@pytest.fixture
+def start_changed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    redis_process: RedisProcess,
+    way: tuple[str, ...],
+) -> Iterator[StartChanged]:
+    """Starts a server in which these lines were run first. Its errors are wanted: the test looks at them."""
+    python = tmp_path / "python"
+    program = tmp_path / "changed.py"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
+    python.chmod(0o755)
+
+    def started(change: str) -> ServerProcess:
+        lines = [
+            "import sys",
+            f"sys.path.insert(0, {str(HERE)!r})",
+            "import ssepush",
+            change,
+            "ssepush.main(sys.argv[2:])",
+        ]
+        program.write_text("\n".join(lines))
+        monkeypatch.setattr(sys, "executable", str(python))
+        server = ServerProcess(redis_process, "--retry", "1", *way)
+        stack.callback(server.terminate)
+        return server
+
+    with contextlib.ExitStack() as stack:
+        yield started
+
+
+FAULT = """
+left = 3
+holder, name, place, text = {fault}
+without_fault = getattr(holder, name)
+
+def with_fault(*arguments):
+    global left
+    if left and text in str(arguments[place]):
+        left -= 1
+        raise MemoryError
+    return without_fault(*arguments)
+
+setattr(holder, name, with_fault)
+"""
+FAULTS_OF_LIVE_EVENTS = {
+    "being parsed": "ssepush, 'framed', 0, 'fault'",
+    "being sent": "ssepush.Relay, '_deliver', 1, 'fault'",
+}
+FAULTS_OF_REPLAYS = {
+    "being taken": "ssepush.Relay, 'count', 1, 'events_replayed_total'",
+    "being sent": "ssepush.Relay, '_send', 2, 'fault'",
+}
+EVENTS = [
+    *numbers(0, 5),
+    "fault",
+    *numbers(5, 10),
+    "last",
+]
+PAGES = 6  # some of which the fault hits
+
+
+def streams_of(pages: Sequence[Page]) -> int:
+    """How many streams they have opened, all together."""
+    return sum(page.streams for page in pages)
+
+
+@both_ways
+@pytest.mark.parametrize("fault", FAULTS_OF_LIVE_EVENTS)
+def test_an_error_of_ours_before_a_live_event_is_sent_costs_no_page_an_event(
+    start_changed: StartChanged,
+    channel: str,
+    fault: str,
+) -> None:
+    change = FAULT.format(fault=FAULTS_OF_LIVE_EVENTS[fault])
+    server = start_changed(change)
+    pages = [Page(server.port, channel) for _ in range(PAGES)]
+    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
+
+    for data in EVENTS:
+        server.publish(data, channel)
+
+    for page in pages:
+        page.wait_for("last")
+        assert page.data() == EVENTS
+    assert server.said("MemoryError")
+    assert streams_of(pages) > PAGES
+
+
+class ReturningPage(Page):
+    """A page that was here before, and was told this id then."""
+
+    def __init__(self, port: int, channel: str, told: str) -> None:
+        self.told = told
+        super().__init__(port, channel)
+
+    def start(self) -> None:
+        self.last_event_id = self.told
+        super().start()
+
+    def _read(self, stream: EventStream, number: int) -> None:
+        before = self.last_event_id
+        super()._read(stream, number)
+        self.last_event_id = self.last_event_id or before  # a stream that was told no id leaves it as it was
+
+
+@both_ways
+@pytest.mark.parametrize("fault", FAULTS_OF_REPLAYS)
+def test_an_error_of_ours_in_a_replay_costs_no_page_an_event(
+    start_changed: StartChanged,
+    channel: str,
+    fault: str,
+) -> None:
+    change = FAULT.format(fault=FAULTS_OF_REPLAYS[fault])
+    server = start_changed(change)
+    told = server.publish_id("before", channel)
+    first, *others, last = EVENTS
+    for data in (first, *others):
+        server.publish(data, channel)
+
+    pages = [ReturningPage(server.port, channel, told) for _ in range(PAGES)]
+    wait_for(lambda: server.streams() == PAGES, "all pages are here")
+    wait_for(lambda: server.said("MemoryError"), "the error")
+    server.publish(last, channel)
+
+    for page in pages:
+        page.wait_for("last")
+        assert page.data() == EVENTS
+    wait_for(lambda: server.streams() == 0, "all pages have left")
+    assert server.metric("replay_bytes") == 0
+    assert server.metric("backlog_bytes") == 0
+
+
+MOST = 2 * 2**20  # bytes of replays in all, in the test
+REPLAYS = 200
+
+
+def reads_nothing(server: ServerProcess, channel: str, last_event_id: str) -> socket.socket:
+    """A browser that comes back and takes no more than its kernel, which takes little."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", server.port))
+    line = f"GET /stream?channel={channel} HTTP/1.1"
+    field = f"Last-Event-ID: {last_event_id}"
+    sent = request(line.encode(), field.encode())
+    sock.sendall(sent)
+    return sock
+
+
+@both_ways
+def test_replays_that_nobody_takes_stay_within_a_bound_of_memory_all_together(
+    start_changed: StartChanged,
+    redis_process: RedisProcess,
+    channel: str,
+) -> None:
+    server = start_changed(f"ssepush.REPLAY_BYTES = {MOST}")
+    ids = []
+    for number in range(REPLAYS + 20):
+        event = ssepush.publish(
+            f"{number} {'x' * 10_000}",
+            channel=channel,
+            redis_url=redis_process.url,
+            history=1000,
+        )
+        ids.append(str(event.id))
+    with server.opened(channel):
+        before = server.resident_bytes()
+    replay_bytes = []
+
+    def are_settled() -> bool:
+        replay_bytes.append(server.metric("replay_bytes"))
+        opened = server.metric("streams_opened_total")
+        return opened + server.refused("busy") == REPLAYS + 1
+
+    with contextlib.ExitStack() as stack:
+        with stopped(redis_process.process):
+            for last_event_id in ids[:REPLAYS]:
+                sock = reads_nothing(server, channel, last_event_id)
+                stack.enter_context(sock)
+            wait_for(lambda: server.streams() == REPLAYS, "all wait for Redis")
+        wait_for(are_settled, "each has a page, or has been told to come back")
+        memory = server.resident_bytes() - before
+
+    of_four_threads = ssepush.REPLAY_THREADS * 2 * ssepush.REPLAY_PAGE_BYTES
+    assert max(replay_bytes) <= MOST + of_four_threads
+    assert memory < 20 * 2**20
+    assert server.refused("busy") > REPLAYS / 2
+    wait_for(lambda: server.metric("replay_bytes") == 0, "nothing is left")
+
+
+SMALL_BUFFER = """
+import socket
+whole_socket_of = ssepush.socket_of
+
+def socket_of(connection):
+    sock = whole_socket_of(connection)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return sock
+
+ssepush.socket_of = socket_of
+"""
+EARLY, LATE = 5, 60  # streams of 20 channels with long names: more than the kernel takes while Redis does not read
+
+
+def channels_of(stream: int) -> list[str]:
+    long = "x" * 180
+    return [f"{stream}-{number}-{long}" for number in range(20)]
+
+
+def asks_for(server: ServerProcess, channels: Sequence[str]) -> socket.socket:
+    """A browser that has asked for a stream of these."""
+    sock = connect(server.port)
+    line = f"GET /stream?{query_of(*channels)} HTTP/1.1"
+    sock.sendall(request(line.encode()))
+    return sock
+
+
+@pytest.mark.parametrize("way", [("--shared",)])
+def test_commands_of_which_redis_takes_a_part_at_a_time_cut_nobody(start_changed: StartChanged) -> None:
+    server = start_changed(SMALL_BUFFER)
+    redis = server.redis
+    early = [server.opened(*channels_of(number)) for number in range(EARLY)]
+
+    with contextlib.ExitStack() as stack:
+        with stopped(redis.process):
+            late = []
+            for number in range(EARLY, LATE):
+                sock = asks_for(server, channels_of(number))
+                late.append(stack.enter_context(sock))
+            wait_for(lambda: server.streams() == LATE, "all wait for Redis")
+        for sock in late:
+            assert read_until(sock, b"data: \n\n").startswith(b"HTTP/1.1 200 ")
+        for number in range(LATE):
+            last = channels_of(number)[-1]
+            assert redis.publish(last, "hello") == 1
+        for sock in late:
+            assert b"data: hello\n\n" in read_until(sock, b"hello\n\n")
+        for stream in early:
+            assert stream.next().data == "hello"
+            stream.close()
+    assert server.closed("redis-lost") == server.refused("redis-away") == 0
+
+
+LARGE_HEARTBEAT = """
+ssepush.HEARTBEAT = b":" + b"x" * 2_000_000 + b"\\n\\n"
+sys.argv += ["--heartbeat", "1"]
+"""
+
+
+@both_ways
+def test_a_heartbeat_that_the_kernel_takes_in_parts_leaves_the_stream_whole(
+    start_changed: StartChanged,
+    channel: str,
+) -> None:
+    server = start_changed(LARGE_HEARTBEAT)
+    with server.opened(channel) as stream:
+        wait_for(lambda: server.metric("backlog_bytes") > 1_000_000, "a part of the heartbeat waits")
+        for data in numbers(0, 5):
+            server.publish(data, channel)
+
+        assert stream.data(5) == numbers(0, 5)
+
+    heartbeat, *_ = stream.parser.comments
+    assert heartbeat == "x" * 2_000_000

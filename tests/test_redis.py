@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -14,12 +18,15 @@ import redis
 import ssepush
 from tests.kit import (
     DEPLOY,
+    LOOPBACK,
+    Page,
     RedisProcess,
     ServerProcess,
     Start,
     both_ways,
     certificate,
     free_port,
+    place_of,
     program,
     run,
     the_line,
@@ -334,6 +341,158 @@ def test_the_first_page_that_comes_back_to_a_redis_that_forgot_is_sent_nothing_t
         server.publish("last", channel)
         assert stream.next().data == "last"
     forgetful.kill()
+
+
+@pytest.fixture
+def snapshot_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A Redis that keeps nothing but the snapshots that it is asked for."""
+    process = RedisProcess(tmp_path, "--repl-diskless-sync-delay", "0")
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+def replica(snapshot_redis: RedisProcess, tmp_path: Path) -> Iterator[RedisProcess]:
+    """A replica of that Redis, once it is asked for."""
+    folder = tmp_path / "replica"
+    folder.mkdir()
+    process = RedisProcess(folder)
+    yield process
+    process.kill()
+
+
+def follow(replica: RedisProcess, master: RedisProcess) -> None:
+    """Be its replica, and have all that it has."""
+    replica.client.replicaof(LOOPBACK, str(master.port))
+    wait_for(lambda: replica.client.info("replication")["master_link_status"] == "up", "it follows")
+    wait_for(lambda: master.client.wait(1, 100) == 1, "it has everything")
+
+
+@both_ways
+def test_nobody_is_reset_because_redis_has_got_its_first_replica(
+    snapshot_redis: RedisProcess,
+    replica: RedisProcess,
+    start: Start,
+    channel: str,
+) -> None:
+    server = start("--retry", "1", redis=snapshot_redis)
+    page = Page(server.port, channel)
+    wait_for(lambda: page.last_event_id, "the page has a position")
+    server.publish("before", channel)
+
+    follow(replica, snapshot_redis)
+    for data in ("after", "last"):
+        server.publish(data, channel)
+
+    page.wait_for("last")
+    assert page.data() == ["before", "after", "last"]
+
+
+def wait_until_past(id: str) -> None:
+    """Until the clock is beyond an id's millisecond: that of a counter's birth is the next one."""
+    milliseconds, _ = place_of(id)
+    wait_for(lambda: time.time() * 1000 > milliseconds + 1, "a millisecond")
+
+
+def test_ids_rise_over_all_and_pages_are_told_of_the_loss_however_often_redis_is_emptied_under_load(
+    snapshot_redis: RedisProcess,
+    channel: str,
+) -> None:
+    url = snapshot_redis.url
+    history = ssepush.Redis(url, history=100, history_ttl=100)
+    is_enough = threading.Event()
+
+    def publish() -> None:
+        while not is_enough.is_set():
+            ssepush.publish("load", channel=channel, redis_url=url)
+
+    publishers = [threading.Thread(target=publish) for _ in range(3)]
+    resets = Counter[str]()
+    ids = []
+    pubsub: Any = snapshot_redis.client.pubsub()  # type: ignore[no-untyped-call]
+    with contextlib.closing(pubsub):
+        pubsub.subscribe(channel)
+        for publisher in publishers:
+            publisher.start()
+        for _ in range(100):
+            published = ssepush.publish("mine", channel=channel, redis_url=url)
+            missed = ssepush.missed_since(str(published.id), [channel.encode()])
+            snapshot_redis.client.flushall()
+            page = history.page(missed, chunked=False)
+            resets[page.reset] += 1
+            wait_until_past(page.position)
+        is_enough.set()
+        for publisher in publishers:
+            publisher.join()
+        while message := pubsub.get_message(timeout=0.5):
+            if message["type"] == "message":
+                ids.append(json.loads(message["data"])["id"])
+
+    assert len(ids) > 100
+    assert ids == sorted(set(ids))  # as text they are in order, too
+    assert resets == {"data-lost": 100}
+
+
+def assert_reset(server: ServerProcess, channel: str, *told: str) -> None:
+    """Pages that were told these ids are reset when they come back, and then get what is published."""
+    streams = [server.stream(channel, Last_Event_ID=id) for id in told]
+    for stream in streams:
+        reset = stream.next()
+        assert reset.type == "stream-reset"
+        assert reset.json == {"reason": "data-lost"}
+    server.publish("last", channel)
+    for stream in streams:
+        assert stream.next().data == "last"
+        stream.close()
+
+
+@both_ways
+def test_a_page_is_reset_when_redis_came_back_from_a_snapshot_and_went_on_with_its_own_channel(
+    snapshot_redis: RedisProcess,
+    start: Start,
+    channel: str,
+) -> None:
+    server = start("--retry", "1", redis=snapshot_redis)
+    before = server.publish_id("kept", channel)
+    snapshot_redis.client.save()
+    after = server.publish_id("forgotten", channel)
+    snapshot_redis.kill()
+    snapshot_redis.start()
+
+    server.publish("since", channel)
+
+    assert_reset(server, channel, before, after)
+
+
+SINCE = {  # what has been published when the page comes back
+    "nothing": [],
+    "on its own channel": [""],
+    "on another": ["-other"],
+}
+
+
+@both_ways
+@pytest.mark.parametrize("since", SINCE)
+def test_a_page_is_reset_when_a_lagging_replica_was_promoted_whatever_was_published_since(
+    snapshot_redis: RedisProcess,
+    replica: RedisProcess,
+    start: Start,
+    channel: str,
+    since: str,
+) -> None:
+    master = start(redis=snapshot_redis)
+    before = master.publish_id("known to both", channel)
+    follow(replica, snapshot_redis)
+    nobody = str(free_port())
+    replica.client.replicaof(LOOPBACK, nobody)
+    after = master.publish_id("the replica never had it", channel)
+    replica.client.replicaof("NO", "ONE")
+
+    promoted = start("--retry", "1", redis=replica)
+    for end in SINCE[since]:
+        promoted.publish("since", f"{channel}{end}")
+
+    assert_reset(promoted, channel, before, after)
 
 
 def test_a_type_that_is_nested_deeper_than_anybody_can_read_is_refused(server: ServerProcess) -> None:
