@@ -1303,7 +1303,7 @@ class Subscriber:
 # PAGE_LUA checks this in the history, `is_gap` where history and live events meet, `Subscriber.follows` from then on.
 
 # Keys. In a cluster they begin with ssepush:{0}: so that all are on one node, where the scripts run.
-COUNTER_KEY = "ssepush:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); key; lineage
+COUNTER_KEY = "ssepush:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); key; lineage, process
 NEWEST_KEY = "ssepush:newest"  # hash: channel → id of its newest event. Emptied when too large: floor is newest then
 HISTORY_KEY = "ssepush:history:"  # + channel: a Redis Stream of {previous: id, message: bytes}
 PUBLISHED_KEY = "ssepush:published:"  # + channel + NUL + key: the id of what was published with it
@@ -1319,9 +1319,10 @@ START = "from "  # before an id after which a page wants to read, and need not b
 # number of digits, so that ids compare as text. A channel of which the newest event is not known has had none after
 # floor.
 #
-# Lineage is Redis's replication id, which changes at each start and each promotion. If it has changed, Redis may have
-# lost events, so a new counter is born; but not after a mere restart with an append-only file: then replid2, that of a
-# former master, is zero. A new counter is born 1 ms from now, later than any id before it.
+# Lineage is Redis's replication id, which changes at each start, at each promotion, and with a first replica. If it has
+# changed, Redis may have lost events, so a new counter is born; but not if the process is the same, or has an
+# append-only file, and was never promoted: then replid2, that of a former master, is zero. A new counter is born 1 ms
+# from now, later than any id before it.
 COUNTER_LUA = f"""
 local function ms(id) return string.sub(id, 1, 13) end
 local function seq(id) return string.sub(id, 15) end
@@ -1330,20 +1331,21 @@ local now = math.max(clock[1] * 1000 + math.floor(clock[2] / 1000), 1e12)
 local replication = redis.call('INFO', 'replication')
 local role, lineage, replid2 = string.match(replication, 'role:(%a+).*replid:(%x+).*replid2:(%x+)')
 if role ~= 'master' then return redis.error_reply('READONLY this Redis is a replica') end
-local counter = redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'key', 'lineage')
-local born, newest, floor, mark_key, known = unpack(counter)
-if born and known ~= lineage then
+local counter = redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'key', 'lineage', 'process')
+local born, newest, floor, mark_key, known, process = unpack(counter)
+if known ~= lineage then
+  local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
   local was_promoted = string.find(replid2, '[^0]')
-  local keeps_all = string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1')
+  local keeps_all = run_id == process or string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1')
   if known and (was_promoted or not keeps_all) then born = false end
-  redis.call('HSET', KEYS[1], 'lineage', lineage)
+  redis.call('HSET', KEYS[1], 'lineage', lineage, 'process', run_id)
 end
 if not born then
   redis.call('UNLINK', KEYS[2])
   born = string.format('%.0f-%.0f', now + 1, math.max(clock[1] * 1e6 + clock[2], 1e15))
   if newest and ms(newest) >= ms(born) then born = string.format('%.0f-%s', ms(newest) + 1, seq(born)) end
   newest, mark_key = born, mark_key or ARGV[1]
-  redis.call('HSET', KEYS[1], 'born', born, 'newest', newest, 'key', mark_key, 'lineage', lineage)
+  redis.call('HSET', KEYS[1], 'born', born, 'newest', newest, 'key', mark_key)
 end
 if redis.call('HLEN', KEYS[2]) >= {MAX_NEWEST} then redis.call('UNLINK', KEYS[2]) end
 if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
