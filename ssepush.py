@@ -418,10 +418,12 @@ class Relay:
             function(*arguments)
         except Exception:
             log.exception("the relay goes on after an error of its own")
-            for argument in arguments:
-                if isinstance(argument, Stream):  # it must not silently miss anything: its page comes back
-                    with suppress(Exception):
+            for argument in arguments:  # no stream may silently miss anything: its page comes back
+                with suppress(Exception):
+                    if isinstance(argument, Stream):
                         self.end(argument, "missed")
+                    elif isinstance(argument, Subscriber):
+                        self.lose(argument, "missed", "an error of ours")
 
     # A stream opens
 
