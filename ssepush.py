@@ -17,7 +17,7 @@
 | request | 1, and 1 per browser that  | owns its connection until it hands it over; publishes                     |
 |         | is waited for              |                                                                           |
 | relay   | 1                          | owns every Stream and Subscriber, and alone reads and writes their sockets |
-| replay  | REPLAY_THREADS             | reads pages of the history for the relay; touches no stream               |
+| replay  | 1                          | reads pages of the history for the relay, one by one; touches no stream   |
 | watch   | 1                          | asks Redis every few seconds for the channels' newest ids                 |
 | follow  | 1 with Sentinels, clusters | asks every second who the master is                                       |
 
@@ -119,7 +119,6 @@ PAUSE_S = 0.005  # requests and replays wait so long at most for live events to 
 SLICE_S = 0.002  # of other work in the relay between two looks at Redis: live events go first
 REPLAY_PAGE_BYTES = 128 * 1024  # of the history, read at once: a script that takes longer would hold up all of Redis
 REPLAY_BYTES = 256 * 2**20  # of all pages that streams have yet to take: above this, reading stops
-REPLAY_THREADS = 4
 
 
 @dataclass
@@ -3020,7 +3019,7 @@ class Server:
         )
         self.stream_numbers = itertools.count(1)
         self._started_at = unix_time()
-        self._missed: SimpleQueue[tuple[Any, ...]] = SimpleQueue()  # what replay threads are to read
+        self._missed: SimpleQueue[tuple[Any, ...]] = SimpleQueue()  # what the replay thread is to read
         self._answering: set[Thread] = set()  # what `run` waits for, a second at most
         self._connecting = threading.Lock()
         self._shared: Subscriber | None = None
@@ -3085,7 +3084,7 @@ class Server:
         self._missed.put(missed)
 
     def _replay(self) -> None:
-        """A replay thread: read pages of the history for the relay."""
+        """The replay thread: read pages of the history, one by one, so that Redis has time for publishers, too."""
         relay = self.relay
         while True:
             missed, chunked, streams = self._missed.get()
@@ -3176,8 +3175,7 @@ class Server:
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         relay = start_thread("relay", self.relay.run)
-        for _ in range(REPLAY_THREADS):
-            start_thread("replay", self._replay)
+        start_thread("replay", self._replay)
         if self.settings.history:
             start_thread("watch", self._watch)
         masters = self.redis.connections.masters

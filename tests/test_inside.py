@@ -658,8 +658,7 @@ def test_replays_that_nobody_takes_stay_within_a_bound_of_memory_all_together(
         wait_for(are_settled, "each has a page, or has been told to come back")
         memory = server.resident_bytes() - before
 
-    of_four_threads = ssepush.REPLAY_THREADS * 2 * ssepush.REPLAY_PAGE_BYTES
-    assert max(replay_bytes) <= MOST + of_four_threads
+    assert max(replay_bytes) <= MOST + 2 * ssepush.REPLAY_PAGE_BYTES
     assert memory < 20 * 2**20
     assert server.refused("busy") > REPLAYS / 2
     wait_for(lambda: server.metric("replay_bytes") == 0, "nothing is left")
