@@ -13,8 +13,8 @@
 | thread  | how many                   | what it does, and what it may touch                                       |
 | ------- | -------------------------- | ------------------------------------------------------------------------- |
 | main    | 1                          | starts the others, waits for SIGTERM or Ctrl-C, drains                    |
-| accept  | 1 per listening socket     | accepts connections, and gives each to a request thread                   |
-| request | 1, and 1 per browser that  | owns its connection until it hands it over; publishes                     |
+| accept  | 1 per listening socket     | accepts connections, and gives each with a request to a request thread    |
+| request | 2, and 1 per browser that  | owns its connection until it hands it over; publishes                     |
 |         | is waited for              |                                                                           |
 | relay   | 1                          | owns every Stream and Subscriber, and alone reads and writes their sockets |
 | replay  | 1                          | reads pages of the history for the relay, one by one; touches no stream   |
@@ -2072,7 +2072,7 @@ HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 CONTENT_LENGTH = re.compile("[0-9]{1,12}")
 SINGLE = {"host", "content-length", "content-type", "origin", "authorization", "last-event-id", "sec-fetch-site"}
 MAX_HEAD_BYTES = 16 * 1024  # a request's line and header fields
-HEAD_S = 15.0  # for a connection to send a request's head; absolute: a byte a second does not prolong it
+HEAD_S = 15.0  # for a connection to be silent, and then to send a head; absolute: a byte a second does not prolong it
 BODY_S = 30.0
 WRITE_S = 30.0  # for a browser to take an answer
 
@@ -2410,18 +2410,26 @@ class Handler(socketserver.BaseRequestHandler):
     asked: Request
 
     def handle(self) -> None:
-        """Answer requests one after the other; bytes that follow one belong to the next."""
+        """Answer the requests that are there, one after the other; bytes that follow one belong to the next."""
         self.app = self.server.app
         self.settings = self.app.settings
         self.received = bytearray()
-        self.is_handed_over = False  # to the relay, which closes it
+        self.is_handed_over = False  # to the relay, or back to the listener, which then closes it
         with suppress(OSError):  # the browser left, or took too long
-            self.request.setblocking(False)
-            while self._answer_one():
-                if self.app.stopping.is_set():
-                    break
+            while self._has_begun():
+                if not self._answer_one() or self.app.stopping.is_set():
+                    return
                 if self.received:
                     self.app.workers.make_way()
+            self.is_handed_over = True
+            self.server.wait_for(self.request, self.client_address)
+
+    def _has_begun(self) -> bool:
+        """Whether a part of the next request is there. OSError: the browser has closed."""
+        if not self.received:
+            with suppress(BlockingIOError):
+                self._receive()
+        return bool(self.received)
 
     def _answer_one(self) -> bool:
         """Whether the connection can carry another request."""
@@ -2480,10 +2488,14 @@ class Handler(socketserver.BaseRequestHandler):
         if monotonic() > deadline:
             raise TimeoutError
         try:
-            part = self.request.recv(64 * 1024)
+            self._receive()
         except BlockingIOError:
             self._wait_until(select.POLLIN, deadline)
-            part = self.request.recv(64 * 1024)
+            self._receive()
+
+    def _receive(self) -> None:
+        """BlockingIOError: nothing is there; another OSError: the browser has closed."""
+        part = self.request.recv(64 * 1024)
         if not part:
             raise ConnectionError
         self.received += part
@@ -2504,8 +2516,7 @@ class Handler(socketserver.BaseRequestHandler):
         left_ms = 1000 * max(0.0, deadline - monotonic())
         poll = select.poll()
         poll.register(self.request, event)
-        has_asked = bool(self.asked.path)
-        with self.app.workers.waiting(self.request, has_asked):
+        with self.app.workers.waiting(self.request):
             if not poll.poll(left_ms):
                 raise TimeoutError
 
@@ -2801,8 +2812,9 @@ class Handler(socketserver.BaseRequestHandler):
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-MAX_PENDING = 1000  # connections that have yet to send a request or take an answer; one more ends the oldest of them
-IDLE_S = 1.0  # for which a request thread waits for work, unless it is the only one
+MAX_PENDING = 1000  # connections that are silent, and as many that send or take something: one more ends the oldest
+RUNNING = 2  # request threads: one computes while another waits for Redis
+IDLE_S = 1.0  # between two looks of a request thread whether it is one too many
 MAKE_WAY_S = 0.01  # for which a connection that sends many requests at once waits before each but the first
 MOST_AT_ONCE = 16  # request threads that are started when work is not taken
 STUCK_S = 0.005  # a thread that does nothing but compute has taken its next connection by then
@@ -2823,7 +2835,7 @@ def start_thread(name: str, target: Callable[[], object]) -> Thread:
 
 
 class Workers:
-    """The threads of requests. One runs, and answers one connection after another: more would take turns, which costs.
+    """The threads of requests. Two run, and answer one connection after another: more would take turns, which costs.
 
     A thread that has to wait for a browser steps aside, and another is started in its place. Of too many that wait, the
     one whose connection has moved nothing for longest is ended. Any thread.
@@ -2835,9 +2847,7 @@ class Workers:
         self._lock = threading.Lock()
         self._running = 0  # threads that look for work, or are at it without waiting for a browser
         self._taken_at = 0.0
-        # Who has moved nothing for longest, first.
-        self._asking: OrderedDict[socket.socket, None] = OrderedDict()  # has sent the whole head of a request
-        self._silent: OrderedDict[socket.socket, None] = OrderedDict()  # has not
+        self._waiting: OrderedDict[socket.socket, None] = OrderedDict()  # who has moved nothing for longest, first
 
     def start(self, *work: Any) -> None:
         """Have a thread call this function."""
@@ -2845,9 +2855,9 @@ class Workers:
         self.relieve()
 
     def relieve(self) -> None:
-        """Start a thread if none runs; or some if work is not taken in time: then those that run wait for Redis."""
+        """Start a thread if too few run; or some if work is not taken in time: then those that run wait for Redis."""
         with self._lock:
-            wanted = 0 if self._running else 1
+            wanted = max(0, RUNNING - self._running)
             if monotonic() > self._taken_at + STUCK_S:
                 untaken = min(self._work.qsize(), MOST_AT_ONCE)
                 wanted = max(wanted, untaken)
@@ -2862,7 +2872,7 @@ class Workers:
                 self._count_running(-1)
 
     def _run(self) -> None:
-        """Do one piece of work after another, for as long as nobody else does."""
+        """Do one piece of work after another, unless enough others do."""
         while True:
             is_slow = False
             with suppress(Empty):
@@ -2872,7 +2882,7 @@ class Workers:
                 is_slow = monotonic() > began_at + STUCK_S  # as Redis is; then more of us are needed
             with self._lock:
                 is_wanted = is_slow and not self._work.empty()
-                if self._running > 1 and not is_wanted:
+                if self._running > RUNNING and not is_wanted:
                     self._running -= 1
                     return
 
@@ -2896,28 +2906,29 @@ class Workers:
             sleep(MAKE_WAY_S)
 
     @contextmanager
-    def waiting(self, sock: socket.socket, has_asked: bool) -> Iterator[None]:
-        """The same, while a browser has to send a part of its request or take its answer: it may have to make room."""
-        group = self._asking if has_asked else self._silent
-        group[sock] = None
-        if len(self._asking) + len(self._silent) > self.most_waiting:
+    def waiting(self, sock: socket.socket) -> Iterator[None]:
+        """The same, while a browser has to send the rest of a request or take its answer: it may have to make room."""
+        self._waiting[sock] = None
+        if len(self._waiting) > self.most_waiting:
             self.end_oldest()
         try:
             with self.stepping_aside():
                 yield
         finally:
-            group.pop(sock, None)
+            self._waiting.pop(sock, None)
 
     def end_oldest(self) -> None:
-        """Make room by ending the one that has moved nothing for longest: who has asked for something goes last."""
-        group = self._silent or self._asking
+        """Make room by ending the one that has moved nothing for longest."""
         with suppress(KeyError, OSError):  # there is none; it has gone by itself
-            sock, _ = group.popitem(last=False)
+            sock, _ = self._waiting.popitem(last=False)
             sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, as close() would not
 
 
 class Listener(http.server.ThreadingHTTPServer):
-    """Accepts the connections of one listening socket, and has a thread answer each."""
+    """Accepts the connections of one listening socket, and has threads answer their requests.
+
+    Connections that have sent nothing yet, or nothing after the last answer, wait here, and hold no thread meanwhile.
+    """
 
     request_queue_size = 4096  # ten thousand pages come back after a deploy
 
@@ -2933,6 +2944,11 @@ class Listener(http.server.ThreadingHTTPServer):
         self.is_admin = is_admin
         self.address_family = family
         self.allow_reuse_port = app.settings.reuse_port and not is_admin
+        self._selector = DefaultSelector()
+        self._silent: OrderedDict[socket.socket, float] = OrderedDict()  # each until a time when it is ended
+        self._silent_lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._stopped = threading.Event()
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -2955,12 +2971,15 @@ class Listener(http.server.ThreadingHTTPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of descriptors the connection stays in the queue: pause, rather than spin."""
         try:
-            return super().get_request()
+            request, client_address = super().get_request()
         except OSError as error:
             if error.errno in OUT_OF_DESCRIPTORS:
+                self._end_silent(len(self._silent) - 1)
                 self.app.workers.end_oldest()
                 self.app.stopping.wait(0.05)
             raise
+        request.setblocking(False)
+        return request, client_address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Have a thread answer."""
@@ -2977,17 +2996,56 @@ class Listener(http.server.ThreadingHTTPServer):
         if not is_handed_over:
             self.shutdown_request(request)
 
-    def service_actions(self) -> None:
-        """Called by serve_forever after each connection, and fifty times a second."""
-        self.app.workers.relieve()
+    def wait_for(self, sock: socket.socket, client_address: Any) -> None:
+        """Have a thread answer as soon as something has come. Any thread: a selector takes more while it waits."""
+        with self._silent_lock:
+            self._silent[sock] = monotonic() + HEAD_S
+            self._selector.register(sock, EVENT_READ, client_address)
+
+    def serve_forever(self, poll_interval: float = 0.02) -> None:
+        """The accept thread, until `stop`. In place of socketserver's, which waits for the listening socket only."""
+        self._selector.register(self.socket, EVENT_READ)
+        while not self._stopping.is_set():
+            for key, _ in self._selector.select(poll_interval):
+                if key.fileobj is self.socket:
+                    with suppress(OSError):  # it has gone already, or there is no room for it
+                        self.process_request(*self.get_request())
+                else:
+                    self._has_come(key.fileobj, key.data)
+            self._end_silent(self.app.workers.most_waiting)
+            self.app.workers.relieve()
+        self._stopped.set()
+
+    def _has_come(self, sock: Any, client_address: Any) -> None:
+        """The connection is silent no longer."""
+        with self._silent_lock:
+            del self._silent[sock]
+            self._selector.unregister(sock)
+        self.process_request(sock, client_address)
+
+    def _end_silent(self, most: int) -> None:
+        """Close connections that have been silent for too long, and of more than so many those of longest."""
+        ended = []
+        with self._silent_lock:
+            while self._silent:
+                oldest = next(iter(self._silent))
+                if len(self._silent) <= most and self._silent[oldest] > monotonic():
+                    break
+                del self._silent[oldest]
+                self._selector.unregister(oldest)
+                ended.append(oldest)
+        for sock in ended:
+            self.shutdown_request(sock)
 
     def stop(self) -> None:
         """Answer those who were in the queue, since closing would reset them; at most 100."""
-        self.shutdown()
+        self._stopping.set()
+        self._stopped.wait()
         self.socket.setblocking(False)
         with suppress(OSError):
             for _ in range(100):
                 self.process_request(*self.get_request())
+        self._end_silent(0)
         self.server_close()
         if self.address_family == socket.AF_UNIX:
             Path(self.app.settings.admin).unlink(missing_ok=True)
@@ -3183,8 +3241,7 @@ class Server:
             start_thread("follow", functools.partial(self._follow, masters))
         self.workers.relieve()
         for listener in self.listeners:
-            accept = functools.partial(listener.serve_forever, poll_interval=0.02)
-            start_thread("accept", accept)
+            start_thread("accept", listener.serve_forever)
         signal.sigwait(signals)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         self.stopping.set()
@@ -3497,7 +3554,7 @@ def serve(
         redis.position()  # so that there is a counter, whose key all subscribers know from their start
     files = raise_open_file_limit()
     max_pending = min(MAX_PENDING, files // 4)
-    max_streams = streams_allowed(settings, redis, files - max_pending - 100)
+    max_streams = streams_allowed(settings, redis, files - 2 * max_pending - 100)
     try:
         server = Server(settings, redis, max_streams, max_pending)
     except OSError as error:

@@ -828,7 +828,7 @@ def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
 WAYS = {"subscriber each": (), "shared": ("--shared",)}
 both_ways = pytest.mark.usefixtures("way")  # of subscribing; `start` starts servers in the way that is due
 one_way = pytest.mark.parametrize("server", [()], ids=["subscriber each"], indirect=True)  # where it does not matter
-IDLE_THREADS = 6  # main, accept, relay, watch, replay, and one that is free for the next request
+IDLE_THREADS = 7  # main, accept, relay, watch, replay, and two that are free for the next requests
 POOL = 32  # connections to Redis that a server keeps
 JSON = {"Content-Type": "application/json"}
 

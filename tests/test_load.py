@@ -555,6 +555,7 @@ def test_five_thousand_silent_connections_disturb_nobody(
             5.0,
         )
         assert is_closed(silent[0])
+        wait_for(lambda: server.threads() <= IDLE_THREADS, "those that are left hold no thread")
 
     baseline.end()
 
@@ -847,9 +848,11 @@ def test_connections_that_take_no_answer_make_room_for_others(
 def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, start: Start) -> None:
     server = start(redis=own_redis)
     assert server.get("/healthz").status == 200
+    asked_at = time.monotonic()
     wait_for(lambda: server.threads() <= IDLE_THREADS, "only its own threads run")
     threads, descriptors = server.threads(), server.descriptors()
     own_redis.signal(signal.SIGSTOP)
+    wait_for(lambda: time.monotonic() > asked_at + ssepush.HEALTH_S, "that answer is not used again")
 
     with (
         connections(server.port, 300, request(b"GET /healthz HTTP/1.1")),
