@@ -608,6 +608,19 @@ def test_an_error_of_ours_in_a_replay_costs_no_page_an_event(
     assert server.metric("backlog_bytes") == 0
 
 
+def test_a_connection_that_is_silent_for_too_long_is_closed_before_and_after_a_request(
+    start_changed: StartChanged,
+) -> None:
+    server = start_changed("ssepush.HEAD_S = 0.3")
+    with connect(server.port) as never_asked, connect(server.port) as has_asked:
+        has_asked.sendall(request(b"GET /healthz HTTP/1.1"))
+        answer = has_asked.recv(4096)
+
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert never_asked.recv(1) == has_asked.recv(1) == b""
+    wait_for(lambda: server.connections() == 0, "both are closed")
+
+
 MOST = 2 * 2**20  # bytes of replays in all, in the test
 REPLAYS = 200
 
