@@ -3019,7 +3019,8 @@ class Listener(http.server.ThreadingHTTPServer):
     def _has_come(self, sock: Any, client_address: Any) -> None:
         """The connection is silent no longer."""
         with self._silent_lock:
-            del self._silent[sock]
+            if not self._silent.pop(sock, None):  # it has been ended since, to make room
+                return
             self._selector.unregister(sock)
         self.process_request(sock, client_address)
 

@@ -16,9 +16,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """As if one had said `-n 4 --dist worksteal`, where pytest-xdist is installed; `-n 0` runs one test at a time.
+    """As if one had said `-n 3 --dist worksteal`, where pytest-xdist is installed; `-n 0` runs one test at a time.
 
-    Most tests wait most of the time: there may be two processes more than processors.
+    Most tests wait most of the time: there may be one process more than processors.
     """
     source = config.args_source
     is_whole_suite = source == pytest.Config.ArgsSource.TESTPATHS
@@ -30,5 +30,5 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_watched = option.usepdb or option.collectonly
     if option.numprocesses is None and not is_watched:
         processors = os.cpu_count() or 1
-        option.numprocesses = min(processors + 2, MAX_WORKERS)
+        option.numprocesses = min(processors + 1, MAX_WORKERS)
         option.dist = "worksteal"
