@@ -2812,7 +2812,7 @@ class Handler(socketserver.BaseRequestHandler):
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-MAX_PENDING = 1000  # connections that are silent, and as many that send or take something: one more ends the oldest
+MAX_PENDING = 1000  # connections that have yet to send a request or take an answer; one more ends the oldest of them
 RUNNING = 2  # request threads: one computes while another waits for Redis
 IDLE_S = 1.0  # between two looks of a request thread whether it is one too many
 MAKE_WAY_S = 0.01  # for which a connection that sends many requests at once waits before each but the first
@@ -2917,6 +2917,10 @@ class Workers:
         finally:
             self._waiting.pop(sock, None)
 
+    def room(self) -> int:
+        """For how many silent connections there is room, beside those that wait."""
+        return max(0, self.most_waiting - len(self._waiting))
+
     def end_oldest(self) -> None:
         """Make room by ending the one that has moved nothing for longest."""
         with suppress(KeyError, OSError):  # there is none; it has gone by itself
@@ -3012,7 +3016,7 @@ class Listener(http.server.ThreadingHTTPServer):
                         self.process_request(*self.get_request())
                 else:
                     self._has_come(key.fileobj, key.data)
-            self._end_silent(self.app.workers.most_waiting)
+            self._end_silent(self.app.workers.room())
             self.app.workers.relieve()
         self._stopped.set()
 
@@ -3555,7 +3559,7 @@ def serve(
         redis.position()  # so that there is a counter, whose key all subscribers know from their start
     files = raise_open_file_limit()
     max_pending = min(MAX_PENDING, files // 4)
-    max_streams = streams_allowed(settings, redis, files - 2 * max_pending - 100)
+    max_streams = streams_allowed(settings, redis, files - max_pending - 100)
     try:
         server = Server(settings, redis, max_streams, max_pending)
     except OSError as error:
