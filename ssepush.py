@@ -3542,13 +3542,7 @@ def serve(
     may_embed: bool,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C. ValueError: it cannot start, and what to do about that, in one line."""
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
-    # Our format names no place, thread or process: looking them up is most of what a line costs.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    begin_log(settings.log_level)
     signing_secret()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while starting, and a second time
     # Blocked before any thread starts, or the kernel might hand it to one that cannot act on it; and before an embedded
@@ -3579,6 +3573,13 @@ def serve(
     print(f"ssepush {__version__} serves http://{host}:{port}/ from {address}{embedded}")
     print(f'publish with: {redis_cli(redis)} publish sse \'{{"data": "hello"}}\'    stop with: Ctrl-C', flush=True)
     server.run()
+
+
+def begin_log(level: str) -> None:
+    """To standard error. No line names a place, thread or process: looking them up is most of what one costs."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def redis_cli(redis: Redis) -> str:
