@@ -163,7 +163,7 @@ def test_the_delivery_delay_is_that_of_each_event_with_an_id_of_ours(start: Star
     server.signal(signal.SIGCONT)
 
     assert stream.data(3) == ["late", "later", "of unknown age"]
-    wait_for(lambda: server.metric("messages_received_total"), "they are counted")
+    wait_for(lambda: server.metric("messages_received_total") == 3, "all three are counted")
     scraped = Scraped(server)
     assert 0.58 <= scraped["delivery_delay_seconds_sum"] < DEADLINE_S
     assert scraped["delivery_delay_seconds_count"] == 2
