@@ -2978,8 +2978,10 @@ class Listener(http.server.ThreadingHTTPServer):
             request, client_address = super().get_request()
         except OSError as error:
             if error.errno in OUT_OF_DESCRIPTORS:
-                self._end_silent(len(self._silent) - 1)
-                self.app.workers.end_oldest()
+                if self._silent:
+                    self._end_silent(len(self._silent) - 1)
+                else:
+                    self.app.workers.end_oldest()
                 self.app.stopping.wait(0.05)
             raise
         request.setblocking(False)

@@ -73,7 +73,7 @@ def snapshot_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 
 @both_ways
 @pytest.mark.parametrize("position", ["before the snapshot", "after the snapshot"])
-@pytest.mark.parametrize("since", ["published since", "nothing since"])
+@pytest.mark.parametrize("since", ["published since", "published since on its own channel", "nothing since"])
 def test_a_page_is_reset_when_redis_came_back_from_a_snapshot(
     snapshot_redis: RedisProcess,
     start: Start,
@@ -89,6 +89,8 @@ def test_a_page_is_reset_when_redis_came_back_from_a_snapshot(
     snapshot_redis.start()
     if since == "published since":
         server.publish("later", "another channel")
+    elif since == "published since on its own channel":
+        server.publish("later", channel)
 
     last_event_id = before if position == "before the snapshot" else after
     with server.stream(channel, Last_Event_ID=last_event_id) as stream:

@@ -446,24 +446,6 @@ def assert_reset(server: ServerProcess, channel: str, *told: str) -> None:
         stream.close()
 
 
-@both_ways
-def test_a_page_is_reset_when_redis_came_back_from_a_snapshot_and_went_on_with_its_own_channel(
-    snapshot_redis: RedisProcess,
-    start: Start,
-    channel: str,
-) -> None:
-    server = start("--retry", "1", redis=snapshot_redis)
-    before = server.publish_id("kept", channel)
-    snapshot_redis.client.save()
-    after = server.publish_id("forgotten", channel)
-    snapshot_redis.kill()
-    snapshot_redis.start()
-
-    server.publish("since", channel)
-
-    assert_reset(server, channel, before, after)
-
-
 SINCE = {  # what has been published when the page comes back
     "nothing": [],
     "on its own channel": [""],
