@@ -2421,8 +2421,8 @@ class Handler(socketserver.BaseRequestHandler):
                     return
                 if self.received:
                     self.app.workers.make_way()
-            self.is_handed_over = True
             self.server.wait_for(self.request, self.client_address)
+            self.is_handed_over = True
 
     def _has_begun(self) -> bool:
         """Whether a part of the next request is there. OSError: the browser has closed."""
@@ -2841,8 +2841,9 @@ class Workers:
     one whose connection has moved nothing for longest is ended. Any thread.
     """
 
-    def __init__(self, most_waiting: int) -> None:
-        self.most_waiting = most_waiting
+    def __init__(self, max_pending: int) -> None:
+        self.max_pending = max_pending
+        self.most_waiting = max_pending * 9 // 10  # a tenth is for those who have just come
         self._work: SimpleQueue[tuple[Any, ...]] = SimpleQueue()  # each a function and its arguments
         self._lock = threading.Lock()
         self._running = 0  # threads that look for work, or are at it without waiting for a browser
@@ -2919,7 +2920,7 @@ class Workers:
 
     def room(self) -> int:
         """For how many silent connections there is room, beside those that wait."""
-        return max(0, self.most_waiting - len(self._waiting))
+        return max(0, self.max_pending - len(self._waiting))
 
     def end_oldest(self) -> None:
         """Make room by ending the one that has moved nothing for longest."""
@@ -3005,8 +3006,8 @@ class Listener(http.server.ThreadingHTTPServer):
     def wait_for(self, sock: socket.socket, client_address: Any) -> None:
         """Have a thread answer as soon as something has come. Any thread: a selector takes more while it waits."""
         with self._silent_lock:
-            self._silent[sock] = monotonic() + HEAD_S
             self._selector.register(sock, EVENT_READ, client_address)
+            self._silent[sock] = monotonic() + HEAD_S
 
     def serve_forever(self, poll_interval: float = 0.02) -> None:
         """The accept thread, until `stop`. In place of socketserver's, which waits for the listening socket only."""

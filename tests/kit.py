@@ -115,10 +115,26 @@ def running(
             process.kill()
 
 
+def stop(process: subprocess.Popen[Any]) -> None:
+    """Stop it by a signal that it cannot catch. Its threads go on until each has seen that: wait for them."""
+    process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: thread_states(process) == {"T"}, "all its threads are stopped")
+
+
+def thread_states(process: subprocess.Popen[Any]) -> set[str]:
+    """What its threads are doing, as the kernel says: S for sleeping, T for stopped …"""
+    states = set()
+    for stat in Path(f"/proc/{process.pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            after_name = stat.read_text().rpartition(")")[2]
+            states.add(after_name.split()[0])
+    return states
+
+
 @contextlib.contextmanager
 def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
     """Stopped by a signal that it cannot catch, and going on afterwards as if nothing had happened."""
-    process.send_signal(signal.SIGSTOP)
+    stop(process)
     try:
         yield
     finally:
@@ -1317,14 +1333,11 @@ class Baseline:
             assert stream.next(seconds).data == "newcomer"
         assert time.monotonic() < deadline
 
-    def is_back(self) -> bool:
-        """Nothing is left but connections to Redis."""
-        server = self.server
-        return server.threads() <= self.threads and server.descriptors() <= self.descriptors + POOL
-
     def end(self, seconds: float = DEADLINE_S) -> None:
         """The attack is over: nothing of it is left, and the stream was never interrupted."""
-        wait_for(self.is_back, "threads and descriptors are back to the baseline", seconds)
+        server, most = self.server, self.descriptors + POOL  # connections to Redis are kept
+        wait_for(lambda: server.threads() <= self.threads, f"threads are back to {self.threads}", seconds)
+        wait_for(lambda: server.descriptors() <= most, f"descriptors are back to {most}", seconds)
         self.publish("after")
         assert self.server.streams() == 1
         self.stream.close()

@@ -7,7 +7,6 @@ import random
 import re
 import resource
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from tests.kit import (
     numbers,
     post,
     request,
+    stop,
     stopped,
     wait_for,
 )
@@ -119,7 +119,7 @@ class Bad:
         self.stack.callback(stop.set)
 
     def is_stopped(self) -> None:
-        self._process("127.0.0.1").send_signal(signal.SIGSTOP)
+        stop(self._process("127.0.0.1"))
 
     def half_closes(self) -> None:
         self._stream().sock.shutdown(socket.SHUT_WR)
@@ -837,7 +837,10 @@ def test_connections_that_take_no_answer_make_room_for_others(
 
     with connections(server.port, 200, request(b"GET / HTTP/1.1") * 200):
         wait_for(lambda: server.threads() >= 90, "as many as may wait hold a thread")
-        baseline.newcomer()  # who comes after all of them
+        with connect(server.port) as late:
+            baseline.newcomer()  # who comes after all of them
+            late.sendall(request(b"GET /position HTTP/1.1"))
+            assert late.recv(12) == b"HTTP/1.1 200"  # who has been silent meanwhile
         wait_for(lambda: server.threads() <= 110, "the others are ended")
         baseline.publish("meanwhile")
 
@@ -851,10 +854,10 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
     asked_at = time.monotonic()
     wait_for(lambda: server.threads() <= IDLE_THREADS, "only its own threads run")
     threads, descriptors = server.threads(), server.descriptors()
-    own_redis.signal(signal.SIGSTOP)
     wait_for(lambda: time.monotonic() > asked_at + ssepush.HEALTH_S, "that answer is not used again")
 
     with (
+        stopped(own_redis.process),
         connections(server.port, 300, request(b"GET /healthz HTTP/1.1")),
         connections(server.port, 100, request(b"GET /stream HTTP/1.1")),
     ):
@@ -865,7 +868,6 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
             2.0,
         )
         wait_for(lambda: server.threads() <= threads + 1, "they have been told that Redis is away")
-    own_redis.signal(signal.SIGCONT)
 
     wait_for(lambda: server.get("/healthz").status == 200, "Redis is back")
     wait_for(lambda: server.threads() <= threads and server.descriptors() <= descriptors + 32, "nothing is left")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from tests.kit import (
     environment_with,
     free_port,
     ssepush_command,
+    stopped,
     wait_for,
 )
 
@@ -145,22 +145,16 @@ def test_the_delivery_delay_is_that_of_each_event_with_an_id_of_ours(start: Star
     server = start()
     stream = server.stream(channel)
     wait_for(lambda: server.streams() == 1, "the stream is live")
-    server.signal(signal.SIGSTOP)
-    ssepush.publish(
-        "late",
-        channel=channel,
-        redis_url=server.redis.url,
-    )
-    ssepush.publish(
-        "later",
-        channel=channel,
-        redis_url=server.redis.url,
-    )
-    published_at = time.monotonic()
-    server.redis.publish(channel, "of unknown age")
-
-    wait_for(lambda: time.monotonic() > published_at + 0.3, "the events are 0.3 s old")
-    server.signal(signal.SIGCONT)
+    with stopped(server.process):
+        for data in ("late", "later"):
+            ssepush.publish(
+                data,
+                channel=channel,
+                redis_url=server.redis.url,
+            )
+        published_at = time.monotonic()
+        server.redis.publish(channel, "of unknown age")
+        wait_for(lambda: time.monotonic() > published_at + 0.3, "the events are 0.3 s old")
 
     assert stream.data(3) == ["late", "later", "of unknown age"]
     wait_for(lambda: server.metric("messages_received_total") == 3, "all three are counted")
