@@ -332,7 +332,7 @@ class Relay:
         self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
         self._asleep = False
         # Of this wake-up: who read the same bytes (and knows the same mark key), who has commands, who misses the same.
-        self._received: dict[tuple[bytes, bytes], list[Subscriber]] = {}
+        self._received: defaultdict[tuple[bytes, bytes], list[Subscriber]] = defaultdict(list)
         self._with_commands: set[Subscriber] = set()
         self._missing: dict[tuple[Missed, bool], list[Stream]] = {}
         self._complaints: Counter[str] = Counter()  # logged once a second, not ten thousand times
@@ -580,12 +580,11 @@ class Relay:
             return
         if received:
             mark_key = subscriber.mark_key or b""
-            same = self._received.setdefault((received, mark_key), [])
-            same.append(subscriber)
+            self._received[received, mark_key].append(subscriber)
 
     def _pass_on(self) -> None:
         """Pass on what was read in this wake-up: parsed once for all subscribers that read the same."""
-        everything, self._received = self._received, {}
+        everything, self._received = self._received, defaultdict(list)
         for (received, mark_key), subscribers in everything.items():
             try:
                 is_small = len(received) <= READ_BYTES
@@ -603,8 +602,9 @@ class Relay:
         read: Read,
         subscribers: Sequence[Subscriber],
     ) -> None:
-        for subscriber in subscribers:
-            subscriber.keep_rest(read)
+        if read.rest or read.surplus:
+            for subscriber in subscribers:
+                subscriber.keep_rest(read)
         for part in read.parts:
             if isinstance(part, Answer):
                 for subscriber in subscribers:
@@ -637,9 +637,10 @@ class Relay:
         live = State.LIVE
         number = len(batch.events)
         now = self._now
-        reached = 0
+        reached = len(streams)
         for stream in streams:
             if stream.state is not live:
+                reached -= 1
                 self._feed(stream, batch)
                 continue
             wire = batch.chunked if stream.chunked else batch.plain
@@ -649,7 +650,6 @@ class Relay:
                 sent = 0
             stream.progress_at = now
             stream.events += number
-            reached += 1
             if sent < len(wire):
                 self._send(stream, memoryview(wire)[sent:])
         if reached:
@@ -1261,7 +1261,8 @@ class Subscriber:
         seen = self.seen.get(batch.channel, batch.previous)
         if batch.previous > seen or not batch.is_whole:
             return False
-        self.seen[batch.channel] = max(batch.position, seen)
+        if batch.position > seen:
+            self.seen[batch.channel] = batch.position
         return True
 
     def has_seen(self, newest: Mapping[bytes, str]) -> bool:
@@ -1273,17 +1274,24 @@ class Subscriber:
         received = self.sock.recv(READ_BYTES)
         if not received:
             raise ConnectionError("Redis closed the connection")
-        skipped = min(self.surplus, len(received))
-        self.surplus -= skipped
-        self.parts.append(received[skipped:])
-        self.to_come -= len(received) - skipped
-        if self.surplus or self.to_come > 0:
+        if self.surplus:
+            skipped = min(self.surplus, len(received))
+            self.surplus -= skipped
+            received = received[skipped:]
+        if not self.parts:
+            return received
+        self.parts.append(received)
+        self.to_come -= len(received)
+        if self.to_come > 0:
             return b""
-        return b"".join(self.parts)
+        received = b"".join(self.parts)
+        self.parts = []
+        return received
 
     def keep_rest(self, read: Read) -> None:
-        """What was read has been parsed."""
-        self.parts = [read.rest]
+        """What was read has been parsed, but for the beginning of a reply; or ended in a message that is dropped."""
+        if read.rest:
+            self.parts.append(read.rest)
         self.to_come = read.to_come
         self.surplus = read.surplus
 
