@@ -21,7 +21,7 @@ All is on loopback, and ends by itself.
 | open | opening 5,000 streams |
 | idle | CPU time of 5,000 idle streams, in the first round |
 | return | 9,000 pages return at once after a restart, and have missed events; meanwhile 100 watch another channel |
-| busy | latency of 100 events/s on 1,000 streams: quiet, and beside 100 opened/s and 500 posts/s |
+| busy | latency of 100 events/s on 1,000 streams: quiet; beside 100 opened/s and 500 posts/s, here or elsewhere |
 | large | 18,000 streams: memory, how their heartbeats delay the events of 100 others, CPU per delivery against 500 |
 | post | POST /publish over kept-alive connections |
 
@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -348,32 +349,46 @@ def come_back(stage: Stage, last_event_id: str) -> Iterator[Sample]:
 
 
 def busy(stage: Stage) -> Iterator[Sample]:
-    """The same events twice, without and with other work. Each kind of work has a load generator of its own."""
-    pace_s = 2 * stage.seconds
-    pace = f"pace {BUSY_PER_S} {SMALL_BYTES} {pace_s}"
-    with contextlib.ExitStack() as stack:
-        load = stack.enter_context(stage.streams(stage.step.streams))
+    """The same events without other work, beside it, and while another process does it: the machine's own share."""
+    step, place = stage.step, stage.place
+    with stage.streams(step.streams) as load:
         stage.opening(load)
         load.obey(f"pace {BUSY_PER_S} {SMALL_BYTES} {WARM_UP_S}")
-        quiet = load.obey(pace)
+        quiet = paced(stage, load)
         values = {"lost": lost_in(quiet), **latency_ms(quiet, "quiet_")}
-        if stage.step.peer.is_ssepush:
-            others_s = pace_s + 2 * WARM_UP_S
-            path = "/stream?channel=newcomers"
-            newcomers = stage.load("newcomers", path, OPENED_PER_S, others_s)
-            stack.enter_context(newcomers)
-            posters = stage.load("post", "/publish", POST_CONNECTIONS, POSTED_PER_S, others_s)
-            stack.enter_context(posters)
-            time.sleep(WARM_UP_S)
-            beside = load.obey(pace)
-            opened = newcomers.answer()
-            answered = posters.answer()
-            values |= latency_ms(beside, "busy_")
-            values["lost"] += lost_in(beside)
-            values["open_p99_ms"] = opened["latency_p99_us"] / 1000
-            values["not_opened"] = opened["streams"] - opened["opened"]
-            values["posts_per_s"] = answered["requests"] / answered["elapsed_s"]
-    yield stage.step.sample(values)
+        if step.peer.is_ssepush:
+            elsewhere = dataclasses.replace(place, port=free_port())
+            with running_server(step.peer, elsewhere) as servers:
+                other = Stage(step, elsewhere, servers, stage.seconds)
+                values |= latency_ms(beside(other, stage, load), "elsewhere_")
+            measured = beside(stage, stage, load)
+            values |= latency_ms(measured, "busy_")
+            values["lost"] += lost_in(measured)
+            for name in ("open_p99_ms", "not_opened", "posts_per_s"):
+                values[name] = measured[name]
+    yield step.sample(values)
+
+
+def paced(stage: Stage, load: Load) -> Values:
+    return load.obey(f"pace {BUSY_PER_S} {SMALL_BYTES} {2 * stage.seconds}")
+
+
+def beside(other: Stage, stage: Stage, load: Load) -> Values:
+    """Paced events of a stage, while streams are opened and events published over HTTP at the other's server."""
+    others_s = 2 * (stage.seconds + WARM_UP_S)
+    path = "/stream?channel=newcomers"
+    with (
+        other.load("newcomers", path, OPENED_PER_S, others_s) as newcomers,
+        other.load("post", "/publish", POST_CONNECTIONS, POSTED_PER_S, others_s) as posters,
+    ):
+        time.sleep(WARM_UP_S)
+        measured = paced(stage, load)
+        opened = newcomers.answer()
+        answered = posters.answer()
+    measured["open_p99_ms"] = opened["latency_p99_us"] / 1000
+    measured["not_opened"] = opened["streams"] - opened["opened"]
+    measured["posts_per_s"] = answered["requests"] / answered["elapsed_s"]
+    return measured
 
 
 def large(stage: Stage) -> Iterator[Sample]:
