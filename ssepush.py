@@ -2826,6 +2826,7 @@ IDLE_S = 1.0  # between two looks of a request thread whether it is one too many
 MAKE_WAY_S = 0.01  # for which a connection that sends many requests at once waits before each but the first
 MOST_AT_ONCE = 16  # request threads that are started when work is not taken
 STUCK_S = 0.005  # a thread that does nothing but compute has taken its next connection by then
+UNTAKEN_S = 0.02  # between two looks whether work that waits is taken
 OUT_OF_DESCRIPTORS = {
     errno.EMFILE,
     errno.ENFILE,
@@ -2879,6 +2880,10 @@ class Workers:
                 start_thread("request", self._run)
             except RuntimeError:  # no room for one: the work waits until somebody has time, or we are asked again
                 self._count_running(-1)
+
+    def have_untaken(self) -> bool:
+        """Whether work waits for a thread."""
+        return not self._work.empty()
 
     def _run(self) -> None:
         """Do one piece of work after another, unless enough others do."""
@@ -3017,11 +3022,12 @@ class Listener(http.server.ThreadingHTTPServer):
             self._selector.register(sock, EVENT_READ, client_address)
             self._silent[sock] = monotonic() + HEAD_S
 
-    def serve_forever(self, poll_interval: float = 0.02) -> None:
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
         """The accept thread, until `stop`. In place of socketserver's, which waits for the listening socket only."""
         self._selector.register(self.socket, EVENT_READ)
         while not self._stopping.is_set():
-            for key, _ in self._selector.select(poll_interval):
+            wait_s = UNTAKEN_S if self.app.workers.have_untaken() else poll_interval
+            for key, _ in self._selector.select(wait_s):
                 if key.fileobj is self.socket:
                     with suppress(OSError):  # it has gone already, or there is no room for it
                         self.process_request(*self.get_request())
