@@ -1592,10 +1592,14 @@ class Redis:
 
     def _start_of_last(self, number: int, channel: str) -> str:
         """Where a channel's newest events start, so many of them; "" if fewer are kept."""
-        before, at, left = b"", b"", number
+        key = HISTORY_KEY + channel
+        before = at = b""
+        left = number
         while left:
-            before, at, left = self._run(BACK_LUA, [HISTORY_KEY + channel], at, left)
-        return START + before.decode() if before else ""
+            before, at, left = self._run(BACK_LUA, [key], at, left)
+        if not before:
+            return ""
+        return START + before.decode()
 
     def newest(self, channels: Sequence[bytes]) -> dict[bytes, str]:
         """The newest id of each channel that has one."""
@@ -3249,9 +3253,8 @@ class Server:
 
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C, then drain. The thread that calls this only waits."""
-        sys.setswitchinterval(
-            0.0005
-        )  # the relay waits so long at most for its turn after each send while a request computes
+        # The relay waits so long at most for its turn after each send while a request computes.
+        sys.setswitchinterval(0.0005)
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         relay = start_thread("relay", self.relay.run)

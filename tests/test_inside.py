@@ -621,6 +621,27 @@ def test_a_connection_that_is_silent_for_too_long_is_closed_before_and_after_a_r
     wait_for(lambda: server.connections() == 0, "both are closed")
 
 
+NO_ROOM = """
+class NoRoom(ssepush.DefaultSelector):
+    def register(self, sock, events, data=None):
+        if isinstance(data, tuple) and isinstance(data[0], str):  # a browser's address: a silent connection
+            raise OSError("no room in the selector")
+        return super().register(sock, events, data)
+
+ssepush.DefaultSelector = NoRoom
+"""
+
+
+def test_a_silent_connection_that_the_selector_has_no_room_for_is_closed_and_the_next_is_accepted(
+    start_changed: StartChanged,
+) -> None:
+    server = start_changed(NO_ROOM + "ssepush.HEAD_S = 0.3")
+
+    for _ in range(2):
+        with connect(server.port) as silent:
+            assert silent.recv(1) == b""
+
+
 MOST = 2 * 2**20  # bytes of replays in all, in the test
 REPLAYS = 200
 

@@ -106,17 +106,17 @@ class Bad:
         self._stream()
 
     def reads_1_byte_a_second(self) -> None:
-        stream, stop = self._stream(), threading.Event()
+        stream, ended = self._stream(), threading.Event()
 
         def read() -> None:
             with contextlib.suppress(OSError):
-                while not stop.wait(1.0) and stream.sock.recv(1):
+                while not ended.wait(1.0) and stream.sock.recv(1):
                     pass
 
         reader = threading.Thread(target=read)
         reader.start()
         self.stack.callback(reader.join)
-        self.stack.callback(stop.set)
+        self.stack.callback(ended.set)
 
     def is_stopped(self) -> None:
         stop(self._process("127.0.0.1"))
