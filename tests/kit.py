@@ -725,12 +725,13 @@ class EventStream:
         """Whether the stream was told in one comment why it ends."""
         return len(self.parser.comments) == 1 and self.parser.comments != [""]
 
-    def comes_back_after(self, retry_ms: int = 3000) -> bool:
-        """Whether its last words told the browser to come back after about this time."""
+    def comes_back_after(self, retry_ms: int = 3000, soon: bool = False) -> bool:
+        """Whether its last words told the browser to come back after about this time; soon: after a third at most."""
         last_words = re.search(rb"retry: ([0-9]+)\n\n\Z", self.body)
         if not last_words:
             return False
-        return retry_ms / 2 <= int(last_words[1]) <= retry_ms * 1.5
+        least, most = (retry_ms // 6, retry_ms / 3) if soon else (retry_ms / 2, retry_ms * 1.5)
+        return least <= int(last_words[1]) <= most
 
     def close(self) -> None:
         """Leave, as a closed tab does."""
@@ -739,6 +740,20 @@ class EventStream:
     def reset(self) -> None:
         """Leave with a reset."""
         close_with_reset(self.sock)
+
+
+def until_event(stream: EventStream, data: str) -> list[Received]:
+    """The events up to this one."""
+    events = [stream.next()]
+    while events[-1].data != data:
+        events.append(stream.next())
+    return events
+
+
+def until(stream: EventStream, data: str) -> list[str]:
+    """The data of the events before this one."""
+    *before, _ = until_event(stream, data)
+    return [event.data for event in before]
 
 
 def close_with_reset(sock: socket.socket) -> None:
@@ -785,11 +800,10 @@ def next_of_each(streams: Sequence[EventStream]) -> list[str]:
     return [stream.next().data for stream in streams]
 
 
-def place_of(id: str) -> tuple[int, int]:
+def place_of(id: str) -> int:
     """Where an id of ours stands in the order of publishing."""
-    ours = re.match("([0-9]{13})-([0-9]{16})", id)
-    assert ours, f"not an id of ours: {id!r}"
-    return int(ours[1]), int(ours[2])
+    assert re.fullmatch("[0-9]{16}", id), f"not an id of ours: {id!r}"
+    return int(id)
 
 
 # ── The command line ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -844,7 +858,8 @@ def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
 WAYS = {"subscriber each": (), "shared": ("--shared",)}
 both_ways = pytest.mark.usefixtures("way")  # of subscribing; `start` starts servers in the way that is due
 one_way = pytest.mark.parametrize("server", [()], ids=["subscriber each"], indirect=True)  # where it does not matter
-IDLE_THREADS = 7  # main, accept, relay, watch, replay, and two that are free for the next requests
+IDLE_THREADS = 7  # main, accept, relay, watch, log, and two that are free for the next requests
+MOST_WAITING = 1000  # connections that are not streams; each has a thread, which is then kept for the next one
 POOL = 32  # connections to Redis that a server keeps
 JSON = {"Content-Type": "application/json"}
 
@@ -1097,14 +1112,18 @@ class Page(threading.Thread):
         port: int,
         *channels: str,
         leave_after: Callable[[], int] | None = None,
+        told: str = "",
     ) -> None:
-        """leave_after: how many events the page reads before it leaves by itself and comes back at once."""
+        """leave_after: how many events it reads before it leaves by itself and comes back at once.
+
+        told: the last event ID that it had before, if it comes back from there.
+        """
         super().__init__(daemon=True)
         self.port = port
         self.channels = channels
         self.leave_after = leave_after
         self.events: list[Received] = []
-        self.last_event_id = ""
+        self.last_event_id = told
         self.streams = 0
         self.left = threading.Event()
         self.start()
@@ -1129,7 +1148,8 @@ class Page(threading.Thread):
             events = stream.take(min(number, len(stream.untaken)))
             self.events += events
             number -= len(events)
-            self.last_event_id = stream.last_event_id if number else events[-1].id
+            if stream.last_event_id:  # or it has been told none, and keeps the one before
+                self.last_event_id = stream.last_event_id if number else events[-1].id
         if stream.ended:
             self.left.wait((stream.parser.retry_ms or 0) / 1000)
 
@@ -1162,7 +1182,7 @@ class Publisher(threading.Thread):
             itertools.repeat(name),
             itertools.count(),
         )
-        self.acknowledged: list[tuple[tuple[int, int], str, str]] = []  # (place, channel, data)
+        self.acknowledged: list[tuple[int, str, str]] = []  # (place, channel, data)
         self.unsure: list[str] = []
         self.done = threading.Event()
         self.start()
@@ -1336,8 +1356,9 @@ class Baseline:
     def end(self, seconds: float = DEADLINE_S) -> None:
         """The attack is over: nothing of it is left, and the stream was never interrupted."""
         server, most = self.server, self.descriptors + POOL  # connections to Redis are kept
-        wait_for(lambda: server.threads() <= self.threads, f"threads are back to {self.threads}", seconds)
+        wait_for(lambda: server.connections() == 1, "all connections but the stream's are closed", seconds)
         wait_for(lambda: server.descriptors() <= most, f"descriptors are back to {most}", seconds)
+        assert server.threads() <= self.threads + MOST_WAITING
         self.publish("after")
         assert self.server.streams() == 1
         self.stream.close()

@@ -72,7 +72,6 @@ def test_whatever_dies_no_page_loses_doubles_or_reorders_an_event_or_is_reset_wi
 
     assert figure(printed, SCENARIOS[scenario]) > 0
     assert figure(printed, "Redis killed .*") > 0
-    assert figure(printed, "events forged or forwarded") > 0
 
 
 # ── Failover ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -240,11 +239,11 @@ def test_a_case_that_was_measured_again_replaces_its_line_and_no_other() -> None
 def test_a_ratio_is_taken_within_a_round() -> None:
     samples = [
         sample("post 16", 150.0, 1, "ssepush"),
-        sample("post 16", 100.0, 1, "1.0"),
+        sample("post 16", 100.0, 1, "1.1"),
         sample("post 16", 30.0, 2, "ssepush"),
-        sample("post 16", 20.0, 2, "1.0"),
+        sample("post 16", 20.0, 2, "1.1"),
         sample("post 16", 500.0, 3, "ssepush"),
-        sample("post 16", 100.0, 3, "1.0"),
+        sample("post 16", 100.0, 3, "1.1"),
     ]
     bar = report.Bar(
         peer="ssepush",
@@ -252,7 +251,7 @@ def test_a_ratio_is_taken_within_a_round() -> None:
         metric="requests_per_s",
         sign=">=",
         bound=1.3,
-        against="1.0",
+        against="1.1",
     )
 
     line = bar.line(samples)

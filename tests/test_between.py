@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 import ssepush
 from tests.kit import (
     DEADLINE_S,
-    HERE,
     RedisProcess,
     Start,
     WithholdingProxy,
     both_ways,
     close_with_reset,
     numbers,
+    until,
     wait_for,
 )
+from tests.messages import one_line_end
 
 
 class HoldingProxy(WithholdingProxy):
@@ -88,7 +90,7 @@ class CuttingProxy(WithholdingProxy):
     ) -> None:
         with source, sink, contextlib.suppress(OSError):
             while received := source.recv(65536):
-                if b"'XRANGE'" in received:  # in the script
+                if b"XREVRANGE" in received:
                     close_with_reset(source)
                 sink.sendall(received)
 
@@ -99,7 +101,7 @@ def test_a_page_whose_history_redis_did_not_answer_is_told_to_come_back(
 ) -> None:
     with CuttingProxy(redis_process) as proxy:
         server = start(redis=proxy.url)
-        missed = server.publish_id("missed", channel)
+        missed = str(ssepush.publish("missed", channel=channel, redis_url=redis_process.url).id)
 
         with server.stream(channel, Last_Event_ID=missed) as stream:
             assert stream.until_end() == []
@@ -110,49 +112,98 @@ def test_a_page_whose_history_redis_did_not_answer_is_told_to_come_back(
         assert server.streams() == 0
 
 
-FORKS = """
-import contextlib, os, sys
-import ssepush
+class PiecesProxy(WithholdingProxy):
+    """Stands before Redis. All that is on its way comes in pieces of so many bytes."""
 
-channel, url = sys.argv[1:]
-connections = ssepush.redis_at(url, 100, 86400, ssepush.MAX_EVENT_BYTES).connections
+    def __init__(self, redis_process: RedisProcess, size: int) -> None:
+        self.size = size
+        super().__init__(redis_process)
 
-def publish(data):
-    ssepush.publish(data, channel=channel, redis_url=url)
-
-def hold_all_but(number, stack):
-    for _ in range(connections.MOST - number):
-        stack.enter_context(connections._one())
-
-publish("parent")
-with contextlib.ExitStack() as in_use:
-    hold_all_but(0, in_use)
-    child = os.fork()
-    if not child:
-        with contextlib.ExitStack() as in_use_too:
-            hold_all_but(1, in_use_too)
-            publish("child")
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-publish("parent again")
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
+    def _pass_on(
+        self,
+        source: socket.socket,
+        sink: socket.socket,
+    ) -> None:
+        sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with source, sink, contextlib.suppress(OSError):
+            while received := source.recv(self.size):
+                sink.sendall(received)
 
 
-def test_a_process_that_is_forked_while_all_connections_are_in_use_has_as_many_of_its_own(
+DATA = ["one", "", "*2\r\n$3\r\n", "é" * 300, "last"]
+
+
+@both_ways
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_what_comes_from_redis_in_pieces_is_whole_live_and_after_a_return(
     redis_process: RedisProcess,
     start: Start,
     channel: str,
+    size: int,
 ) -> None:
-    server = start()
-    with server.opened(channel) as stream:
-        done = subprocess.run(
-            [sys.executable, "-c", FORKS, channel, redis_process.url],
-            cwd=HERE,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-        )
+    with PiecesProxy(redis_process, size) as proxy:
+        server = start(redis=proxy.url)
+        first = str(ssepush.publish("first", channel=channel, redis_url=redis_process.url).id)
+        with server.opened(channel, f"{channel}-other") as live:
+            redis_process.publish(channel, b"\xff")
+            for data in DATA:
+                ssepush.publish(data, channel=channel, redis_url=redis_process.url)
+            came = live.data(len(DATA))
+        with server.stream(channel, f"{channel}-other", Last_Event_ID=first) as back:
+            missed = back.data(len(DATA))
+        dropped = server.dropped("message is not UTF-8")
 
-        assert done.returncode == 0, done.stderr
-        assert stream.data(3) == ["parent", "child", "parent again"]
+    assert came == missed == [one_line_end(data) for data in DATA]
+    assert dropped == 1
+
+
+class SwallowingProxy(WithholdingProxy):
+    """Stands before Redis. Messages in which it says "swallowed" do not arrive."""
+
+    SWALLOWED = re.compile(rb"[*>]3\r\n\$7\r\nmessage\r\n\$\d+\r\n[^\r]*\r\n\$\d+\r\n[^\r]*swallowed[^\r]*\r\n")
+
+    def _pass_on(
+        self,
+        source: socket.socket,
+        sink: socket.socket,
+    ) -> None:
+        with source, sink, contextlib.suppress(OSError):
+            while received := source.recv(65536):
+                sink.sendall(self.SWALLOWED.sub(b"", received))
+
+
+@both_ways
+@pytest.mark.parametrize("follows", [True, False], ids=["an event follows there", "none follows"])
+def test_a_hole_on_one_channel_is_told_to_the_streams_that_follow_it_and_the_others_go_on(
+    redis_process: RedisProcess,
+    start: Start,
+    channel: str,
+    follows: bool,
+) -> None:
+    holed, whole = f"{channel}-holed", f"{channel}-whole"
+
+    def publish(data: str, name: str) -> str:
+        return str(ssepush.publish(data, channel=name, redis_url=redis_process.url).id)
+
+    with SwallowingProxy(redis_process) as proxy:
+        server = start("--heartbeat", "1", redis=proxy.url)
+        with server.opened(holed, whole) as told, server.opened(whole) as other:
+            publish("swallowed", holed)
+            newest = publish("on the other channel", whole)
+            if follows:
+                publish("after the hole", holed)
+            *before, reset = told.until_end()
+            publish("still here", whole)
+            went_on = other.data(2)
+        with server.stream(holed, whole, Last_Event_ID=reset.id) as back:
+            publish("last", holed)
+            since = until(back, "last")
+
+    assert [event.data for event in before] == ["on the other channel"]
+    assert (reset.type, reset.json) == ("stream-reset", {"reason": "missed"})
+    assert reset.id >= newest
+    assert told.parser.comments[-1] == "events were missed"
+    assert told.comes_back_after()
+    assert went_on == ["on the other channel", "still here"]
+    assert set(since) <= {"after the hole", "still here"}
+    assert server.closed("missed") == 1

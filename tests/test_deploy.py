@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import itertools
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -16,7 +14,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -32,12 +30,9 @@ from tests.kit import (
     HERE,
     LOOPBACK,
     EventStream,
-    Page,
-    Publisher,
     RedisProcess,
     ServerProcess,
     Start,
-    assert_whole,
     both_ways,
     environment_with,
     free_port,
@@ -705,177 +700,40 @@ def test_prometheus_finds_nothing_wrong_with_the_metrics(start: Start, channel: 
 # ── Upgrading ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class WanderingPage(Page):
-    """A page that comes back at another server each time, as behind a proxy."""
-
-    def __init__(
-        self,
-        ports: Sequence[int],
-        *channels: str,
-    ) -> None:
-        self.ports = itertools.cycle(ports)
-        first = next(self.ports)
-        super().__init__(first, *channels, leave_after=self._move_on)
-
-    def _move_on(self) -> int:
-        self.port = next(self.ports)
-        return random.randint(1, 30)
-
-    def _read(self, stream: EventStream, number: int) -> None:
-        """A stream that ends before it has said an id leaves the page where it was, as in a browser."""
-        before = self.last_event_id
-        super()._read(stream, number)
-        self.last_event_id = self.last_event_id or before
+OF_1_X = "1764000000000-1764000000000000"  # an id, as pages have it that come from there
 
 
-@pytest.fixture
-def last_release(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., ServerProcess]:
-    """Starts a server of the last release."""
-    old = tmp_path / "ssepush.py"
-    shutil.copy(TESTS / "releases" / "ssepush-1.0.0.py", old)
-    shutil.copy(HERE / "index.html", tmp_path)
-
-    def old_command(*arguments: str) -> list[str]:
-        return [sys.executable, str(old), *arguments]
-
-    def start(*options: str, redis: RedisProcess) -> ServerProcess:
-        with monkeypatch.context() as patched:
-            patched.setattr("tests.kit.ssepush_command", old_command)
-            return ServerProcess(redis, *options)
-
-    return start
+def kept_by_1_x(redis: RedisProcess, channel: str) -> dict[str, bytes | None]:
+    """The keys that 1.x leaves behind, each as Redis dumps it."""
+    keys = ("ssepush:counter", f"ssepush:history:{channel}")
+    return {key: redis.client.dump(key) for key in keys}
 
 
 @both_ways
-def test_pages_that_move_between_the_last_release_and_this_one_miss_nothing_and_get_nothing_twice(
+def test_a_page_that_1_x_has_served_is_reset_once_and_then_gets_everything(
     start: Start,
-    last_release: Callable[..., ServerProcess],
-    own_redis: RedisProcess,
-    way: tuple[str, ...],
-    channel: str,
-) -> None:
-    history = ("--history", "10000")
-    old = last_release(*way, *history, redis=own_redis)
-    assert old.said("ssepush 1.0.0 serves")
-    old.publish("the counter is the old one's")  # as it is when somebody upgrades
-    new = start(*history, redis=own_redis)
-    channels = [f"{channel}-a", f"{channel}-b"]
-    ports = [old.port, new.port]
-
-    def publish(data: str) -> None:
-        ssepush.publish(
-            data,
-            channel=channels[0],
-            redis_url=own_redis.url,
-            history=10000,
-        )
-
-    pages = []
-    for _ in range(3):
-        pages.append(WanderingPage([old.port, new.port], *channels))
-        pages.append(WanderingPage([new.port, old.port], *channels))
-    wait_for(lambda: all(page.streams for page in pages), "all pages are open")
-    # Whoever has no position yet has nothing to come back with.
-    publish("last")
-    wait_for(lambda: all(page.events for page in pages), "all pages have a position")
-
-    publishers = []
-    for port in ports:
-        publisher = Publisher(port, f"by {port}", *channels, pause=0.004)
-        publishers.append(publisher)
-    wait_for(lambda: min(page.streams for page in pages) > 12, "each page has moved a dozen times")
-    for publisher in publishers:
-        publisher.stop()
-    publish("last")
-    for page in pages:
-        page.wait_for("last")
-    old.end()
-
-    for page in pages:
-        types = {event.type for event in page.events}
-        assert "stream-reset" not in types
-        assert_whole(page, publishers)
-
-
-def run_shown(part: str, redis: RedisProcess) -> None:
-    """Run the command of the docs that has this part, for a Redis of the tests."""
-    cli = program("redis-cli", "valkey-cli")
-    command = the_block("operations.md", part)
-    said_by("sh", "-c", command.replace("redis-cli", f"{cli} -p {redis.port}"))
-
-
-def assert_both_serve(
-    servers: Sequence[ServerProcess],
-    channel: str,
-    last_event_id: str,
-) -> None:
-    """Pages of both get what each publishes, and stay."""
-    pages = [server.stream(channel, Last_Event_ID=last_event_id) for server in servers]
-
-    def both_are_there() -> bool:
-        return all(server.streams() == 1 for server in servers)
-
-    wait_for(both_are_there, "both pages are there")
-    published = []
-    for number in range(6):
-        data = f"number {number}"
-        servers[number % 2].publish(data, channel)
-        published.append(data)
-    for page in pages:
-        assert page.data(6) == published
-    assert both_are_there()
-    for page in pages:
-        page.close()
-
-
-PROMPT = ("--heartbeat", "3")  # so that it looks each second whether the key is another
-
-
-def test_the_last_release_joins_where_this_one_was_first_as_the_docs_say(
-    start: Start,
-    last_release: Callable[..., ServerProcess],
     own_redis: RedisProcess,
     channel: str,
 ) -> None:
-    new = start(*PROMPT, redis=own_redis)
-    page = new.opened(channel)
-    new.publish("before", channel)
-    page.next()
+    own_redis.client.hset("ssepush:counter", "newest", OF_1_X)
+    own_redis.client.xadd(f"ssepush:history:{channel}", {"previous": "", "message": "of 1.x"}, OF_1_X)
+    before = kept_by_1_x(own_redis, channel)
+    server = start(redis=own_redis)
 
-    run_shown("hdel", own_redis)
-    assert page.until_end() == []
-    old = last_release(*PROMPT, redis=own_redis)
+    with server.stream(channel, Last_Event_ID=OF_1_X) as stream:
+        reset = stream.next()
+        server.publish("one", channel)
+        came = stream.data(1)
+    server.publish("two", channel)
+    with server.stream(channel, Last_Event_ID=reset.id) as stream:
+        server.publish("three", channel)
+        came += stream.data(3)
+    with server.stream(channel, query="lastEventId=earliest") as stream:
+        came += stream.data(3)
 
-    assert_both_serve([old, new], channel, page.last_event_id)
-    old.end()
-
-
-def test_after_an_upgrade_the_way_back_to_the_last_release_is_that_of_the_docs(
-    start: Start,
-    last_release: Callable[..., ServerProcess],
-    own_redis: RedisProcess,
-    channel: str,
-) -> None:
-    old = last_release(*PROMPT, redis=own_redis)
-    old.publish("the counter is the old one's", channel)
-    new = start(*PROMPT, redis=own_redis)
-    page = new.opened(channel)
-    old.end()
-
-    run_shown("hset", own_redis)
-    assert page.until_end() == []
-    page = new.stream(channel, Last_Event_ID=page.last_event_id)
-    new.publish("upgraded", channel)
-    assert page.next().data == "upgraded"
-    run_shown("hdel", own_redis)
-    assert page.until_end() == []
-    old = last_release(*PROMPT, redis=own_redis)
-
-    assert_both_serve([new, old], channel, page.last_event_id)
-    old.end()
+    assert (reset.type, reset.json) == ("stream-reset", {"reason": "unknown-id"})
+    assert came == ["one"] + ["one", "two", "three"] * 2
+    assert kept_by_1_x(own_redis, channel) == before
 
 
 # ── What the docs show ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -1000,7 +858,7 @@ def test_what_the_docs_say_of_the_log_is_what_it_says(start: Start) -> None:
     server.redis.publish("sse", b"\xff")
     wait_for(lambda: server.said("dropped"), "what was dropped is in the log")
     stream.close()
-    wait_for(lambda: server.said("closed:"), "so is the end of the stream")
+    wait_for(lambda: server.said("closed after"), "so is the end of the stream")
 
     shown = the_block("operations.md", "stream 1 open", language="")
 

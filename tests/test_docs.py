@@ -836,13 +836,16 @@ def test_the_reference_has_every_request() -> None:
         _, path = request.split()
         paths.add(path)
 
-    assert paths == ssepush.ROUTES.keys()
+    assert paths == ssepush.Handler.routes.keys()
 
 
-def test_the_reference_has_every_parameter_of_stream() -> None:
+def test_the_reference_has_every_parameter_of_stream(server: ServerProcess) -> None:
     documented = first_codes(REFERENCE, "Parameters of /stream")
 
-    assert documented == set(ssepush.STREAM_PARAMETERS)
+    refused = server.get("/stream?channels=a")
+
+    _, _, taken = refused.error.removesuffix(" meant?").partition("is one of ")
+    assert documented == set(taken.split(", "))
 
 
 def test_what_the_reference_calls_a_near_miss_is_refused_by_name(server: ServerProcess) -> None:
@@ -920,8 +923,8 @@ def as_documented(default: object) -> str:
     """A default as the reference writes it."""
     if default is False:
         return "off"
-    if default == 2**20:
-        return "1 MiB"
+    if isinstance(default, int) and default >= 2**20:
+        return f"{default // 2**20} MiB"
     if isinstance(default, float):
         return f"{default:g}"
     return str(default)
@@ -977,7 +980,7 @@ def test_the_reference_has_every_metric_and_its_type(own_server: ServerProcess) 
 def test_the_reference_says_why_streams_end() -> None:
     documented = first_codes(REFERENCE, "Why streams end")
 
-    assert documented == ssepush.ENDED.keys()
+    assert documented == ssepush.REASONS.keys()
 
 
 def interrupted_publish(redis: RedisProcess) -> int:
@@ -1064,7 +1067,7 @@ def expired(start: Start, redis: RedisProcess) -> EventStream:
     server = start("--history-ttl", "1", redis=redis)
     first = server.publish_id("one")
     server.publish("two")
-    wait_for(lambda: not redis.client.exists("ssepush:history:sse"), "the history has expired")
+    wait_for(lambda: not redis.client.exists(f"{ssepush.HISTORY_KEY}sse"), "the history has expired")
     return server.stream(query=f"lastEventId={first}")
 
 
@@ -1081,7 +1084,7 @@ def unknown_id(start: Start, redis: RedisProcess) -> EventStream:
 
 def history_off(start: Start, redis: RedisProcess) -> EventStream:
     server = start("--history", "0", redis=redis)
-    return server.stream(query="lastEventId=1795542364020-1795542364019268")
+    return server.stream(query="lastEventId=1795542364019268")
 
 
 def too_large(start: Start, redis: RedisProcess) -> EventStream:
@@ -1091,7 +1094,23 @@ def too_large(start: Start, redis: RedisProcess) -> EventStream:
     return stream
 
 
-PROVOKED = [trimmed, expired, data_lost, unknown_id, history_off, too_large]
+def too_much(start: Start, redis: RedisProcess) -> EventStream:
+    server = start("--max-backlog", str(2**20), redis=redis)
+    first = server.publish_id("one")
+    for name in ("sse", "sse:news") * 10:
+        server.publish("x" * 90_000, name)
+    return server.stream("sse", "sse:news", query=f"lastEventId={first}")
+
+
+def missed(start: Start, redis: RedisProcess) -> EventStream:
+    server = start(redis=redis)
+    stream = server.opened()
+    lost = int(stream.last_event_id) + 1
+    redis.publish_event("sse", data="what came after it", id=str(lost + 1), previous=str(lost))
+    return stream
+
+
+PROVOKED = [trimmed, expired, data_lost, unknown_id, history_off, too_large, too_much, missed]
 
 
 @pytest.mark.parametrize("provoke", PROVOKED)
@@ -1112,21 +1131,6 @@ def test_the_promises_have_every_reason_for_a_reset() -> None:
 
     provoked = map(reason_of, PROVOKED)
     assert documented == set(provoked)
-
-
-def test_the_changes_line_gives_the_counter_of_1_0_a_key(own_server: ServerProcess) -> None:
-    redis = own_server.redis.client
-    ssepush.publish("before")
-    redis.hdel("ssepush:counter", "key")  # as 1.0 left it
-    (line,) = examples(CHANGES.read_text(), "sh")
-
-    shell(line, own_server)
-
-    key = redis.hget("ssepush:counter", "key")
-    assert re.fullmatch("b'[0-9a-f]{40}'", str(key))
-    stream = own_server.opened()
-    published = ssepush.publish("after")
-    assert stream.next().id == published.id
 
 
 # ── All pages ────────────────────────────────────────────────────────────────────────────────────────────────────────

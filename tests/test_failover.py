@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 
 import ssepush
 from tests.kit import (
+    DEADLINE_S,
+    HERE,
     Page,
     RedisProcess,
     Start,
@@ -18,6 +22,7 @@ from tests.kit import (
     free_port,
     program,
     run,
+    stopped,
     the_line,
     wait_for,
 )
@@ -104,15 +109,15 @@ def test_sentinels_lead_to_the_master_with_logins_of_their_own(
 
 def test_what_is_printed_names_the_sentinels_and_where_to_publish_but_no_password(
     sentinel: SentinelProcess,
-    masters: list[RedisProcess],
     start: Start,
 ) -> None:
     server = start(redis="", REDIS_URL=sentinel.url_for())
 
     printed = server.output
 
-    assert f"from redis+sentinel://127.0.0.1:{sentinel.port}/mymaster/0\n" in printed
-    assert f"REDISCLI_AUTH=… redis-cli -h 127.0.0.1 -p {masters[0].port} publish sse" in printed
+    address = f"redis+sentinel://127.0.0.1:{sentinel.port}/mymaster/0"
+    assert f"from {address}\n" in printed
+    assert f"publish with: REDIS_URL={address} ssepush publish sse hello " in printed
     for password in ("of the", "of%20the"):
         assert password not in printed
 
@@ -143,10 +148,111 @@ def test_a_master_that_no_sentinel_knows_is_named_and_nothing_is_published(
 ) -> None:
     done = run("publish", channel, "hello", REDIS_URL=sentinel.url_for("yourmaster"))
 
-    address = f"redis+sentinel://127.0.0.1:{sentinel.port}/yourmaster/0"
     line = the_line(done, 1)
-    assert line.startswith(f"ssepush: it was not published: none of {address} knows a master; ")
+    assert line.startswith("ssepush: it was not published: nobody who was asked knows a master yourmaster")
     assert "REDIS_URL" in line
+
+
+def test_who_does_not_answer_knows_no_master() -> None:
+    url = f"redis+sentinel://127.0.0.1:{free_port()}/mymaster"
+
+    with pytest.raises(ssepush.RedisAway, match="nobody who was asked knows a master mymaster"):
+        ssepush.publish("hello", redis_url=url)
+
+
+@pytest.fixture
+def three_sentinels(tmp_path: Path, masters: list[RedisProcess]) -> Iterator[list[SentinelProcess]]:
+    """The first one, which is asked first, has not heard that the second master has taken over."""
+    with contextlib.ExitStack() as stack:
+        sentinels = []
+        for number, master in enumerate([masters[0], masters[1], masters[1]]):
+            folder = tmp_path / f"sentinel-{number}"
+            folder.mkdir()
+            sentinels.append(SentinelProcess(folder, master))
+            stack.callback(sentinels[-1].kill)
+        yield sentinels
+
+
+SILENT = {"none": [], "one of the majority": [1], "the one that has not heard": [0]}
+
+
+@pytest.mark.parametrize("silent", SILENT.values(), ids=SILENT)
+def test_the_master_is_whom_most_sentinels_name_of_those_that_answer(
+    silent: list[int],
+    three_sentinels: list[SentinelProcess],
+    masters: list[RedisProcess],
+    channel: str,
+) -> None:
+    hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in three_sentinels)
+    url = three_sentinels[0].url_for().replace(f"127.0.0.1:{three_sentinels[0].port}", hosts)
+    is_a_draw = silent == [1]
+
+    with contextlib.ExitStack() as stack:
+        for number in silent:
+            stack.enter_context(stopped(three_sentinels[number].process))
+        ssepush.publish("hello", channel=channel, redis_url=url)
+
+    has_it = [bool(master.client.exists(ssepush.HISTORY_KEY + channel)) for master in masters]
+    assert sum(has_it) == 1
+    assert has_it[1] or is_a_draw
+
+
+FORKS = """
+import os, signal, socket, sys, threading
+import ssepush
+
+channel, url = sys.argv[1:]
+hangs = socket.create_server(("127.0.0.1", 0))
+url = url.format(hangs=f"127.0.0.1:{hangs.getsockname()[1]}")
+is_enough = threading.Event()
+
+def publish(data):
+    ssepush.publish(data, channel=channel, redis_url=url)
+
+def publish_on():
+    while not is_enough.wait(0.05):
+        publish("parent")
+
+thread = threading.Thread(target=publish_on)
+thread.start()
+for _ in range(2):  # from the second time on, the master is known
+    asked, _ = hangs.accept()
+    asked.recv(1)
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    publish("child")
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+is_enough.set()
+thread.join()
+publish("parent, later")
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_process_that_is_forked_while_a_sentinel_hangs_publishes_as_its_parent_does(
+    sentinel: SentinelProcess,
+    start: Start,
+    channel: str,
+) -> None:
+    server = start(redis="", REDIS_URL=sentinel.url_for())
+    own = f"127.0.0.1:{sentinel.port}"
+    url = sentinel.url_for().replace(own, f"{own},{{hangs}}")
+    with server.opened(channel) as stream:
+        done = subprocess.run(
+            [sys.executable, "-c", FORKS, channel, url],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+
+        assert done.returncode == 0, done.stderr
+        stream.wait(lambda: stream.untaken[-1:] and stream.untaken[-1].data == "parent, later", "the last event")
+    published = [event.data for event in stream.untaken]
+    assert published.count("child") == 1
+    assert set(published) == {"parent", "child", "parent, later"}
 
 
 # ── Clusters ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -204,102 +310,51 @@ def test_a_cluster_is_served_by_the_node_of_our_keys_and_a_publish_at_any_node_a
         second.publish(channel, "plain, at the second")
         assert stream.next().data == "plain, at the second"
 
-    assert second.client.exists("ssepush:{0}:counter")
+    assert second.client.exists("ssepush2:{0}:counter")
     assert first.client.keys("*") == []
     with server.stream(channel, query="lastEventId=earliest") as stream:
         assert stream.next().data == "through ssepush"
 
 
+def test_a_node_that_has_met_nobody_and_does_not_know_its_own_address_is_where_it_was_asked(
+    tmp_path: Path,
+    channel: str,
+) -> None:
+    node = RedisProcess(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    try:
+        ask(node, "CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        wait_for(lambda: "cluster_state:ok" in str(ask(node, "CLUSTER", "INFO")), "it serves all slots")
+
+        assert ssepush.publish("hello", channel=channel, redis_url=f"redis+cluster://127.0.0.1:{node.port}") == 0
+    finally:
+        node.kill()
+
+
 # ── URLs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-FORM = (
-    "the Redis URL is wrong: it is redis+sentinel://HOST:26379,HOST:26379/NAME/0, with the master's name as Sentinels"
-    " know it; or redis+cluster://HOST,HOST, without a database"
-)
-NOT_A_PORT = "the port must be a number"
-IN_A_PASSWORD = "in a password are %2F"
-WRONG = {
-    "redis+sentinel://host:26379": FORM,
-    "redis+sentinel://host:26379/": FORM,
-    "redis+cluster://host:6379/1": FORM,
-    "redis+cluster://host:6379/mymaster": FORM,
-    "redis+sentinel://host:26379/mymaster/one": "after the host comes the number of a database",
-    "redis+sentinel://host:x,other/mymaster": NOT_A_PORT,
-    "redis+sentinel://:secret@host,:secret@other/mymaster": FORM,
-    "redis+sentinel://:sec/ret@host/mymaster": IN_A_PASSWORD,
-    "redis+sentinel://user:12/secret@host": IN_A_PASSWORD,  # which could be a host, a port and a master's name
-    "redis+cluster://user:12?secret@host": IN_A_PASSWORD,
-    "redis+sentinel://host/mymaster?sentinel_password=12@secret": IN_A_PASSWORD,
-    "redis+sentinel://host/mymaster/0?nothing=1": "parameter nothing is not one that redis-py takes",
-    "redis+sentinels://host/mymaster": "must begin with",
-}
+WRONG = [
+    "redis+sentinel://secret:26379",
+    "redis+sentinel://secret:26379/",
+    "redis+cluster://secret:6379/1",
+    "redis+cluster://secret:6379/mymaster",
+    "redis+sentinel://host:26379/mymaster/secret",
+    "redis+sentinel://host:secret,other/mymaster",
+    "redis+sentinel://:secret@host,:secret@other/mymaster",
+    "redis+sentinel://:sec/secret@host/mymaster",
+    "redis+sentinel://user:12/secret@host",  # which could be a host, a port and a master's name
+    "redis+cluster://user:12?secret@host",
+    "redis+sentinel://host/mymaster?sentinel_password=12@secret",
+    "redis+sentinel://host/mymaster/0?nothing=secret",
+    "redis+sentinels://secret/mymaster",
+]
 
 
 @pytest.mark.parametrize("url", WRONG)
-def test_a_wrong_url_of_sentinels_or_a_cluster_is_refused_with_what_is_wrong(url: str) -> None:
-    with pytest.raises(ValueError, match="the Redis URL is wrong") as refused:
-        ssepush.Connections(url)
+def test_a_wrong_url_of_sentinels_or_a_cluster_is_refused_with_the_right_form_and_no_part_of_it(url: str) -> None:
+    refused = run("publish", "sse", "hello", REDIS_URL=url)
 
-    assert WRONG[url] in str(refused.value)
-    assert "secret" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("url", "nodes"),
-    [
-        ("redis+sentinel://a,b:1,c/m", ["redis://a:26379/0", "redis://b:1/0", "redis://c:26379/0"]),
-        ("rediss+sentinel://u:p@a/m/3", ["rediss://a:26379/0"]),
-        ("redis+cluster://a,b:7000", ["redis://a:6379/0", "redis://b:7000/0"]),
-    ],
-)
-def test_nodes_have_the_usual_ports(url: str, nodes: list[str]) -> None:
-    masters = ssepush.Connections(url).masters
-
-    assert masters
-    assert [node.address for node in masters._nodes] == nodes
-
-
-def test_whom_most_name_is_the_master_and_who_is_silent_is_asked_last(tmp_path: Path) -> None:
-    connections = ssepush.Connections("redis+sentinel://a,b,c/m")
-    masters = connections.masters
-    assert masters
-    a, b, c = masters._nodes
-    named = {id(b): ("stale", 1), id(c): ("new", 2)}
-
-    def named_by(node: ssepush.Connections) -> tuple[str, int]:
-        if id(node) not in named:
-            raise ssepush.RedisAway("silent")
-        return named[id(node)]
-
-    masters._named_by = named_by  # type: ignore[method-assign]
-    assert masters.find() in named.values()
-    assert masters._nodes == [b, c, a]
-
-    named[id(a)] = ("new", 2)
-    masters.forget()
-    assert masters.find() == ("new", 2)
-
-    named.clear()
-    masters.forget()
-    assert masters.find() == ("new", 2)  # scripts refuse to run there if it is none any more
-
-
-@pytest.mark.parametrize("unknown", [None, b""])
-def test_a_node_of_a_cluster_that_does_not_know_its_own_address_is_where_it_was_asked(unknown: bytes | None) -> None:
-    masters = ssepush.Connections("redis+cluster://a.example").masters
-    assert masters
-    [node] = masters._nodes
-
-    def call(*words: str | bytes | int) -> object:
-        return [[0, 16383, [unknown, 7000, b"its id"]]]
-
-    node.call = call  # type: ignore[method-assign]
-
-    assert masters.find() == ("a.example", 7000)
-
-
-def test_without_anybody_who_answers_it_is_away() -> None:
-    port = free_port()
-
-    with pytest.raises(ssepush.RedisAway, match=f"none of redis.sentinel://127.0.0.1:{port}/m knows a master"):
-        ssepush.publish("x", redis_url=f"redis+sentinel://127.0.0.1:{port}/m")
+    line = the_line(refused, 2)
+    assert "the Redis URL is wrong" in line
+    assert "redis+sentinel://HOST:26379,HOST:26379/NAME/0 or redis+cluster://HOST,HOST" in line
+    assert "in a password are %2F" in line
+    assert "secret" not in line

@@ -19,6 +19,7 @@ from tests.kit import (
     both_ways,
     environment_with,
     free_port,
+    running,
     ssepush_command,
     stopped,
     wait_for,
@@ -124,27 +125,28 @@ def test_replayed_events_are_counted_apart_from_live_ones(start: Start, channel:
 
 @both_ways
 def test_an_event_that_arrives_during_the_replay_is_counted_once(start: Start, channel: str) -> None:
-    server = start()
+    server = start("--max-backlog", str(2**22))
+    names = [f"{channel}-{number}" for number in range(4)]
     first = server.publish("first", channel)
-    for _ in range(8):
-        server.publish("x" * 1_000_000, channel)
-    stream = server.stream(channel, Last_Event_ID=first["id"])  # and does not read: its thread waits
+    for name in names:
+        for _ in range(9):
+            server.publish("x" * 100_000, name)
+    stream = server.stream(channel, *names, Last_Event_ID=first["id"])  # and does not read
 
     server.publish("live", channel)
     wait_for(lambda: server.metric("messages_received_total"), "the event has arrived")
-    assert stream.take(9)[-1].data == "live"
+    assert stream.take(37)[-1].data == "live"
     server.publish("last", channel)
     assert stream.next().data == "last"
 
     wait_for(lambda: server.metric("messages_received_total") == 2, "what the stream has got is counted")
     scraped = Scraped(server)
-    assert scraped["events_sent_total"] + scraped["events_replayed_total"] == 10
+    assert scraped["events_sent_total"] + scraped["events_replayed_total"] == 38
 
 
 def test_the_delivery_delay_is_that_of_each_event_with_an_id_of_ours(start: Start, channel: str) -> None:
     server = start()
-    stream = server.stream(channel)
-    wait_for(lambda: server.streams() == 1, "the stream is live")
+    stream = server.opened(channel)
     with stopped(server.process):
         for data in ("late", "later"):
             ssepush.publish(
@@ -251,13 +253,11 @@ def test_why_a_stream_ended_is_counted_and_logged(
     ENDINGS[reason](server, stream, own_redis, channel)
 
     wait_for(lambda: Scraped(server)["streams"] == 0, "the stream has ended")
-    wait_for(lambda: server.said(" closed: "), "its end is logged")
+    wait_for(lambda: server.said(" closed after "), "its end is logged")
     assert Scraped(server)[f'streams_closed_total{{reason="{reason}"}}'] == 1
     opened, closed = (line for line in server.lines if re.search("stream [0-9]+ (open|closed)", line))
     assert re.search(r"INFO stream 1 open: 127\.0\.0\.1 on private-log, other$", opened)
-    events = "[0-9]+" if reason == "slow" else "1"
-    ended = rf"INFO stream 1 closed: {reason} after [0-9.]+ s, {events} events$"
-    assert re.search(ended, closed)
+    assert re.search(rf"INFO stream 1 closed after [0-9.]+ s: {reason}$", closed)
     assert token not in server.output
 
 
@@ -269,7 +269,7 @@ def test_a_drained_stream_is_logged_as_such(start: Start, channel: str) -> None:
 
     stream.until_end()
     assert "this server is going down" in stream.parser.comments
-    assert server.said("stream 1 closed: drain after ")
+    assert re.search(r"stream 1 closed after [0-9.]+ s: drain\n", server.output)
 
 
 def test_a_publish_with_redis_away_is_counted_as_such(start: Start, own_redis: RedisProcess) -> None:
@@ -309,23 +309,21 @@ def test_the_log_level_decides_whether_streams_are_logged(
     server.terminate()
 
     assert server.said("stream 1 open") == server.said("stream 1 closed") == LEVELS[level]
-    assert server.said("WARNING 1 × dropped") == (level != "error")
+    assert server.said("WARNING dropped") == (level != "error")
 
 
 def test_logs_go_to_standard_error_alone(redis_process: RedisProcess) -> None:
     port = free_port()
     command = ssepush_command("--port", str(port), "--redis-url", redis_process.url)
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment_with()) as process:
+    with running(*command, stderr=subprocess.PIPE, env=environment_with()) as process:
         assert process.stdout
-        assert f":{port}/" in process.stdout.readline()
+        assert f":{port}/".encode() in process.stdout.readline()
         EventStream(port).close()
         assert process.stderr
-        assert "at most" in process.stderr.readline()
-        assert "stream 1 open" in process.stderr.readline()
-        assert "stream 1 closed: " in process.stderr.readline()
+        for said in (b"at most", b"stream 1 open", b"stream 1 closed after "):
+            assert said in process.stderr.readline()
 
         process.terminate()
 
         out, _ = process.communicate(timeout=DEADLINE_S)
-    assert "stream" not in out
+        assert b"stream" not in out

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shlex
 import signal
 import ssl
@@ -107,7 +108,9 @@ def test_streams_of_a_process_that_ends_go_on_at_the_others(
             assert stream.ended
             again = three[1].stream(channel, Last_Event_ID=stream.last_event_id)
             assert again.next().data == "two"
-    assert sum(stream.ended for stream in streams) == three[0].output.count(" closed: drain")
+    assert sum(stream.ended for stream in streams) == len(
+        re.findall(r" closed after [0-9.]+ s: drain\n", three[0].output)
+    )
 
 
 @both_ways

@@ -21,6 +21,7 @@ from tests.kit import (
     HERE,
     RedisProcess,
     ServerProcess,
+    Start,
     environment_with,
     free_port,
     program,
@@ -281,6 +282,64 @@ assert not any(os.waitpid(worker, 0)[1] for worker in workers)
     events = stream.take(251)
     assert len({event.id for event in events}) == 251
     assert sorted(int(event.data) for event in events) == sorted([0, *list(range(50)) * 5])
+
+
+IN_USE = """
+import os, sys, threading
+import redis
+import ssepush
+
+channel, url = sys.argv[1:]
+
+def publish(data):
+    ssepush.publish(data, channel=channel, redis_url=url)
+
+def files():
+    return len(os.listdir("/proc/self/fd"))
+
+def begin(data):
+    threads = [threading.Thread(target=publish, args=(data,)) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+def end(threads):
+    for thread in threads:
+        thread.join()
+
+publish("first")
+redis.Redis.from_url(url).client_pause(1000)
+idle = files()
+parents = begin("parent")
+while files() < idle + 31:  # with the one that is there already, as many as there may be
+    pass
+child = os.fork()
+if not child:
+    end(begin("child"))
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+end(parents)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_process_that_is_forked_while_all_connections_are_in_use_has_as_many_of_its_own(
+    own_redis: RedisProcess,
+    start: Start,
+    channel: str,
+) -> None:
+    server = start(redis=own_redis)
+    with server.opened(channel) as stream:
+        done = subprocess.run(
+            [sys.executable, "-c", IN_USE, channel, own_redis.url],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+
+        assert done.returncode == 0, done.stderr
+        assert sorted(stream.data(81)) == ["child"] * 40 + ["first"] + ["parent"] * 40
 
 
 def test_php_publishes_over_http_and_redis(server: ServerProcess) -> None:

@@ -1,12 +1,10 @@
-"""Strangers: who may only PUBLISH, who comes through a proxy, whose token expires; and what they are answered."""
+"""Strangers: who comes through a proxy, whose token expires; and what they are answered."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import pytest
-import redis
 
 import ssepush
 from tests.kit import (
@@ -15,84 +13,18 @@ from tests.kit import (
     RedisProcess,
     ServerProcess,
     Start,
+    answers_in,
     both_ways,
     connect,
-    numbers,
+    exchange,
     one_way,
+    post,
     request,
     stopped,
     wait_for,
 )
 from tests.proxies import Change, proxies_before
 from tests.test_proxies import connection_to
-
-# ── Who can only PUBLISH ─────────────────────────────────────────────────────────────────────────────────────────────
-
-FORGER_ACL = "-@all +publish +ping &news"
-OTHER = "other"  # a channel that is not the forger's
-
-
-@pytest.fixture
-def forger(own_redis: RedisProcess) -> Iterator[redis.Redis]:
-    """Somebody whose ACL is exactly that."""
-    line = f"ACL SETUSER forger on >secret {FORGER_ACL}"
-    own_redis.client.execute_command(*line.split())  # type: ignore[no-untyped-call]
-    client = redis.Redis(
-        port=own_redis.port,
-        username="forger",
-        password="secret",
-        protocol=2,
-    )
-    with contextlib.closing(client):
-        assert client.ping()
-        with pytest.raises(redis.exceptions.NoPermissionError):
-            client.publish(OTHER, "not mine")
-        yield client
-
-
-def ahead_of(event_id: str) -> str:
-    """An id of our form, 3 s and 10 sequences later."""
-    milliseconds, sequence = map(int, event_id.split("-"))
-    return f"{milliseconds + 3000}-{sequence + 10:016d}"
-
-
-def forged(event_id: str, previous: str) -> list[str]:
-    """Messages that claim this id: bare, and with all that a message of ours has."""
-    bare = f'{{"data": "forged", "id": "{event_id}"}}'
-    mark = ssepush.mark_of(b"", event_id, previous, b"news")
-    members = f'"id": "{event_id}", "previous": "{previous}", "mark": "{mark}"'
-    return [bare, f'{{"data": "forged", {members}}}']
-
-
-@both_ways
-@pytest.mark.parametrize("claims", ["the future", "the past"])
-def test_who_may_only_publish_on_one_channel_neither_hides_nor_doubles_events_of_another(
-    own_redis: RedisProcess,
-    forger: redis.Redis,
-    start: Start,
-    claims: str,
-) -> None:
-    server = start(redis=own_redis)
-    first = server.publish_id("first", OTHER)
-    server.publish("second", OTHER)
-    claimed = ahead_of(first) if claims == "the future" else first
-    messages = forged(claimed, previous=first)
-
-    with server.opened("news", OTHER) as stays, server.opened("news", OTHER) as leaves:
-        for message in messages:
-            assert forger.publish("news", message) == server.subscribers_for(2)
-        seen_by_both = [leaves.data(2), stays.data(2)]
-        for data in numbers(0, 30):
-            server.publish(data, OTHER)
-        genuine = stays.data(30)
-    with server.stream("news", OTHER, Last_Event_ID=leaves.last_event_id) as is_back:
-        server.publish("last", OTHER)
-        resumed = is_back.data(31)
-
-    assert seen_by_both == [["forged"] * 2] * 2
-    assert genuine == numbers(0, 30)
-    assert resumed == [*numbers(0, 30), "last"]
-
 
 # ── Through a proxy that adds no header ──────────────────────────────────────────────────────────────────────────────
 
@@ -174,6 +106,36 @@ def test_every_json_answer_is_one_line_with_its_end(server: ServerProcess, name:
     assert answer.json["state"] in ("ok", "error")
     assert answer.body.count(b"\n") == 1
     assert answer.body.endswith(b"}\n")
+
+
+FORM = (b"Content-Type: application/x-www-form-urlencoded", b"Content-Length: 3")
+WITHOUT_LENGTH = (b"Content-Type: application/json", b"Transfer-Encoding: chunked")
+NOT_TO_BE_STORED = {
+    "200": request(b"GET /position HTTP/1.1"),
+    "200 metrics": request(b"GET /metrics HTTP/1.1"),
+    "200 published": post(b"Content-Length: 11", body=b'{"data": 1}'),
+    "204": request(b"OPTIONS /publish HTTP/1.1"),
+    "400": request(b"GET / HTTP/3"),
+    "400 two lengths": request(b"POST /publish HTTP/1.1", b"Content-Length: 1", b"Content-Length: 2"),
+    "400 a parameter": request(b"GET /stream?last=x HTTP/1.1"),
+    "403": request(b"GET /stream?channel=private-x HTTP/1.1"),
+    "403 a host": request(b"GET / HTTP/1.1", host=b"Host: evil.example\r\n"),
+    "404": request(b"GET /nothing HTTP/1.1"),
+    "405": request(b"POST / HTTP/1.1", b"Content-Length: 0"),
+    "411": request(b"POST /publish HTTP/1.1", *WITHOUT_LENGTH),
+    "413": post(b"Content-Length: 99999999", body=b""),
+    "415": request(b"POST /publish HTTP/1.1", *FORM, body=b"a=b"),
+    "431": request(b"GET / HTTP/1.1", b"X: " + b"x" * 20_000),
+}
+
+
+@one_way
+@pytest.mark.parametrize("name", NOT_TO_BE_STORED)
+def test_nobody_may_store_an_answer_but_the_page(server: ServerProcess, name: str) -> None:
+    [answer] = answers_in(exchange(server.port, NOT_TO_BE_STORED[name]))
+
+    assert answer.status == int(name.split()[0])
+    assert answer.headers["Cache-Control"] == "no-store"
 
 
 # ── A token that expires early ───────────────────────────────────────────────────────────────────────────────────────
