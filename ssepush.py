@@ -1933,7 +1933,7 @@ def readable_until(channel: str, tokens: Iterable[str]) -> float:
     return until
 
 
-# ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SILENT_S = 15  # for which a connection may send nothing, or take nothing of its answer
 FORBIDDEN = {  # the samples of GET /metrics that count who is refused with 401 or 403
@@ -2402,7 +2402,6 @@ HELP = {
     "streams_refused_total": "Streams that were not opened, by reason.",
     "streams_reset_total": "Resets that streams were told, by reason.",
     "subscribers": "Connections to Redis that feed streams.",
-    "waiting": "Streams that Redis has yet to answer.",
 }
 SAMPLES = [  # there from the start: an alert notices what rises, not what appears
     "delivery_delay_seconds_count",
@@ -2526,7 +2525,6 @@ class Server:
             "streams": len(streams),
             "max_streams": self.settings.max_streams,
             "subscribers": len(self.relay.subscribers),
-            "waiting": sum(stream.state is WAITING for stream in streams),
             "backlog_bytes": self.relay.unsent_bytes,
             "start_time_seconds": self._started_at,
             f'build_info{{version="{__version__}"}}': 1,

@@ -462,7 +462,7 @@ def test_the_guides_page_of_another_origin_comes_back_in_firefox_and_misses_noth
 
 
 def test_the_guide_names_the_events_that_come_from_ssepush() -> None:
-    made = re.findall(r'Event\(.*"((?:stream|token)-[a-z]+)"', SOURCE)
+    made = re.findall(r'notice\("((?:stream|token)-[a-z]+)"', SOURCE)
 
     documented = first_codes(GUIDE, "Which events come from ssepush itself?")
     assert documented == set(made)
