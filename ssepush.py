@@ -658,6 +658,8 @@ class Question(NamedTuple):
     """What Redis was asked on a subscriber's connection, and has not answered yet."""
 
     streams: list[Stream]  # that want to know
+    channels: Sequence[bytes]
+    since: Since
     histories: int  # which Redis has to read
     asked_at: float
 
@@ -690,18 +692,17 @@ class Subscriber:
         for channel in stream.channels:
             self.streams.setdefault(channel, set()).add(stream)
 
-    def ask(self, question: Question, commands: bytes) -> None:
-        """Subscribe, also to what is followed already: Redis says whether they may; and ask what they missed."""
-        self.questions.append(question)
-        self._send(command("SUBSCRIBE", *question.streams[0].channels) + commands)
+    def ask(self, channels: Sequence[bytes], commands: bytes) -> None:
+        """Subscribe, also to what is followed already: Redis says whether they may; and ask what was missed."""
+        self._send(command("SUBSCRIBE", *channels) + commands)
 
     def has_asked_for(self, stream: Stream) -> bool:
         """Whether its answer is on its way. Whoever asked must still wait: then nothing was given up since."""
         for question in self.questions:
-            for asker in question.streams:
-                if asker.state is WAITING and (asker.channels, asker.since) == (stream.channels, stream.since):
-                    question.streams.append(stream)
-                    return True
+            is_same = (question.channels, question.since) == (stream.channels, stream.since)
+            if is_same and any(asker.state is WAITING for asker in question.streams):
+                question.streams.append(stream)
+                return True
         return False
 
     def remove(self, stream: Stream) -> None:
@@ -863,9 +864,12 @@ class Relay:
                 return
             streams = [stream for stream in self._queue.pop(asked) if stream.state is WAITING]
             if streams:  # what only those asked that have left is not done
-                self._reading += histories
-                question = Question(streams, histories, self._now)
-                self._safely(subscriber.ask, question, self.question(channels, since))
+                self._safely(self._ask_on, subscriber, Question(streams, channels, since, histories, self._now))
+
+    def _ask_on(self, subscriber: Subscriber, question: Question) -> None:
+        self._reading += question.histories
+        subscriber.questions.append(question)
+        subscriber.ask(question.channels, self.question(question.channels, question.since))
 
     def _take_answer(self, subscriber: Subscriber, text: bytes) -> None:
         """Redis says what streams missed, or refuses to."""
