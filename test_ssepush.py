@@ -4128,7 +4128,7 @@ def test_a_server_whose_named_redis_is_down_starts_and_serves_once_it_is_up(
     stream = server.stream(channel)
     server.publish("hi", channel)
 
-    assert server.said("WARNING")
+    wait_for(lambda: server.said("WARNING"), "the log says that Redis is away")
     assert any(turned_away.parser.comments)
     assert stream.next().data == "hi"
 

@@ -21,7 +21,7 @@ anything twice: an event is acknowledged (each page must get it), refused ("did 
 unanswered (all of its channel's pages get it, or none). How that is judged says pages.py.
 
 It prints its figures, and ends with status 1 unless lost, doubled, reordered, unannounced gaps and resets without need
-are all 0.
+are all 0. In "slow" the last is not looked at: nobody knows which pages would have needed what was deleted.
 """
 
 from __future__ import annotations
@@ -335,8 +335,10 @@ def main() -> int:
         for error in errors[:10]:
             print(error)
         failed += len(errors)
-        for name in (*FAILURES, "resets without need"):
+        for name in FAILURES:
             failed += figures[name]
+        if scenario != "slow":  # where it is not known which pages missed what was deleted
+            failed += figures["resets without need"]
     return 1 if failed else 0
 
 
