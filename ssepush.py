@@ -13,7 +13,8 @@
 | thread  | how many                     | what it does, and what it may touch                                        |
 | ------- | ---------------------------- | -------------------------------------------------------------------------- |
 | main    | 1                            | starts the others, waits for SIGTERM or Ctrl-C, drains                     |
-| accept  | 1 per listening socket       | accepts connections, and opens streams                                     |
+| accept  | 1 per listening socket       | accepts connections; opens streams whose request has come, if Redis is     |
+|         |                              | quick                                                                      |
 | request | 1 per connection that is no  | answers all other requests; publishes                                      |
 |         | stream, at most 1,000        |                                                                            |
 | relay   | 1                            | owns every Stream and Subscriber, and alone reads and writes their sockets |
@@ -106,7 +107,7 @@ MAX_CHANNELS = 20  # on one stream: a browser opens at most 6 connections per ho
 MAX_CHANNEL_BYTES = 200
 MAX_ID_BYTES = 128  # what browsers send back across origins without asking first
 MAX_EVENT_BYTES = 2**20  # unless --max-event says more: what publishers may send, and streams must pass on
-KEPT_BYTES = MAX_EVENT_BYTES + 4096  # of a channel's history: the largest event fits, and 20 channels fit into a replay
+KEPT_BYTES = MAX_EVENT_BYTES + 4096  # of a channel's history: any event fits, but one of very many short lines
 MAX_DEPTH = 500  # arrays and objects inside each other: less than any reader's stack has room for
 MAX_DIGITS = 4300  # of a whole number: Python refuses to read a longer one
 TOO_LONG = 10**MAX_DIGITS
@@ -341,7 +342,7 @@ class Inbox:
     skip: int = 0  # bytes still to come of a message that is dropped
 
     def feed(self, received: bytes, max_message: int) -> list[Reply]:
-        """The replies that are whole now, but for those by which all is well. ConnectionError: Redis sends no such."""
+        """The replies that are whole now, without mere confirmations. ConnectionError: no subscriber is sent such."""
         data: bytes | bytearray = received[self.skip :]
         self.skip = max(0, self.skip - len(received))
         searched = max(0, len(self.rest) - len(END))
@@ -426,7 +427,7 @@ class Batch:
     dropped: list[str] = field(default_factory=list)  # why messages are no events
 
     def add(self, message: bytes | None) -> None:
-        """Send the event that a message stands for, if it does."""
+        """Add the event that a message stands for, or note why it is none."""
         try:
             if message is None:
                 self.add_reset("too-large")  # it may have been ours
@@ -441,15 +442,16 @@ class Batch:
             self.dropped.append(str(error))
         else:
             self.events += 1
-            position = position_of(event.id)
+            # Only `publish` gives both; and of events that follow each other, the first alone can tell of a gap.
+            position = position_of(event.id) if event.previous else ""
             if position:
                 self.times_us.append(int(position))
                 if event.previous > self.position:
                     self.previous = event.previous
-            self.position = max(self.position, position)
+                self.position = max(self.position, position)
 
     def add_reset(self, reason: str) -> None:
-        """Tell streams that they may have missed something."""
+        """Add the event by which streams are told that they may have missed something."""
         self.reset = reason
         self.events += 1
         self.frames += notice("stream-reset", self.position, reason)
@@ -493,7 +495,7 @@ class Entry(NamedTuple):
 class History(NamedTuple):
     """What Redis answers to whoever asks what it missed. The ids are b"" where no history is kept."""
 
-    born: bytes  # ids of before prove nothing
+    born: bytes  # older ids prove nothing
     newest: bytes  # of all channels
     newest_of_each: list[bytes]
     entries: dict[bytes, Entry]  # by their id: those after the one that was asked for
@@ -503,7 +505,8 @@ def history_in(answer: bytes) -> History:
     """What EXEC answered to the commands of `Redis.question`. ValueError: Redis refused one of them.
 
     [[born, newest, newest of each channel], [[id, [previous, its id, frame, frame]], …] for each channel, boundary]:
-    no value in it holds a carriage return, or begins like the head of one. So it need not be taken apart.
+    no value in it holds a carriage return, or begins like the head of one, since frames begin with a field's name. So it
+    need not be taken apart.
     """
     parts = answer.split(b"\r\n")
     values = [part for part in parts if part[:1] not in (b"*", b"$")]
@@ -618,7 +621,7 @@ class State(enum.Enum):
     | WAITING | is not for it: if it was published      | LIVE, when Redis has said what the stream missed  |
     |         | through ssepush, Redis's answer has it  |                                                   |
     | LIVE    | is sent at once                         | BEHIND, when the kernel does not take all of it   |
-    | BEHIND  | waits for what was sent before it       | LIVE, when the browser has taken all of that      |
+    | BEHIND  | waits behind what is still unsent       | LIVE, when the browser has taken all of that      |
     | ENDED   | there is none                           | nothing: from each state, for one of REASONS      |
     """
 
@@ -693,11 +696,11 @@ class Subscriber:
             self.streams.setdefault(channel, set()).add(stream)
 
     def ask(self, channels: Sequence[bytes], commands: bytes) -> None:
-        """Subscribe, also to what is followed already: Redis says whether they may; and ask what was missed."""
+        """Subscribe, again, too: so Redis checks the right to; then ask what was missed."""
         self._send(command("SUBSCRIBE", *channels) + commands)
 
     def has_asked_for(self, stream: Stream) -> bool:
-        """Whether its answer is on its way. Whoever asked must still wait: then nothing was given up since."""
+        """Whether its answer is on its way. As long as somebody who asked still waits, nothing was unsubscribed."""
         for question in self.questions:
             is_same = (question.channels, question.since) == (stream.channels, stream.since)
             if is_same and any(asker.state is WAITING for asker in question.streams):
@@ -716,7 +719,7 @@ class Subscriber:
                 self._send(command("UNSUBSCRIBE", channel))
 
     def _send(self, commands: bytes = b"") -> None:
-        """Send what the kernel takes; the rest goes before the next read. If Redis is away, that finds out."""
+        """Send what the kernel takes; the rest goes before the next read. If Redis is gone, that read finds out."""
         self.unsent += commands
         with suppress(OSError):
             sent = self.sock.send(self.unsent)
@@ -732,7 +735,7 @@ class Subscriber:
         return received
 
     def follows(self, channel: bytes, batch: Batch) -> bool:
-        """Whether nothing is missing between what was seen of the channel and this, which is then seen, too."""
+        """Whether nothing is missing between what was seen of the channel and this, which counts as seen afterwards."""
         seen = self.seen.get(channel)
         if not seen:
             return True
@@ -813,7 +816,7 @@ class Relay:
                 self._safely(self._tick)
 
     def _safely(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call this. Whatever goes wrong, nothing may be missing silently: the pages come back, and resume."""
+        """Call this. Whatever goes wrong, nothing may go missing silently: the pages come back, and resume."""
         try:
             function(*arguments)
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -863,7 +866,7 @@ class Relay:
             if self._reading and self._reading + histories > MAX_CHANNELS:
                 return
             streams = [stream for stream in self._queue.pop(asked) if stream.state is WAITING]
-            if streams:  # what only those asked that have left is not done
+            if streams:  # nobody needs the answer if all have left
                 self._safely(self._ask_on, subscriber, Question(streams, channels, since, histories, self._now))
 
     def _ask_on(self, subscriber: Subscriber, question: Question) -> None:
@@ -1061,7 +1064,8 @@ class Relay:
     def end(self, stream: Stream, reason: str, why: str = "") -> None:
         """End a stream, for a key of REASONS: feed it no longer, say goodbye, close. A second time does no harm.
 
-        Why is told where Redis refused; else it is only for the log: it may say where Redis is.
+        A stream that is behind, and has lost Redis or events, is first sent what waits. `why` is sent to the browser only
+        if Redis refused; otherwise it is only logged, since it may say where Redis is.
         """
         if stream.state is ENDED:
             return
@@ -1101,7 +1105,7 @@ class Relay:
                 stream.sock.send(stream.opening + body)
 
     def _miss(self, streams: Iterable[Stream]) -> None:
-        """End streams between which and Redis an event was lost. Who still waits for Redis's answer finds it there."""
+        """End the open streams, which have lost an event on the way from Redis. Who still waits finds it in the answer."""
         for stream in tuple(streams):
             if stream.state is not WAITING:
                 log.warning("a stream has missed events")
@@ -1541,12 +1545,11 @@ class Masters:
     def _ask(self) -> Address | None:
         """The one that most of the nodes name that answer. Who is silent is asked last from now on."""
         named: Counter[Address] = Counter()
-        for node in tuple(self._nodes):
+        for node in self._nodes:
             try:
                 named.update(self._named_by(node))
             except RedisAway:
-                self._nodes.remove(node)
-                self._nodes.append(node)
+                self._nodes = [*(other for other in self._nodes if other is not node), node]
             for master, votes in named.items():
                 if votes > len(self._nodes) / 2:
                     return master
@@ -1619,9 +1622,9 @@ class Connections:
         began_at = monotonic()
         try:
             pool = self._current()
-            if self._without_socket:
+            try:
                 connection = self._without_socket.pop()  # to make one takes longer than to connect it
-            else:
+            except IndexError:
                 options = {**pool.connection_kwargs, **QUICK}
                 connection = pool.connection_class(**options)
             connection.connect()
@@ -1661,7 +1664,7 @@ def publish(
 
     data: anything that JSON can hold. key: published once with it on this channel, however often this is called while
     the history lasts. redis_url: the environment's REDIS_URL, or else the local Redis. history, history_ttl: the
-    environment's SSEPUSH_HISTORY and SSEPUSH_HISTORY_TTL, or else 100 events and a day. Answers the number of
+    environment's SSEPUSH_HISTORY and SSEPUSH_HISTORY_TTL, or else 1,000 events and a day. Answers the number of
     subscribers reached. ValueError or TypeError: an argument cannot be sent; RedisAway: it was not published;
     Unanswered: it may or may not have been, and with a key may safely be published again.
     """
@@ -2697,6 +2700,7 @@ class LogWriter(logging.Handler):
         self.has_lines.set()
 
     def _write(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # they are the main thread's
         while self.has_lines.wait():
             sleep(0.05)  # for more to come: each time that this thread wakes up, others wait for it
             with self.turn:
