@@ -324,7 +324,7 @@ CHANNEL_NAMED = {
     "in PHP": r'->publish\("([^"]+)"',
     "with a token": r'"(private-[^"]+)"',
     "in the log": r"\bopen: \S+ on ([^,\s]+)",
-    "in a warning": r"\bon channel '([^']+)'",
+    "in a warning": r"\bmessage on channel (\S+): ",
 }
 PLACEHOLDER = "NAME"
 
