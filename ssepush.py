@@ -505,7 +505,7 @@ def history_in(answer: bytes) -> History:
     """What EXEC answered to the commands of `Redis.question`. ValueError: Redis refused one of them.
 
     [[born, newest, newest of each channel], [[id, [previous, its id, frame, frame]], …] for each channel, boundary]:
-    no value in it holds a carriage return, or begins like the head of one, since frames begin with a field's name. So it
+    no value in it holds a carriage return, or begins like the head of one, as frames begin with a field's name. So it
     need not be taken apart.
     """
     parts = answer.split(b"\r\n")
@@ -735,7 +735,7 @@ class Subscriber:
         return received
 
     def follows(self, channel: bytes, batch: Batch) -> bool:
-        """Whether nothing is missing between what was seen of the channel and this, which counts as seen afterwards."""
+        """Whether nothing is missing between what was seen of the channel and this, which then counts as seen."""
         seen = self.seen.get(channel)
         if not seen:
             return True
@@ -1064,8 +1064,8 @@ class Relay:
     def end(self, stream: Stream, reason: str, why: str = "") -> None:
         """End a stream, for a key of REASONS: feed it no longer, say goodbye, close. A second time does no harm.
 
-        A stream that is behind, and has lost Redis or events, is first sent what waits. `why` is sent to the browser only
-        if Redis refused; otherwise it is only logged, since it may say where Redis is.
+        A stream that is behind, and has lost Redis or events, is first sent what waits. A browser is told `why` only if
+        Redis refused; otherwise it is only logged, since it may say where Redis is.
         """
         if stream.state is ENDED:
             return
@@ -1105,7 +1105,7 @@ class Relay:
                 stream.sock.send(stream.opening + body)
 
     def _miss(self, streams: Iterable[Stream]) -> None:
-        """End the open streams, which have lost an event on the way from Redis. Who still waits finds it in the answer."""
+        """End the open streams: they have lost an event on its way from Redis. Who waits finds it in the answer."""
         for stream in tuple(streams):
             if stream.state is not WAITING:
                 log.warning("a stream has missed events")
