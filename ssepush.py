@@ -109,6 +109,7 @@ MAX_ID_BYTES = 128  # what browsers send back across origins without asking firs
 MAX_EVENT_BYTES = 2**20  # unless --max-event says more: what publishers may send, and streams must pass on
 KEPT_BYTES = MAX_EVENT_BYTES + 4096  # of a channel's history: any event fits, but one of very many short lines
 MAX_DEPTH = 500  # arrays and objects inside each other: less than any reader's stack has room for
+TOO_DEEP = f"data is nested too deeply: {MAX_DEPTH} levels at most"
 MAX_DIGITS = 4300  # of a whole number: Python refuses to read a longer one
 TOO_LONG = 10**MAX_DIGITS
 REDIS_S = 5.0  # for Redis to answer
@@ -371,7 +372,10 @@ class Inbox:
         if not head and len(data) - at > MAX_HEAD:
             raise ConnectionError("Redis sent what a subscriber cannot read")
         self.skip += max(0, at - len(data))
-        self.rest = bytearray(data[at:])
+        if data is self.rest:
+            del self.rest[:at]
+        else:
+            self.rest = bytearray(data[at:])
         return replies
 
     def take_rest(self) -> bytes | None:
@@ -564,6 +568,7 @@ def missed_by(since: Since, answer: bytes, max_bytes: int) -> Batch:
     batch = Batch(position=history.newest.decode())
     if resumes and reason:
         batch.add_reset(reason)
+        batch.events = 0
         return batch
     batch.events = len(frames)
     batch.frames = bytearray().join(reversed(frames)) + notice("stream-position", batch.position)
@@ -1054,6 +1059,8 @@ class Relay:
         for subscriber in tuple(self.subscribers):
             if subscriber.questions and subscriber.questions[0].asked_at + REDIS_S < self._now:
                 self.lose(subscriber, "it did not answer")
+                for stream in itertools.chain(*self._queue.values()):  # who waits for a turn would wait in vain
+                    self.end(stream, "redis-away")
 
     def _send_heartbeat(self, stream: Stream) -> None:
         if stream.state is LIVE:
@@ -1064,8 +1071,7 @@ class Relay:
     def end(self, stream: Stream, reason: str, why: str = "") -> None:
         """End a stream, for a key of REASONS: feed it no longer, say goodbye, close. A second time does no harm.
 
-        A stream that is behind, and has lost Redis or events, is first sent what waits. A browser is told `why` only if
-        Redis refused; otherwise it is only logged, since it may say where Redis is.
+        A browser is told `why` only if Redis refused; otherwise it is only logged, since it may say where Redis is.
         """
         if stream.state is ENDED:
             return
@@ -1074,8 +1080,8 @@ class Relay:
             stream.position = stream.subscriber.position(stream)
         stream.subscriber.remove(stream)
         self._release(stream.subscriber)
-        if stream.state is BEHIND and reason in ("redis-lost", "missed"):
-            stream.ends = reason  # it is told when it has taken what waits
+        if stream.backlog and reason in ("redis-lost", "missed"):
+            self._end_later(stream, stream.backlog[0], reason)
             return
         what = "closed" if is_open else "refused"
         if why:
@@ -1084,7 +1090,7 @@ class Relay:
         if is_open and reason == "missed":
             self._count_resets(reason, 1)
         log.info("stream %d %s after %.1f s: %s", stream.number, what, monotonic() - stream.opened_at, reason)
-        self._say_goodbye(stream, reason, is_open, why if reason == "redis-refused" else "")
+        self._say_goodbye(stream, reason, why if reason == "redis-refused" else "")
         stream.state = ENDED
         self.streams.discard(stream)
         self._add_unsent(stream, -stream.unsent_bytes)
@@ -1093,16 +1099,26 @@ class Relay:
             self._selector.unregister(stream.sock)
         stream.sock.close()
 
-    def _say_goodbye(self, stream: Stream, reason: str, is_open: bool, told: str) -> None:
+    def _end_later(self, stream: Stream, being_sent: memoryview, reason: str) -> None:
+        """A stream that is behind takes what it is being sent, and its last words. The page comes back for the rest."""
+        if not stream.ends:
+            words = memoryview(self._last_words(stream, reason))
+            self._add_unsent(stream, len(being_sent) + len(words) - stream.unsent_bytes)
+            stream.backlog = deque([being_sent, words])
+            stream.ends = reason
+
+    def _last_words(self, stream: Stream, reason: str, told: str = "") -> bytes:
+        words = last_words(reason, stream.state is not WAITING, stream.position, self.settings.retry, told)
+        return stream.opening + body_part(words, stream.chunked) + body_part(b"", stream.chunked)
+
+    def _say_goodbye(self, stream: Stream, reason: str, told: str) -> None:
         """Send the last words; but not amid an event, and not to who is slow: then its browser is cut off."""
         with suppress(OSError):
             if reason == "slow":  # what the kernel holds is not worth keeping: reset the connection
                 at_once = struct.pack("ii", 1, 0)
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
-            elif not stream.backlog:
-                words = last_words(reason, is_open, stream.position, self.settings.retry, told)
-                body = body_part(words, stream.chunked) + body_part(b"", stream.chunked)
-                stream.sock.send(stream.opening + body)
+            elif not stream.backlog and not stream.ends:
+                stream.sock.send(self._last_words(stream, reason, told))
 
     def _miss(self, streams: Iterable[Stream]) -> None:
         """End the open streams: they have lost an event on its way from Redis. Who waits finds it in the answer."""
@@ -1148,11 +1164,13 @@ class Relay:
     def check(self, newest: Mapping[bytes, str], position: str) -> None:
         """End streams that have missed a channel's newest event. position: the newest of all channels at that time."""
         for subscriber in tuple(self.subscribers):
-            for channel, seen in tuple(subscriber.seen.items()):
+            missing: list[Stream] = []
+            for channel, seen in subscriber.seen.items():
+                if newest.get(channel, "") > seen:
+                    missing += subscriber.streams.get(channel, ())
                 if channel in newest:
                     subscriber.seen[channel] = max(seen, position)
-                if newest.get(channel, "") > seen:
-                    self._miss(subscriber.streams.get(channel, ()))
+            self._miss(missing)
 
     def keep_to(self, master: Address) -> None:
         """Give up subscribers of another Redis: it is no master any more."""
@@ -1216,9 +1234,10 @@ if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
 local function newest_of(channel) return redis.call('ZSCORE', KEYS[2], channel) end
 """
 
-# One script: two commands can be seen in another order by subscribers, or be cut apart by a crash. What Redis refuses,
-# it refuses before anything is kept: for want of memory at the first write, for want of a right at PUBLISH. A history
-# keeps so many events, and so many bytes: of what is too much the oldest go, an eighth at a time.
+# One script: two commands can be seen in another order by subscribers, or be cut apart by a crash. Nothing is undone if
+# one fails. So first comes a write that changes nothing, which Redis refuses if memory is short, then PUBLISH, which it
+# refuses for want of a right; after these two nothing fails. A history keeps so many events, and so many bytes: of what
+# is too much the oldest go, an eighth at a time.
 # KEYS: counter, newest, history, published. ARGV: channel, message, frame, events kept, seconds kept, key or ''.
 PUBLISH_LUA = f"""{COUNTER_LUA}
 local channel, message, frame, kept, kept_s, key = unpack(ARGV)
@@ -1227,12 +1246,13 @@ if first then return {{0, first, 1}} end
 local known = newest_of(channel)
 local previous = text(known or floor)
 local id = text(math.max(clock, newest + 1))
+local members = ', "id": "' .. id .. '", "previous": "' .. previous .. '"}}'
+message = string.sub(message, 1, -2) .. members  -- in place of its last brace
+redis.call('HSET', KEYS[1], 'floor', floor)
+local receivers = redis.call('PUBLISH', channel, message)
 redis.call('ZADD', KEYS[2], id, channel)
 if redis.call('ZCARD', KEYS[2]) > {MAX_NEWEST} then floor = text(redis.call('ZPOPMIN', KEYS[2])[2]) end
 redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
-local members = ', "id": "' .. id .. '", "previous": "' .. previous .. '"}}'
-message = string.sub(message, 1, -2) .. members  -- in place of its last brace
-local receivers = redis.call('PUBLISH', channel, message)
 if not known then redis.call('UNLINK', KEYS[3]) end  -- it proves nothing any more, and may hold later ids
 redis.call('XADD', KEYS[3], 'MAXLEN', '=', kept, id .. '-0', 'previous', previous, 'frame', frame)
 local length = redis.call('XLEN', KEYS[3])
@@ -1367,7 +1387,7 @@ def check_readable(data: object) -> None:
         if not inner:
             return
         level = inner
-    raise ValueError(f"data is nested too deeply: {MAX_DEPTH} levels at most")
+    raise ValueError(TOO_DEEP)
 
 
 def message_of(data: object, type: str | None = None, retry: int | None = None) -> bytes:
@@ -1380,8 +1400,12 @@ def message_of(data: object, type: str | None = None, retry: int | None = None) 
         members["type"] = type
     if retry is not None:
         members["retry"] = retry
+    try:
+        text = json.dumps(members, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
     check_readable(members)
-    return json.dumps(members, ensure_ascii=False, allow_nan=False).encode()
+    return text.encode()
 
 
 # ── Redis: errors, URL, master, connections ──────────────────────────────────────────────────────────────────────────
@@ -2483,6 +2507,8 @@ class Server:
         try:
             if self._shared is None or self._shared.is_lost:
                 self._shared = connect(shared=True)
+            else:
+                self.redis.connections.are_quick = True  # however long it took to make
             return self._shared
         finally:
             self._connecting.release()

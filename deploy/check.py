@@ -421,7 +421,7 @@ def check_strangers(check: Check) -> Findings:
     signs = {"/metrics": b"ssepush_", "/healthz": b'"state"'}
     for path, sign in signs.items():
         answer = check.site.ask("GET", path)
-        if sign in answer.body:
+        if answer.status != 404 and sign in answer.body:
             yield Fault(f"strangers may read {path}", f"{closing(path)}, or start ssepush with --admin")
         else:
             yield f"{path} is closed to strangers"
