@@ -1257,7 +1257,7 @@ if not known then redis.call('UNLINK', KEYS[3]) end  -- it proves nothing any mo
 redis.call('XADD', KEYS[3], 'MAXLEN', '=', kept, id .. '-0', 'previous', previous, 'frame', frame)
 local length = redis.call('XLEN', KEYS[3])
 while length > 1 and redis.call('MEMORY', 'USAGE', KEYS[3], 'SAMPLES', 0) > {KEPT_BYTES} do
-  length = math.floor(length * 7 / 8)
+  length = length - math.max(1, math.floor(length / 8))
   redis.call('XTRIM', KEYS[3], 'MAXLEN', '=', length)
 end
 redis.call('EXPIRE', KEYS[3], kept_s)
@@ -2282,6 +2282,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
+STOP_S = 0.1  # after which an accepting thread notices that it is to stop
 MAX_WAITING = 1000  # connections that are not streams, and that are waited for: each has a thread
 STREAM_REQUEST = re.compile(rb"GET /stream[ ?].*\r\n\r\n", re.DOTALL)
 
@@ -2320,6 +2321,10 @@ class Listener(http.server.ThreadingHTTPServer):
             timeout_ms = round(2000 * self.app.settings.heartbeat)  # for hosts that vanished
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         socketserver.TCPServer.server_bind(self)
+
+    def accept(self) -> None:
+        """The accept thread, until `stop`."""
+        self.serve_forever(STOP_S)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of descriptors the connection stays in the queue: make room, and pause rather than spin."""
@@ -2580,7 +2585,7 @@ class Server:
         sys.setswitchinterval(0.0005)
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        accepts = [listener.serve_forever for listener in self.listeners]
+        accepts = [listener.accept for listener in self.listeners]
         threads = []
         for target in (self.relay.run, self._watch, self._follow, *accepts):
             thread = Thread(target=target, daemon=True)
@@ -2712,6 +2717,7 @@ class LogWriter(logging.Handler):
         self.dropped = 0
         self.turn = threading.Lock()
         self.has_lines = threading.Event()
+        self.ending = threading.Event()
         Thread(target=self._write, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -2728,9 +2734,8 @@ class LogWriter(logging.Handler):
     def _write(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # they are the main thread's
         while self.has_lines.wait():
-            sleep(0.05)  # for more to come: each time that this thread wakes up, others wait for it
+            self.ending.wait(0.05)  # for more to come: each time that this thread wakes up, others wait for it
             with self.turn:
-                self.has_lines.clear()
                 lines, self.lines = self.lines, {}
                 times, self.times = self.times, Counter()
                 dropped, self.dropped = self.dropped, 0
@@ -2742,10 +2747,16 @@ class LogWriter(logging.Handler):
                 text += f"{dropped} lines were dropped\n"
             with suppress(OSError):
                 os.write(2, text.encode())  # not by sys.stderr, for whose lock Python waits when it exits
+            with self.turn:
+                if not self.lines:
+                    self.has_lines.clear()
 
     def flush(self) -> None:
-        """At exit: wait for a moment."""
-        sleep(0.1)
+        """At exit: wait a moment for the last lines."""
+        self.ending.set()
+        until = monotonic() + 0.1
+        while self.has_lines.is_set() and monotonic() < until:
+            sleep(0.005)
 
 
 def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
