@@ -190,6 +190,12 @@ def nested(depth: int) -> list[Any]:
     )
 
 
+def holding_itself() -> dict[str, Any]:
+    parent: dict[str, Any] = {}
+    parent["children"] = [{"parent": parent}, {"parent": parent}]
+    return parent
+
+
 UNPUBLISHABLE: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "type with LF": ({"data": 1, "type": "a\nb"}, ValueError),
     "type with CR": ({"data": 1, "type": "a\rb"}, ValueError),
@@ -202,6 +208,7 @@ UNPUBLISHABLE: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "infinity inside": ({"data": [float("inf")]}, ValueError),
     "not JSON": ({"data": object()}, TypeError),
     "nested too deeply": ({"data": nested(100_000)}, ValueError),
+    "holds itself": ({"data": holding_itself()}, ValueError),
 }
 
 
@@ -1659,6 +1666,42 @@ def test_an_id_of_the_future_that_a_stranger_made_up_resets_nobody_else(server: 
         assert stream.next().data == "missed"
 
 
+def test_a_number_that_looks_like_an_id_of_ours_resets_nobody(
+    own_redis: RedisProcess, start: Start, channel: str
+) -> None:
+    server = start("--heartbeat", "1", redis=own_redis)
+    names = [channel, f"{channel}-other"]
+    streams = [server.opened(name) for name in names]
+    born = own_redis.client.hget(ssepush.COUNTER_KEY, "born")
+
+    own_redis.publish(names[0], json.dumps({"data": "numbered", "id": round(time.time() * 1e6)}))
+    assert streams[0].next().data == "numbered"
+    for name in names:
+        server.publish("ours", name)
+
+    assert [stream.next().data for stream in streams] == ["ours", "ours"]
+    assert own_redis.client.hget(ssepush.COUNTER_KEY, "born") == born
+
+
+def test_after_a_miss_was_found_on_one_channel_new_streams_of_the_others_get_everything(
+    own_redis: RedisProcess, start: Start, channel: str
+) -> None:
+    names = [f"{channel}-{letter}" for letter in "ab"]
+    server = start("--shared", "--heartbeat", "1", redis=own_redis)
+    for name in names:
+        server.publish("seen", name)
+    stream = server.opened(*names)
+
+    missed = str(place_of(stream.last_event_id) + 1)  # as if an event of the first had been lost on its way from Redis
+    own_redis.client.zadd(ssepush.NEWEST_KEY, {names[0]: int(missed)})
+    own_redis.client.hset(ssepush.COUNTER_KEY, "newest", missed)
+    assert [event.type for event in stream.until_end()] == ["stream-reset"]
+
+    with server.opened(names[1]) as later:
+        assert own_redis.publish(names[1], "plain") == 1
+        assert later.next().data == "plain"
+
+
 # What happened to channel b while a page that follows a and b was away: why the page is reset.
 HOLES: dict[str, tuple[Callable[[RedisProcess, str], object], str]] = {
     "its oldest events were trimmed": (
@@ -2042,6 +2085,7 @@ def test_a_publish_that_redis_refused_is_not_in_the_history(own_redis: RedisProc
         )
 
     assert own_redis.client.xlen(ssepush.HISTORY_KEY + channel) == 0
+    assert own_redis.client.zscore(ssepush.NEWEST_KEY, channel) is None, "its id is nobody's newest"
 
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
