@@ -56,6 +56,7 @@ from tests.kit import (
     answers_in,
     assert_whole,
     both_ways,
+    close_with_reset,
     connect,
     connections,
     dispatched,
@@ -2796,6 +2797,19 @@ LOG_LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) [^\x00-\x1f\x7f-\x9f]*\n"
     r"|ssepush [0-9.]+ serves .*\n|publish with: .*\n"
 )
+
+
+def test_whoever_resets_the_connection_after_a_bad_request_writes_nothing_into_the_log(start: Start) -> None:
+    server = start()
+
+    for _ in range(30):
+        sock = connect(server.port)
+        sock.sendall(b"what is this?\r\n\r\n")
+        close_with_reset(sock)
+    wait_for(lambda: server.connections() == 0, "all are gone")
+    assert server.terminate() == 0
+
+    assert "Traceback" not in server.output
 
 
 def test_no_attack_so_far_has_written_a_line_of_the_log(server: ServerProcess) -> None:
