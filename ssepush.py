@@ -382,6 +382,8 @@ class Inbox:
         """The beginning of a reply, to be fed again with what follows; None: it is long, or being skipped."""
         if self.skip or len(self.rest) > READ_BYTES:
             return None
+        if not self.rest:
+            return b""
         rest, self.rest = bytes(self.rest), bytearray()
         return rest
 
@@ -989,8 +991,10 @@ class Relay:
         sent = 0
         if stream.state is LIVE:
             stream.progress_at = self._now
-            with suppress(OSError):  # the kernel's buffer is full; or the browser is gone, as the next attempt tells
+            try:
                 sent = stream.sock.send(wire)
+            except OSError:  # the kernel's buffer is full; or the browser is gone, as the next attempt tells
+                sent = 0
         if sent < len(wire) and stream.state is not ENDED:
             self._hold(stream, memoryview(wire)[sent:])
 
