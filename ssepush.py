@@ -1332,9 +1332,11 @@ class Redis:
     def newest(self, channels: Sequence[bytes]) -> tuple[str, dict[bytes, str]]:
         """The newest id of all, and that of each of these channels, which is at most so new if it is not known."""
         script = self._script(NEWEST_LUA, [], *channels)
-        _, newest, ids = [answer.decode() for answer in self.connections.call(*script)]
-        self.witness.saw(newest)
-        return newest, dict(zip(channels, ids.split(), strict=True))
+        _, newest, newest_of_each = self.connections.call(*script)
+        position = newest.decode()
+        ids = newest_of_each.decode().split()
+        self.witness.saw(position)
+        return position, dict(zip(channels, ids, strict=True))
 
     def position(self) -> str | None:
         """The newest id of all, None without a history."""
