@@ -58,7 +58,6 @@ import math
 import os
 import random
 import re
-import resource
 import secrets
 import signal
 import socket
@@ -72,6 +71,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date, time
+from decimal import Decimal
 from email.utils import formatdate
 from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
@@ -80,6 +81,7 @@ from time import monotonic, sleep
 from time import time as unix_time
 from typing import Any, ClassVar, NamedTuple, NoReturn
 from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
 
 if sys.version_info < (3, 11):  # noqa: UP036  # pip would say so; someone who runs the file itself has not asked pip
     print("ssepush: Python 3.11 or newer is needed, and this is", sys.version.split()[0], file=sys.stderr)
@@ -109,9 +111,6 @@ MAX_ID_BYTES = 128  # what browsers send back across origins without asking firs
 MAX_EVENT_BYTES = 2**20  # unless --max-event says more: what publishers may send, and streams must pass on
 KEPT_BYTES = MAX_EVENT_BYTES + 4096  # of a channel's history: any event fits, but one of very many short lines
 MAX_DEPTH = 500  # arrays and objects inside each other: less than any reader's stack has room for
-TOO_DEEP = f"data is nested too deeply: {MAX_DEPTH} levels at most"
-MAX_DIGITS = 4300  # of a whole number: Python refuses to read a longer one
-TOO_LONG = 10**MAX_DIGITS
 REDIS_S = 5.0  # for Redis to answer
 
 
@@ -163,7 +162,7 @@ class Settings:
     history: int = option(1000, "events kept per channel; 0: none (1000)", type=HISTORY)
     history_ttl: int = option(86400, "seconds for which they are kept (86400)", type=SECONDS)
     shared: bool = option(False, "one Redis subscriber for all streams instead of one each", action="store_true")
-    heartbeat: float = option(15.0, "seconds of silence before a comment (15)", type=number(0.1, 3600))
+    heartbeat: float = option(15.0, "seconds of silence after which something is sent (15)", type=number(0.1, 3600))
     retry: int = option(3000, "ms until browsers reconnect, spread by ±50%% (3000)", type=number(1, 3_600_000))
     max_streams: int = option(0, "open streams (what open files and Redis's clients allow)", type=number(1, 1_000_000))
     max_backlog: int = option(
@@ -199,7 +198,6 @@ def environment_number(name: str) -> int:
 LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
 ID_BYTES = 16
 EVENT_ID = re.compile("[0-9]{16}")  # ours: microseconds, which as text are in order, too
-HEARTBEAT = b":\n\n"
 EVENT_STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-store, no-transform",  # a middlebox that compresses would hold events back
@@ -253,12 +251,12 @@ def frame_of(event: Event) -> bytes:
     return "\n".join(lines).encode()
 
 
-def notice(type: str, position: str, reason: str = "") -> bytes:
+def notice(type: str, position: str, **members: object) -> bytes:
     """An event of our own: `stream-position`, `stream-reset` with a reason, or `token-expired`.
 
     It sets the browser's last event ID, as a bare id would, which Firefox and WebKit ignore. Nobody need listen for it.
     """
-    data = json.dumps({"reason": reason}) if reason else ""
+    data = json.dumps(members) if members else ""
     return frame_of(Event(data, type, position))
 
 
@@ -286,7 +284,7 @@ def last_words(reason: str, is_open: bool, position: str, retry_ms: int, told: s
         if not is_open:
             retry = retry_line(RENEW_MS, RENEW_MS)
     if reason == "missed":  # the page's own id may be past what is missing, that of another channel
-        news = notice("stream-reset", position, reason)
+        news = notice("stream-reset", position, reason=reason)
     why = " ".join((told or REASONS[reason]).split())
     return news + f": {why}\n".encode() + retry + b"\n"
 
@@ -393,17 +391,22 @@ def event_of(message: bytes) -> Event:
 
     `b'{"data": {"a": 1}, "type": "greet"}'` (what flask-sse publishes) gives `Event('{"a": 1}', "greet")`; whatever is
     not a JSON object with a `data` member is data as it stands: `b"hello"` gives `Event("hello")`. ValueError, the
-    publisher's fault: a member is of the wrong kind; UnicodeDecodeError: it is not UTF-8.
+    publisher's fault: a member is of the wrong kind, or data holds NaN; UnicodeDecodeError: it is not UTF-8.
     """
     text = message.decode()
+    object_text = text.removeprefix("\ufeff")  # a byte order mark, as tools on Windows put it first
+    if not object_text.lstrip().startswith("{"):
+        return Event(text)
     try:
-        members = json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which are not JSON
+        members = json.loads(object_text)
         data = members["data"]
         if not isinstance(data, str):
             data = json.dumps(data, ensure_ascii=False, allow_nan=False)
-    except (ValueError, RecursionError, TypeError, KeyError):  # no JSON, or none that we can read; no object; no data
+    except (json.JSONDecodeError, RecursionError, KeyError):
         return Event(text)
     event_type = members.get("type")
+    if event_type is None:
+        event_type = members.get("event")  # Laravel's name for it
     event_id = members.get("id")
     retry = members.get("retry")
     if not isinstance(event_type, str | None):
@@ -460,7 +463,7 @@ class Batch:
         """Add the event by which streams are told that they may have missed something."""
         self.reset = reason
         self.events += 1
-        self.frames += notice("stream-reset", self.position, reason)
+        self.frames += notice("stream-reset", self.position, reason=reason)
 
 
 # How a page that comes back proves that it missed nothing. Each entry of a channel's history holds the id before it:
@@ -573,7 +576,7 @@ def missed_by(since: Since, answer: bytes, max_bytes: int) -> Batch:
         batch.events = 0
         return batch
     batch.events = len(frames)
-    batch.frames = bytearray().join(reversed(frames)) + notice("stream-position", batch.position)
+    batch.frames = bytearray().join(reversed(frames))
     return batch
 
 
@@ -695,6 +698,8 @@ class Subscriber:
     questions: list[Question] = field(default_factory=list)
     inbox: Inbox = field(default_factory=Inbox)
     unsent: bytes = HELLO  # commands that the kernel has not taken
+    heard_at: float = field(default_factory=monotonic)
+    pinged_at: float = math.inf  # and not heard since
     is_lost: bool = False  # closed; also read by other threads
 
     def add(self, stream: Stream) -> None:
@@ -739,7 +744,13 @@ class Subscriber:
         received = self.sock.recv(ANSWER_BYTES if self.questions or self.inbox.rest else READ_BYTES)
         if not received:
             raise ConnectionError("Redis closed the connection")
+        self.heard_at, self.pinged_at = monotonic(), math.inf
         return received
+
+    def ping(self) -> None:
+        """Something to answer, and to be seen by what stands between us and Redis, and cuts who is silent."""
+        self.pinged_at = monotonic()
+        self._send(command("PING"))
 
     def follows(self, channel: bytes, batch: Batch) -> bool:
         """Whether nothing is missing between what was seen of the channel and this, which then counts as seen."""
@@ -856,8 +867,7 @@ class Relay:
         elif len(self.streams) > self.settings.max_streams:
             self.end(stream, "full")
         elif stream.since == LIVE_ONLY and all(map(subscriber.seen.get, stream.channels)):
-            position = subscriber.position(stream)
-            self._begin(stream, Batch(bytearray(notice("stream-position", position)), position=position))
+            self._begin(stream, Batch(position=subscriber.position(stream)))
         elif not subscriber.has_asked_for(stream):
             asked = (subscriber, stream.channels, stream.since)
             self._queue.setdefault(asked, []).append(stream)
@@ -908,7 +918,8 @@ class Relay:
         self.count("events_replayed_total", missed.events)
         self._count_resets(missed.reset, 1)
         log.info("stream %d open: %s on %s", stream.number, stream.peer, named(stream.channels))
-        first = stream.opening + body_part(missed.frames, stream.chunked)
+        start = notice("stream-position", missed.position, heartbeat=self.settings.heartbeat)
+        first = stream.opening + body_part(missed.frames + start, stream.chunked)
         stream.opening = b""
         stream.state = LIVE
         self._send(stream, first)
@@ -1061,14 +1072,20 @@ class Relay:
             elif stream.state is LIVE and silent_s >= heartbeat_s:
                 self._calls.append((self._send_heartbeat, stream))  # between them events go first
         for subscriber in tuple(self.subscribers):
+            if subscriber.pinged_at + 2 * heartbeat_s < self._now:
+                self.lose(subscriber, "it did not answer")
+            elif subscriber.heard_at + heartbeat_s < self._now < subscriber.pinged_at:
+                subscriber.ping()
             if subscriber.questions and subscriber.questions[0].asked_at + REDIS_S < self._now:
                 self.lose(subscriber, "it did not answer")
                 for stream in itertools.chain(*self._queue.values()):  # who waits for a turn would wait in vain
                     self.end(stream, "redis-away")
 
     def _send_heartbeat(self, stream: Stream) -> None:
+        """An event, not a comment: a page can hear it, and so notice that a stream has died without a word."""
         if stream.state is LIVE:
-            self._send(stream, body_part(HEARTBEAT, stream.chunked))
+            heartbeat = notice("stream-position", stream.subscriber.position(stream))
+            self._send(stream, body_part(heartbeat, stream.chunked))
 
     # What ends a stream
 
@@ -1378,28 +1395,28 @@ def check_name(what: str, name: object) -> str:
     return str(name)
 
 
-def check_readable(data: object) -> None:
-    """ValueError: data is nested deeper, or holds a longer number, than whoever reads the message may be able to."""
-    level: list[object] = [data]
-    for _ in range(MAX_DEPTH + 1):  # the message around it is one more
-        inner: list[object] = []
-        for value in level:
-            if isinstance(value, dict):
-                inner.extend(value.values())
-            elif isinstance(value, list | tuple):
-                inner.extend(value)
-            elif isinstance(value, int) and abs(value) >= TOO_LONG:
-                raise ValueError(f"data holds a number of more than {MAX_DIGITS} digits")
-        if not inner:
-            return
-        level = inner
-    raise ValueError(TOO_DEEP)
+def jsonable(value: object) -> object:
+    """What stands in JSON for a value that has no form of its own there. TypeError: nothing does."""
+    if isinstance(value, date | time):  # a datetime is a date, too
+        return value.isoformat()
+    if isinstance(value, Decimal | UUID):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {member.name: getattr(value, member.name) for member in dataclasses.fields(value)}
+    raise TypeError(f"data of type {type(value).__name__} is not taken")
+
+
+def depth_of(text: str) -> int:
+    """How many arrays and objects of a JSON text are inside each other."""
+    brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}"]+', "", text)
+    depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
+    return max(depths, default=0)
 
 
 def message_of(data: object, type: str | None = None, retry: int | None = None) -> bytes:
     """The message to publish: `message_of("hi", "greet")` gives `b'{"data": "hi", "type": "greet"}'`.
 
-    ValueError: data is too deep, or no JSON; TypeError: JSON does not know this type.
+    ValueError: data is too deep, or no JSON, or holds a number longer than Python reads; TypeError: see `jsonable`.
     """
     members = {"data": data}
     if type is not None:
@@ -1407,11 +1424,12 @@ def message_of(data: object, type: str | None = None, retry: int | None = None) 
     if retry is not None:
         members["retry"] = retry
     try:
-        text = json.dumps(members, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(members, ensure_ascii=False, allow_nan=False, default=jsonable)
+        if depth_of(text) <= MAX_DEPTH + 1:  # the message itself is one more
+            return text.encode()
     except RecursionError:
-        raise ValueError(TOO_DEEP) from None
-    check_readable(members)
-    return text.encode()
+        pass
+    raise ValueError(f"data is nested too deeply: {MAX_DEPTH} levels at most")
 
 
 # ── Redis: errors, URL, master, connections ──────────────────────────────────────────────────────────────────────────
@@ -1460,7 +1478,7 @@ def pool_of(options: Mapping[str, Any]) -> Any:
 def ask(pool: Any, *words: Word) -> Any:
     """Redis's answer to a command, which is sent once. RedisAway, RedisRefused, Unanswered."""
     try:
-        connection = pool.get_connection()
+        connection = pool.get_connection(*A_COMMAND)
     except RedisError as error:
         raise away(error) from error
     try:
@@ -1486,12 +1504,14 @@ WRONG_URL = (
 QUICK = {"socket_timeout": 0.5, "socket_connect_timeout": 0.5}  # s
 QUICK_S = 0.05  # to connect a subscriber: as long as that takes longer, threads do it
 DEFAULTS = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0}
+NO_DRIVER = {"driver_info": None} if redis.VERSION >= (8,) else {"lib_name": None, "lib_version": None}
 FIXED = {
     "retry": Retry(NoBackoff(), 0),  # what was asked once must not run twice
     "protocol": 2,  # with the next, fewer round trips to log in
-    "driver_info": None,
+    **NO_DRIVER,
     "decode_responses": False,
 }
+A_COMMAND = ("PING",) if redis.VERSION < (5, 3) else ()  # of which redis-py's pool once wanted the name, and no more
 CLUSTER_PREFIX = "ssepush2:{0}:"
 CLUSTER_SLOT = 13907  # of all keys that begin so
 FIND_S = 1.0  # for which an answer of Sentinels is used again
@@ -1519,9 +1539,11 @@ def options_of(url: str) -> tuple[str, dict[str, Any], Masters | None]:
     try:
         given = parse_url(f"{scheme}://{login}{first}{path}{query}")  # type: ignore[no-untyped-call]
         options = {**DEFAULTS, **given, **FIXED}
+        if "ssl_cert_reqs" in given:  # Celery says CERT_NONE
+            options["ssl_cert_reqs"] = given["ssl_cert_reqs"].removeprefix("CERT_").lower()
         if scheme == "rediss":
             # Without a round trip, a ticket of TLS would be unread, and redis-py's pool would take that for an answer.
-            del options["driver_info"]
+            options = {name: value for name, value in options.items() if name not in NO_DRIVER}
         masters = masters_of(kind, hosts, name, options) if kind else None
         pool_of(options)
         return address, options, masters
@@ -1744,11 +1766,14 @@ def fields_of(lines: str) -> dict[str, str]:
         known = fields.get(name.lower())
         if known is not None and name.lower() in SINGLE:
             raise HTTPError(400, f"{name} is given twice")
-        fields[name.lower()] = value if known is None else f"{known}, {value}"
+        separator = "; " if name.lower() == "cookie" else ", "  # HTTP/2 proxies pass cookies on in several lines
+        fields[name.lower()] = value if known is None else known + separator + value
     if not HOST.fullmatch(fields.get("host", "")):
         raise HTTPError(400, "Host is missing or malformed")
-    if "transfer-encoding" in fields:
-        raise HTTPError(411, "Transfer-Encoding is not taken: send a Content-Length")
+    if fields.get("transfer-encoding", "chunked").lower() != "chunked":
+        raise HTTPError(400, "Transfer-Encoding may only be chunked")
+    if "transfer-encoding" in fields and "content-length" in fields:
+        raise HTTPError(400, "Transfer-Encoding and Content-Length are both given")
     if not re.fullmatch("[0-9]{1,12}", fields.get("content-length", "0")):
         raise HTTPError(400, "Content-Length is malformed")
     return fields
@@ -1793,6 +1818,8 @@ class Request:
         self.path, _, query = target.partition("?")
         self.is_1_1 = minor == "1"
         self.fields = fields_of(lines)
+        if self.is_chunked() and not self.is_1_1:
+            raise HTTPError(400, "Transfer-Encoding is not for HTTP/1.0")
         try:
             self.query = parse_qs(query, keep_blank_values=True, errors="strict", max_num_fields=100)
         except ValueError:
@@ -1801,6 +1828,10 @@ class Request:
     def field(self, name: str) -> str:
         """A header field, "" if it is not there."""
         return self.fields.get(name, "")
+
+    def is_chunked(self) -> bool:
+        """Whether the body comes in chunks, of a length that only its end tells."""
+        return "transfer-encoding" in self.fields
 
     def channels(self) -> list[str]:
         """What a stream is to follow. HTTPError 400."""
@@ -1973,6 +2004,8 @@ def readable_until(channel: str, tokens: Iterable[str]) -> float:
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SILENT_S = 15  # for which a connection may send nothing, or take nothing of its answer
+MAX_CHUNK_HEAD = 100  # bytes
+CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t -~]*)?\r\n")  # RFC 9112, 7.1: extensions mean nothing to us
 FORBIDDEN = {  # the samples of GET /metrics that count who is refused with 401 or 403
     "/stream": 'streams_refused_total{reason="forbidden"}',
     "/publish": 'publishes_total{status="forbidden"}',
@@ -1980,6 +2013,7 @@ FORBIDDEN = {  # the samples of GET /metrics that count who is refused with 401 
 }
 NOT_GIVEN = {  # members of what is published, beside data
     "type": None,
+    "event": None,
     "channel": "sse",
     "retry": None,
     "key": None,
@@ -2022,7 +2056,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read a request and answer it. The connection then closes, unless the answer says that it stays."""
         self.asked = Request(self.settings)
-        self.unread = 0  # bytes of the body
+        self.has_body = False  # that is still to be read
         self.close_connection = True
         with suppress(OSError):  # the browser left, or took too long
             try:
@@ -2051,7 +2085,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The method that answers: `answer_stream` at /stream. HTTPError: there is none, or not for this request."""
         asked = self.asked
         asked.parse(head)
-        self.unread = int(asked.field("content-length") or 0)
+        self.has_body = asked.is_chunked() or int(asked.field("content-length") or 0) > 0
         if not self.server.is_admin:
             asked.check_host()
         path = asked.path
@@ -2062,7 +2096,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         first, *others = methods.split(", ")
         if asked.method not in (first, *others):
             raise HTTPError(405, f"{path} takes {first}, not {asked.method}", {"Allow": methods})
-        if self.unread and asked.method != "POST":
+        if self.has_body and asked.method != "POST":
             raise HTTPError(400, f"{path} takes no body")
         if asked.query and path not in ("/", "/stream"):
             raise HTTPError(400, f"{path} takes no parameter {min(asked.query)!r}")
@@ -2073,21 +2107,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def body(self) -> bytes:
         """The body, which must be JSON. HTTPError."""
-        limit = self.settings.max_event
         content_type, _, _ = self.asked.field("content-type").partition(";")
         if content_type.strip().lower() != "application/json":
             raise HTTPError(415, "Content-Type must be application/json")
-        if "content-length" not in self.asked.fields:
+        length = self.asked.field("content-length")
+        if not length and not self.asked.is_chunked():
             raise HTTPError(411, "Content-Length is missing")
-        if self.unread > limit:
-            raise HTTPError(413, f"the body has {self.unread} bytes; at most {limit} are taken")
+        self._check_length(int(length or 0))
         if self.asked.is_1_1 and self.asked.field("expect").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.rfile.read(self.unread)
-        if len(body) < self.unread:
-            raise ConnectionError("the browser left")
-        self.unread = 0
+        body = self._chunks() if self.asked.is_chunked() else self._read(int(length))
+        self.has_body = False
         return body
+
+    def _check_length(self, length: int) -> None:
+        limit = self.settings.max_event
+        if length > limit:
+            raise HTTPError(413, f"the body has {length} bytes or more; at most {limit} are taken")
+
+    def _read(self, length: int) -> bytes:
+        data = self.rfile.read(length)
+        if len(data) < length:
+            raise ConnectionError("the browser left")
+        return data
+
+    def _chunks(self) -> bytes:
+        """A body in chunks, without trailers: nobody could make sense of them. HTTPError. Source: RFC 9112, 7.1."""
+        body = bytearray()
+        while found := CHUNK_HEAD.fullmatch(self.rfile.readline(MAX_CHUNK_HEAD)):
+            length = int(found[1], 16)
+            self._check_length(len(body) + length)
+            chunk = self._read(length + 2)
+            if not chunk.endswith(b"\r\n"):
+                break
+            if not length:
+                return bytes(body)
+            body += chunk[:-2]
+        raise HTTPError(400, "a chunk of the body is malformed, or a trailer follows")
 
     def answer_head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """The head of an answer."""
@@ -2101,7 +2157,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = f"{json.dumps(body)}\n".encode()
             fields["Content-Type"] = "application/json"
         wants_close = not self.asked.is_1_1 or "close" in self.asked.field("connection").lower()
-        is_error = self.unread > 0 or status >= 400
+        is_error = self.has_body or status >= 400
         self.close_connection = wants_close or is_error or self.app.stopping.is_set()
         if self.close_connection:
             fields["Connection"] = "close"
@@ -2128,7 +2184,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {
             "Allow": methods,
             "Access-Control-Allow-Methods": methods,
-            "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, Cache-Control",
+            "Access-Control-Allow-Headers": self.asked.field("access-control-request-headers"),
         }
         self.respond(204, b"", headers)
 
@@ -2146,7 +2202,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Publish an event."""
         self.asked.check_publisher()
         try:
-            members = json.loads(self.body().decode())
+            members = json.loads(self.body().decode("utf-8-sig"))
         except (ValueError, RecursionError):
             raise HTTPError(400, "the body is not JSON, or nested too deeply") from None
         if not isinstance(members, dict) or "data" not in members:
@@ -2165,6 +2221,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status = "error"
         try:
             arguments = {**NOT_GIVEN, **members}
+            event = arguments.pop("event")  # another name for it
+            if arguments["type"] is None:
+                arguments["type"] = event
             published = self.app.redis.publish(**arguments)
             status = "duplicate" if published.duplicate else "ok"
             return published
@@ -2837,6 +2896,8 @@ def start_valkey() -> None:
 
 def raise_open_file_limit() -> int:
     """Raise the limit of open files as far as that is allowed, and answer it."""
+    import resource  # Windows has none, and can publish
+
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for wanted in (hard, 65536, 10240):  # macOS says infinity and means 10240
         if wanted == resource.RLIM_INFINITY or wanted <= files:
