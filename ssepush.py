@@ -59,6 +59,7 @@ import os
 import random
 import re
 import secrets
+import shlex
 import signal
 import socket
 import socketserver
@@ -129,7 +130,6 @@ def number(low: float, high: float) -> Callable[[str], Any]:
     return value
 
 
-HISTORY = number(0, 100_000)
 SECONDS = number(1, 31_536_000)
 
 
@@ -159,7 +159,8 @@ class Settings:
     redis_url: str = option(
         "", "redis://, rediss://, unix://, redis+sentinel:// … (REDIS_URL; else local, or embedded)"
     )
-    history: int = option(1000, "events kept per channel; 0: none (1000)", type=HISTORY)
+    prefix: str = option("", "before every channel on Redis; pages do without (SSEPUSH_PREFIX)", type=str)
+    history: int = option(1000, "events kept per channel; 0: none (1000)", type=number(0, 100_000))
     history_ttl: int = option(86400, "seconds for which they are kept (86400)", type=SECONDS)
     shared: bool = option(False, "one Redis subscriber for all streams instead of one each", action="store_true")
     heartbeat: float = option(15.0, "seconds of silence after which something is sent (15)", type=number(0.1, 3600))
@@ -177,20 +178,21 @@ class Settings:
     log_level: str = option("info", "(info)", choices=("debug", "info", "warning", "error"))
 
 
-PUBLISHING = ("redis_url", "history", "history_ttl", "max_event")  # settings that the command `publish` needs, too
+PUBLISHING = ("redis_url", "prefix", "history", "history_ttl", "max_event")  # for the command `publish`, too
+ENVIRONMENT = ("prefix", "history", "history_ttl")  # the environment has their defaults
 
 
-def environment_number(name: str) -> int:
-    """SSEPUSH_HISTORY or SSEPUSH_HISTORY_TTL, or else its default. ValueError: it is not such a number."""
-    value, default = {
-        "SSEPUSH_HISTORY": (HISTORY, Settings.history),
-        "SSEPUSH_HISTORY_TTL": (SECONDS, Settings.history_ttl),
-    }[name]
-    text = os.environ.get(name) or str(default)
+def from_environment(name: str) -> Any:
+    """What SSEPUSH_HISTORY says, for the setting `history`; or else its default. ValueError: it is not such a value."""
+    setting = Settings.__dataclass_fields__[name]
+    variable = f"SSEPUSH_{name.upper()}"
+    text = os.environ.get(variable)
+    if not text:
+        return setting.default
     try:
-        return int(value(text))
+        return setting.metadata["type"](text)
     except argparse.ArgumentTypeError as error:
-        raise ValueError(f"{name} {error}") from None
+        raise ValueError(f"{variable} {error}") from None
 
 
 # ── The event stream format ──────────────────────────────────────────────────────────────────────────────────────────
@@ -394,16 +396,13 @@ def event_of(message: bytes) -> Event:
     publisher's fault: a member is of the wrong kind, or data holds NaN; UnicodeDecodeError: it is not UTF-8.
     """
     text = message.decode()
-    object_text = text.removeprefix("\ufeff")  # a byte order mark, as tools on Windows put it first
-    if not object_text.lstrip().startswith("{"):
-        return Event(text)
     try:
-        members = json.loads(object_text)
+        members = json.loads(text.removeprefix("\ufeff"))  # a byte order mark: tools on Windows put it first
         data = members["data"]
-        if not isinstance(data, str):
-            data = json.dumps(data, ensure_ascii=False, allow_nan=False)
-    except (json.JSONDecodeError, RecursionError, KeyError):
+    except (ValueError, RecursionError, TypeError, KeyError):  # no JSON, or none that we can read; no object; no data
         return Event(text)
+    if not isinstance(data, str):
+        data = json.dumps(data, ensure_ascii=False, allow_nan=False)
     event_type = members.get("type")
     if event_type is None:
         event_type = members.get("event")  # Laravel's name for it
@@ -447,7 +446,7 @@ class Batch:
             self.dropped.append("message is not UTF-8")
         except UnicodeEncodeError:
             self.dropped.append("a lone surrogate cannot be sent as UTF-8")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.dropped.append(str(error))
         else:
             self.events += 1
@@ -1304,9 +1303,13 @@ class Published(int):
 class Redis:
     """What is asked of Redis: publish, and read the history. Any thread. Each method may raise RedisAway."""
 
-    def __init__(self, url: str, history: int, history_ttl: int, max_event: int = MAX_EVENT_BYTES) -> None:
-        """history: events kept per channel (0: none), for history_ttl seconds. ValueError: the URL is wrong."""
+    def __init__(self, url: str, prefix: str, history: int, history_ttl: int, max_event: int) -> None:
+        """prefix: before every channel on Redis. history: events kept per channel (0: none), for history_ttl seconds.
+
+        ValueError: the URL is wrong, or the prefix.
+        """
         self.connections = Connections(url)
+        self.prefix = prefix and check_name("prefix", prefix)
         self.history = history
         self.history_ttl = history_ttl
         self.max_event = max_event
@@ -1330,6 +1333,7 @@ class Redis:
             raise ValueError("key needs a history (--history)")
         if len(frame) > KEPT_BYTES:
             frame = b""
+        channel = self.prefix + channel
         keys = [HISTORY_KEY + channel, f"{PUBLISHED_KEY}{channel}\0{key or ''}"]
         kept = (self.history, self.history_ttl)
         script = self._script(PUBLISH_LUA, keys, channel, message, frame, *kept, key or "")
@@ -1390,7 +1394,7 @@ def check_name(what: str, name: object) -> str:
     is_text = isinstance(name, str) and name.isprintable()
     if not is_text or not 0 < len(str(name).encode()) <= MAX_CHANNEL_BYTES:
         raise ValueError(f"{what} must be a name of 1 to {MAX_CHANNEL_BYTES} bytes of printable characters")
-    if what == "channel" and str(name).startswith("__"):
+    if what != "key" and str(name).startswith("__"):
         raise ValueError("channels that begin with __ are Redis's own")
     return str(name)
 
@@ -1700,6 +1704,15 @@ class Connections:
 redis_at = functools.lru_cache(maxsize=16)(Redis)  # one for each set of arguments: its connections are used again
 
 
+def redis_for(url: str | None, max_event: int = MAX_EVENT_BYTES, **given: Any) -> Redis:
+    """What was given, or else the environment says. ValueError."""
+    chosen = []
+    for name in ENVIRONMENT:
+        value = given.get(name)
+        chosen.append(from_environment(name) if value is None else value)
+    return redis_at(url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL, *chosen, max_event)
+
+
 def publish(
     data: object,
     type: str | None = None,
@@ -1708,24 +1721,21 @@ def publish(
     *,
     key: str | None = None,
     redis_url: str | None = None,
+    prefix: str | None = None,
     history: int | None = None,
     history_ttl: int | None = None,
     max_event: int = MAX_EVENT_BYTES,
 ) -> Published:
     """Publish an event from any Python program, with flask-sse's names: `publish({"a": 1}, type="greet")`.
 
-    data: anything that JSON can hold. key: published once with it on this channel, however often this is called while
-    the history lasts. redis_url: the environment's REDIS_URL, or else the local Redis. history, history_ttl: the
-    environment's SSEPUSH_HISTORY and SSEPUSH_HISTORY_TTL, or else 1,000 events and a day. Answers the number of
-    subscribers reached. ValueError or TypeError: an argument cannot be sent; RedisAway: it was not published;
-    Unanswered: it may or may not have been, and with a key may safely be published again.
+    data: anything that JSON can hold; dates, decimals, UUIDs and dataclasses, too. key: published once with it on this
+    channel, however often this is called while the history lasts. redis_url: the environment's REDIS_URL, or else the
+    local Redis. prefix, history, history_ttl: the environment's SSEPUSH_PREFIX, SSEPUSH_HISTORY and
+    SSEPUSH_HISTORY_TTL, or else none, 1,000 events and a day. Answers the number of subscribers reached. ValueError or
+    TypeError: an argument cannot be sent; RedisAway: it was not published; Unanswered: it may or may not have been, and
+    with a key may safely be published again.
     """
-    url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
-    if history is None:
-        history = environment_number("SSEPUSH_HISTORY")
-    if history_ttl is None:
-        history_ttl = environment_number("SSEPUSH_HISTORY_TTL")
-    redis = redis_at(url, history, history_ttl, max_event)
+    redis = redis_for(redis_url, max_event, prefix=prefix, history=history, history_ttl=history_ttl)
     return redis.publish(data, type, channel, retry, key)
 
 
@@ -1734,9 +1744,7 @@ def position(redis_url: str | None = None) -> str | None:
 
     None: the history is off. RedisAway.
     """
-    url = redis_url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
-    history = environment_number("SSEPUSH_HISTORY")
-    return redis_at(url, history, 86400, MAX_EVENT_BYTES).position()
+    return redis_for(redis_url).position()
 
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1944,7 +1952,8 @@ class Request:
 # ── Who may read private channels ────────────────────────────────────────────────────────────────────────────────────
 
 MIN_SECRET_BYTES = 16
-TOKEN = re.compile(r"[0-9]{1,12}(\.[A-Za-z0-9_-]{43}){1,20}")  # expiry, and a signature for each channel
+MAX_TOKENS = 20  # of a request are looked at
+TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")  # header, claims, signature
 
 
 def signing_secret(secret: str | None = None) -> str:
@@ -1959,8 +1968,9 @@ def signing_secret(secret: str | None = None) -> str:
 
 
 def sign(*channels: str, ttl: int = 3600, secret: str | None = None) -> str:
-    """A token with which a page may read these private channels for ttl seconds: `"1764000000.8YkZ…"`, safe in a URL.
+    """A token with which a page may read these private channels for ttl seconds: a JWT (HS256), safe in a URL.
 
+    Its claims are `{"channels": ["private-7"], "exp": 1764000000}`; any JWT library can sign the same.
     secret: the server's SSEPUSH_SECRET, taken from the environment if not given. ValueError: there is none.
     """
     secret = signing_secret(secret)
@@ -1968,37 +1978,62 @@ def sign(*channels: str, ttl: int = 3600, secret: str | None = None) -> str:
         raise ValueError("SSEPUSH_SECRET is not set in the environment")
     if not 0 < len(channels) <= MAX_CHANNELS:
         raise ValueError(f"a token is for 1 to {MAX_CHANNELS} channels")
-    token = expiry = str(int(unix_time()) + ttl)
-    for channel in channels:
-        token += "." + signature(check_name("channel", channel), expiry, secret)
-    return token
+    names = [check_name("channel", channel) for channel in channels]
+    claims = {"channels": names, "exp": int(unix_time()) + ttl}
+    parts = [base64url(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims)]
+    signed = ".".join(parts)
+    return f"{signed}.{signature(signed, secret)}"
 
 
-def signature(channel: str, expiry: str, secret: str) -> str:
-    """What in a token stands for one channel: 43 characters."""
-    key = os.fsencode(secret)
-    signed = f"{expiry} {channel}".encode()
-    digest = hmac.digest(key, signed, "sha256")
-    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+def base64url(data: bytes) -> str:
+    """As JWTs are written. Source: RFC 7515, 2."""
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-def readable_until(channel: str, tokens: Iterable[str]) -> float:
-    """Until when (Unix time, s) the tokens open the channel, which may be past. HTTPError 403: they do not."""
-    if not channel.startswith("private-"):
+def signature(signed: str, secret: str) -> str:
+    """The third part of a token, for the first two."""
+    return base64url(hmac.digest(os.fsencode(secret), signed.encode(), "sha256"))
+
+
+def claims_of(token: str, secret: str) -> tuple[list[str], float]:
+    """The channels that a token opens, and until when (Unix time, s), which may be past. ValueError: it is not valid.
+
+    Source: RFC 7519.
+    """
+    signed, _, given = token.rpartition(".")
+    if not TOKEN.fullmatch(token) or not hmac.compare_digest(signature(signed, secret), given):
+        raise ValueError("the signature is not ours")
+    parts = [base64.urlsafe_b64decode(part + "==") for part in signed.split(".")]
+    try:
+        header, claims = (json.loads(part, parse_constant=int) for part in parts)  # int refuses NaN
+        channels, expiry = claims["channels"], claims["exp"]
+        is_valid = header["alg"] == "HS256" and "crit" not in header and claims.get("nbf", 0) <= unix_time()
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("a claim is missing or malformed") from error
+    is_list = isinstance(channels, list) and all(isinstance(channel, str) for channel in channels)
+    if not is_valid or not is_list or type(expiry) not in (int, float):
+        raise ValueError("a claim is malformed")
+    return channels, expiry
+
+
+def readable_until(channels: Iterable[str], tokens: Sequence[str]) -> float:
+    """Until when (Unix time, s) the tokens open all of the channels, which may be past. HTTPError 403: they do not."""
+    private = [channel for channel in channels if channel.startswith("private-")]
+    if not private:
         return math.inf
     secret = signing_secret()
     if not secret:
-        raise HTTPError(403, f"channel {channel} needs a token, and the server's environment has no SSEPUSH_SECRET")
-    until = 0
-    for token in filter(TOKEN.fullmatch, tokens):
-        expiry, *signatures = token.split(".")
-        own = signature(channel, expiry, secret)
-        is_signed = any(hmac.compare_digest(own, given) for given in signatures)
-        if is_signed:
-            until = max(until, int(expiry))
-    if not until:
-        raise HTTPError(403, f"channel {channel} needs a token that is signed for it")
-    return until
+        raise HTTPError(403, f"channel {private[0]} needs a token, and the server's environment has no SSEPUSH_SECRET")
+    until: dict[str, float] = {}
+    for token in tokens[:MAX_TOKENS]:
+        with suppress(ValueError):
+            opened, expiry = claims_of(token, secret)
+            for channel in opened:
+                until[channel] = max(expiry, until.get(channel, 0))
+    for channel in private:
+        if channel not in until:
+            raise HTTPError(403, f"channel {channel} needs a token that is signed for it")
+    return min(until[channel] for channel in private)
 
 
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2022,9 +2057,9 @@ Route = tuple[str, Callable[[Any], None]]  # methods, the one that the path is f
 
 
 @functools.lru_cache(maxsize=1000)  # one tuple for all streams that follow the same: memory
-def encoded(channels: tuple[str, ...]) -> tuple[bytes, ...]:
+def encoded(prefix: str, channels: tuple[str, ...]) -> tuple[bytes, ...]:
     """Channels as Redis knows them."""
-    return tuple(channel.encode() for channel in channels)
+    return tuple(f"{prefix}{channel}".encode() for channel in channels)
 
 
 @functools.lru_cache(maxsize=64)  # ten thousand pages that come back get the same
@@ -2294,7 +2329,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         names = self.asked.channels()
         since = self.asked.since()
         tokens = self.asked.tokens()
-        left_s = min(readable_until(name, tokens) for name in names) - unix_time()
+        left_s = readable_until(names, tokens) - unix_time()
         opening = self._opening()
         if self.asked.method == "HEAD":
             self.wfile.write(opening)
@@ -2309,7 +2344,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except RedisAway as error:
             self._refuse_stream(opening, position, error.reason, str(error))
             return
-        channels = encoded(tuple(names))
+        channels = encoded(self.app.redis.prefix, tuple(names))
         stream = Stream(
             number=next(self.app.stream_numbers),
             peer=self.client_address[0],
@@ -2683,7 +2718,7 @@ def command_line() -> Parser:
     parser = Parser(
         prog="ssepush",
         description="Push what is published on Redis channels to browsers, over Server-Sent Events.",
-        epilog="Environment: REDIS_URL, SSEPUSH_HISTORY, SSEPUSH_HISTORY_TTL are defaults of the options;"
+        epilog="Environment: REDIS_URL, SSEPUSH_PREFIX, SSEPUSH_HISTORY, SSEPUSH_HISTORY_TTL are defaults of options;"
         " SSEPUSH_PUBLISH_TOKEN lets other machines publish over HTTP with it; SSEPUSH_SECRET signs"
         " the tokens with which channels named private-… can be read. Defaults are in parentheses.",
     )
@@ -2728,10 +2763,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_command(parser: Parser, arguments: Sequence[str] | None) -> None:
     """Errors: those that `main` knows."""
-    settings = Settings(
-        history=environment_number("SSEPUSH_HISTORY"),
-        history_ttl=environment_number("SSEPUSH_HISTORY_TTL"),
-    )
+    settings = Settings(**{name: from_environment(name) for name in ENVIRONMENT})
     options: Any = parser.parse_args(arguments, settings)
     if options.command == "sign":
         print(sign(*options.channels, ttl=options.ttl))
@@ -2742,6 +2774,7 @@ def run_command(parser: Parser, arguments: Sequence[str] | None) -> None:
     given_url = settings.redis_url or os.environ.get("REDIS_URL")
     redis = Redis(
         given_url or DEFAULT_REDIS_URL,
+        settings.prefix,
         settings.history,
         settings.history_ttl,
         settings.max_event,
@@ -2854,9 +2887,12 @@ def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
     publisher = f"REDIS_URL={address} ssepush"
     if address.startswith("redis://"):
         publisher = "redis-cli" if address == DEFAULT_REDIS_URL else f"redis-cli -u {address}"
+    publisher += f" publish {shlex.quote(settings.prefix + 'sse')} hello"
+    if not settings.prefix and (settings.allow_host or not LOOPBACK.fullmatch(settings.host)):
+        log.warning("pages can read every channel of this Redis, also other programs': --prefix keeps them to yours")
     log.info("at most %d streams (--max-streams)", settings.max_streams)
     print(f"ssepush {__version__} serves http://{host}:{port}/ from {address}{embedded}")
-    print(f"publish with: {publisher} publish sse hello    stop with: Ctrl-C", flush=True)
+    print(f"publish with: {publisher}    stop with: Ctrl-C", flush=True)
     server.run()
 
 

@@ -16,6 +16,7 @@ import http.client
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -467,19 +468,20 @@ def test_the_reconnection_time_is_spread_by_half_of_it_either_way(server: Server
 
 
 @both_ways
-def test_a_silent_stream_gets_comments_that_fire_nothing(start: Start, channel: str) -> None:
+def test_a_silent_stream_gets_its_position_again_and_again_and_was_told_how_often(start: Start, channel: str) -> None:
     server = start("--heartbeat", "0.2")
     stream = server.stream(channel)
     began = time.monotonic()
 
     stream.wait(
-        lambda: len(stream.parser.comments) >= 4,
+        lambda: len(stream.positions) >= 5,
         "heartbeats come",
         3.0,
     )
 
     assert 0.7 < time.monotonic() - began < 2.0
-    assert set(stream.parser.comments) == {""}
+    assert [event.data for event in stream.parser.events] == ['{"heartbeat": 0.2}', *[""] * 4]
+    assert len(set(stream.positions)) == 1
     server.redis.publish(channel, "hello")
     assert stream.next().data == "hello"
     assert len(stream.events) == 1
@@ -2424,6 +2426,11 @@ def smuggle(*fields: bytes, body: bytes = b"") -> bytes:
     return post(*fields, body=body + PUBLISH)
 
 
+def chunked(chunks: bytes) -> bytes:
+    """A publish with these chunks, after which another one stands."""
+    return smuggle(CHUNKED, body=chunks)
+
+
 def carry(line: bytes, host: bytes = HOST_LINE) -> bytes:
     """A request whose body is one, too."""
     return request(line, LENGTH_OF_PUBLISH, host=host, body=PUBLISH)
@@ -2501,14 +2508,43 @@ WHERE_THE_BODY_ENDS = {
         },
     ),
     **misread(
-        411,
+        400,
         "Transfer-Encoding",
         {
-            "chunked": smuggle(CHUNKED, body=NO_CHUNK),
             "chunked before Content-Length": smuggle(CHUNKED, b"Content-Length: 5", body=NO_CHUNK),
             "chunked after Content-Length": smuggle(b"Content-Length: 5", CHUNKED, body=NO_CHUNK),
-            "identity": smuggle(b"Transfer-Encoding: identity", b"Content-Length: 2", body=b"{}"),
-            "chunked on a GET": health(CHUNKED) + NO_CHUNK + PUBLISH,
+            "identity": smuggle(b"Transfer-Encoding: identity", body=NO_CHUNK),
+            "chunked twice": smuggle(CHUNKED, CHUNKED, body=NO_CHUNK),
+            "chunked, then something else": smuggle(CHUNKED, b"Transfer-Encoding: gzip", body=NO_CHUNK),
+            "something else, then chunked": smuggle(b"Transfer-Encoding: gzip, chunked", body=NO_CHUNK),
+            "no coding": smuggle(b"Transfer-Encoding:", body=NO_CHUNK),
+            "chunked over HTTP/1.0": request(b"POST /publish HTTP/1.0", CHUNKED, body=NO_CHUNK + PUBLISH),
+        },
+    ),
+    **misread(400, "no body", {"chunked on a GET": health(CHUNKED) + NO_CHUNK + PUBLISH}),
+    **misread(400, "not JSON", {"no chunk at all": chunked(NO_CHUNK)}),
+    **misread(413, "at most", {"a chunk of four gigabytes": chunked(b"ffffffff\r\n")}),
+    **misread(
+        400,
+        "chunk",
+        {
+            "a chunk longer than it says": chunked(b"2\r\n{}}\r\n" + NO_CHUNK),
+            "a chunk shorter than it says": chunked(b"3\r\n{}\r\n" + NO_CHUNK + b"  "),
+            "a chunk without a length": chunked(b"\r\n{}\r\n" + NO_CHUNK),
+            "a chunk of a negative length": chunked(b"-2\r\n{}\r\n" + NO_CHUNK),
+            "a length with a plus": chunked(b"+2\r\n{}\r\n" + NO_CHUNK),
+            "a length that begins with 0x": chunked(b"0x2\r\n{}\r\n" + NO_CHUNK),
+            "a length with an underscore": chunked(b"0_2\r\n{}\r\n" + NO_CHUNK),
+            "a length of nine digits": chunked(b"000000002\r\n{}\r\n" + NO_CHUNK),
+            "a length with a space before it": chunked(b" 2\r\n{}\r\n" + NO_CHUNK),
+            "a length in other digits": chunked("٢\r\n{}\r\n".encode() + NO_CHUNK),
+            "a line feed alone after a length": chunked(b"2\n{}\r\n" + NO_CHUNK),
+            "a carriage return alone after a length": chunked(b"2\r{}\r\n" + NO_CHUNK),
+            "a line feed alone after a chunk": chunked(b"2\r\n{}\n" + NO_CHUNK),
+            "a line feed alone at the end": chunked(b"2\r\n{}\r\n0\n\n"),
+            "a line feed in an extension": chunked(b"2;a=\n1\r\n{}\r\n" + NO_CHUNK),
+            "an extension of a kilobyte": chunked(b"2;" + b"a" * 1024 + b"\r\n{}\r\n" + NO_CHUNK),
+            "a trailer": chunked(b"2\r\n{}\r\n0\r\nContent-Length: 5\r\n\r\n"),
         },
     ),
     **misread(
@@ -3331,10 +3367,36 @@ def token(
     return ssepush.sign(channel, ttl=ttl, secret=secret)
 
 
+def base64url(value: Any) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+
+def signed(header: Any, claims: Any, secret: str = SECRET) -> str:
+    """A token as anybody makes one who knows the secret."""
+    parts = f"{base64url(header)}.{base64url(claims)}"
+    digest = hmac.digest(secret.encode(), parts.encode(), "sha256")
+    return f"{parts}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"
+
+
+def claiming(secret: str = SECRET, **members: Any) -> Callable[[str], list[str]]:
+    """One right token but for these members of its header or its claims; None: without it."""
+
+    def tokens(name: str) -> list[str]:
+        header = {"alg": "HS256", "typ": "JWT"}
+        claims: dict[str, Any] = {"channels": [name], "exp": int(time.time()) + 600}
+        for member, value in members.items():
+            (header if member in ("alg", "crit") else claims)[member] = value
+        claims = {member: value for member, value in claims.items() if value is not None}
+        return [signed(header, claims, secret)]
+
+    return tokens
+
+
 def changed(text: str) -> str:
-    """The token with another expiry and the same signature."""
-    expiry, _, signature = text.partition(".")
-    return f"{int(expiry) + 1}.{signature}"
+    """The token with a later expiry and the same signature."""
+    header, claims, signature = text.split(".")
+    members = json.loads(base64.urlsafe_b64decode(claims + "=="))
+    return f"{header}.{base64url({**members, 'exp': members['exp'] + 1})}.{signature}"
 
 
 NO_KEYS: dict[str, Callable[[str], list[str]]] = {
@@ -3347,14 +3409,36 @@ NO_KEYS: dict[str, Callable[[str], list[str]]] = {
     "a token with a later expiry": lambda name: [changed(token(name))],
     "a token cut short": lambda name: [token(name)[:-1]],
     "a token and more": lambda name: [token(name) + "A"],
-    "a token with a zero before it": lambda name: ["0" + token(name)],
+    "a token with a letter before it": lambda name: ["e" + token(name)],
+    "no signature, and an algorithm that wants none": lambda name: [
+        f"{base64url({'alg': 'none'})}.{base64url({'channels': [name], 'exp': 4e9})}."
+    ],
+    "alg none": claiming(alg="none"),
+    "another alg": claiming(alg="HS512"),
+    "no alg": claiming(alg=None),
+    "an extension that one must understand": claiming(crit=["exp"]),
+    "no expiry": claiming(exp=None),
+    "an expiry in words": claiming(exp="4000000000"),
+    "an expiry that is no number": claiming(exp=math.nan),
+    "an expiry that is true": claiming(exp=True),
+    "not valid yet": claiming(nbf=4e9),
+    "a beginning in words": claiming(nbf="now"),
+    "no channels": claiming(channels=None),
+    "channels in a text": lambda name: claiming(channels=name + "x")(name),
+    "channels with a number": lambda name: claiming(channels=[name, 7])(name),
+    "channels in an object": lambda name: claiming(channels={name: 1})(name),
+    "claims in a list": lambda name: [signed({"alg": "HS256"}, [name])],
+    "a header in a list": lambda name: [signed(["HS256"], {"channels": [name], "exp": 4e9})],
+    "claims too deep": lambda name: [signed({"alg": "HS256"}, nested(900))],
+    "the right one after twenty others": lambda name: [
+        *(token(name, secret=f"another secret, number {n}") for n in range(20)),
+        token(name),
+    ],
     "a token with a space before it": lambda name: [" " + token(name)],
     "a token with foreign digits": lambda name: ["٤" + token(name)],
     "a token that is not ASCII": lambda name: ["4000000000.ä"],
     "an expiry without end": lambda name: ["9" * 5000 + ".x"],
-    "a hundred wrong tokens but two": lambda name: [
-        token(name, secret=f"another secret, number {n}") for n in range(98)
-    ],
+    "a hundred wrong tokens but two": lambda name: ["e30.e30.AAAA"] * 98,
 }
 
 
@@ -3417,17 +3501,17 @@ def test_a_stream_ends_when_the_first_of_its_tokens_expires(keeper: ServerProces
     stream = keeper.stream(*names, query=f"token={long}&token={short}")
     stream.until_end(10.0)
 
-    assert int(short.partition(".")[0]) <= time.time() < began + 5
+    assert began + 1 <= time.time() < began + 5
     assert "the token has expired" in stream.parser.comments
     again = keeper.stream(names[1], query=f"token={short}")
     assert [event.type for event in again.until_end()] == ["token-expired"]
 
 
 def test_without_a_secret_no_private_channel_can_be_read(server: ServerProcess, channel: str) -> None:
-    name, expiry = f"private-{channel}", int(time.time()) + 60
-    signature = base64.urlsafe_b64encode(hmac.digest(b"", f"{expiry} {name}".encode(), "sha256")).decode().rstrip("=")
+    name = f"private-{channel}"
+    (of_no_secret,) = claiming(secret="")(name)
 
-    answer = ask(server, Ask("", f"GET /stream?channel={name}&token={expiry}.{signature}", {}, 403))
+    answer = ask(server, Ask("", f"GET /stream?channel={name}&token={of_no_secret}", {}, 403))
 
     assert answer.status == 403
     assert "token" in answer.error
@@ -3897,7 +3981,7 @@ def test_a_signed_token_opens_the_private_channel_until_it_expires(start: Start,
     stream = server.stream(f"private-{channel}", query=f"token={token}")
     server.publish("hi", f"private-{channel}")
 
-    assert re.fullmatch(r"[0-9]+\.[A-Za-z0-9_-]+", token), signed
+    assert re.fullmatch(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{43}", token), signed
     assert stream.next().data == "hi"
     stream.until_end()
     assert "the token has expired" in stream.parser.comments

@@ -576,7 +576,7 @@ class EventStream:
     """A stream read from a bare socket, byte by byte as it comes.
 
     events are those that a page hears; positions are the ids by which the server tells a stream where it is (an event
-    `stream-position` without data). The parser holds everything.
+    `stream-position`, at the start and as heartbeat). The parser holds everything.
     """
 
     def __init__(
@@ -638,7 +638,7 @@ class EventStream:
             self.body += content
         self.parser.feed(content)
         for event in self.parser.events[self._sorted :]:
-            if event.type == "stream-position" and not event.data:
+            if event.type == "stream-position" and event.data[:12] in ("", '{"heartbeat"'):
                 self.positions.append(event.id)
             else:
                 self.events.append(event)
