@@ -1552,8 +1552,7 @@ def options_of(url: str) -> tuple[str, dict[str, Any], Masters | None]:
         pool_of(options)
         return address, options, masters
     except (TypeError, ValueError, AttributeError, RedisError) as error:
-        wrong = [name for name in parse_qs(query[1:]) if f"'{name}'" in str(error) and name not in login]
-        raise ValueError(", ".join([WRONG_URL, *wrong])) from None
+        raise ValueError(", ".join([WRONG_URL, *parse_qs(query[1:])])) from None
 
 
 def masters_of(kind: str, hosts: str, name: str, options: dict[str, Any]) -> Masters:
@@ -1591,7 +1590,7 @@ class Masters:
 
     def find(self) -> Address:
         """The master, as of a second ago at most. RedisAway: it is not known."""
-        if monotonic() > self._asked_at + FIND_S:
+        if not self._known or monotonic() > self._asked_at + FIND_S:
             self._asked_at = monotonic()  # whoever comes meanwhile goes on with what is known
             self._known = self._ask() or self._known
         if not self._known:
