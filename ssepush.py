@@ -1551,7 +1551,7 @@ def options_of(url: str) -> tuple[str, dict[str, Any], Masters | None]:
         masters = masters_of(kind, hosts, name, options) if kind else None
         pool_of(options)
         return address, options, masters
-    except (TypeError, ValueError, AttributeError, RedisError) as error:
+    except (TypeError, ValueError, AttributeError, RedisError):
         raise ValueError(", ".join([WRONG_URL, *parse_qs(query[1:])])) from None
 
 

@@ -118,7 +118,7 @@ def cpu_ms(redis: RedisProcess) -> float:
 def replay_cpu_ms(redis: RedisProcess, last_event_id: str) -> float:
     """Redis's CPU time for what one page missed, its answer included: the mean of a hundred."""
     channels = [channel.encode() for channel in CHANNELS]
-    history = ssepush.Redis(redis.url, options.events, 86400)
+    history = ssepush.Redis(redis.url, "", options.events, 86400, ssepush.MAX_EVENT_BYTES)
     question = history.question(channels, ssepush.Since(last_event_id))
     with socket.create_connection(("127.0.0.1", redis.port)) as sock:
         before = cpu_ms(redis)

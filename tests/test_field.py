@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +285,8 @@ def test_a_silent_subscriber_outlives_a_proxy_that_cuts_who_is_silent(
 def test_a_redis_that_says_nothing_any_more_is_lost_within_a_few_heartbeats(
     start: Start, redis_process: RedisProcess, channel: str
 ) -> None:
-    with IdleProxy(redis_process, idle_s=60.0) as proxy:
+    proxy = IdleProxy(redis_process, idle_s=60.0)
+    with proxy:
         server = start("--heartbeat", "0.4", "--history", "0", redis=proxy.url)
         page = server.stream(channel)
         page.wait(lambda: page.positions, "it is open")
@@ -438,7 +438,7 @@ REDIS_PYS = ["5.0.0", "6.4.0", "7.1.0"]  # and the newest, with which all other 
 
 
 @pytest.fixture(scope="module", params=REDIS_PYS)
-def redis_py(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def redis_py(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with this version in it."""
     folder = tmp_path_factory.mktemp("redis-py")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
@@ -449,14 +449,14 @@ def redis_py(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_older_versions_of_redis_py_publish_and_serve(
     redis_py: Path, redis_process: RedisProcess, start: Start, channel: str
 ) -> None:
-    path = {"PYTHONPATH": f"{redis_py}{os.pathsep}{HERE}"}
-    server = start(**path)
+    path = f"{redis_py}{os.pathsep}{HERE}"
+    server = start(PYTHONPATH=path)
     script = f"{PUBLISH_MANY}\nassert publish(7)"
 
     with server.opened(channel) as page:
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", script, channel, redis_process.url],
-            env=environment_with(**path),
+            env=environment_with(PYTHONPATH=path),
             capture_output=True,
             text=True,
             timeout=DEADLINE_S,
