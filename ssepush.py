@@ -240,17 +240,10 @@ def frame_of(event: Event) -> bytes:
         raise ValueError("type must not hold a line break")
     if event.id and re.search("[\r\n\0]", event.id):
         raise ValueError("id must not hold a line break or NUL")
-    lines = []
-    if event.type:
-        lines.append(f"event: {event.type}")
-    if event.id:
-        lines.append(f"id: {event.id}")
-    if event.retry is not None:
-        lines.append(f"retry: {event.retry}")
-    for line in LINE_END.split(event.data):
-        lines.append(f"data: {line}")
-    lines.append("\n")
-    return "\n".join(lines).encode()
+    fields = {"event": event.type, "id": event.id, "retry": event.retry}
+    lines = [f"{name}: {value}" for name, value in fields.items() if value not in (None, "")]
+    lines += [f"data: {line}" for line in LINE_END.split(event.data)]
+    return "\n".join([*lines, "\n"]).encode()
 
 
 def notice(type: str, position: str, **members: object) -> bytes:
@@ -344,12 +337,10 @@ class Inbox:
 
     def feed(self, received: bytes, max_message: int) -> list[Reply]:
         """The replies that are whole now, without mere confirmations. ConnectionError: no subscriber is sent such."""
-        data: bytes | bytearray = received[self.skip :]
-        self.skip = max(0, self.skip - len(received))
         searched = max(0, len(self.rest) - len(END))
-        if self.rest:
-            self.rest += data
-            data = self.rest
+        self.rest += received[self.skip :]
+        self.skip = max(0, self.skip - len(received))
+        data = self.rest
         replies = []
         at = 0
         while head := REPLY.match(data, at):
@@ -372,19 +363,15 @@ class Inbox:
         if not head and len(data) - at > MAX_HEAD:
             raise ConnectionError("Redis sent what a subscriber cannot read")
         self.skip += max(0, at - len(data))
-        if data is self.rest:
-            del self.rest[:at]
-        else:
-            self.rest = bytearray(data[at:])
+        del data[:at]
         return replies
 
     def take_rest(self) -> bytes | None:
         """The beginning of a reply, to be fed again with what follows; None: it is long, or being skipped."""
         if self.skip or len(self.rest) > READ_BYTES:
             return None
-        if not self.rest:
-            return b""
-        rest, self.rest = bytes(self.rest), bytearray()
+        rest = bytes(self.rest)
+        self.rest.clear()
         return rest
 
 
@@ -436,10 +423,11 @@ class Batch:
 
     def add(self, message: bytes | None) -> None:
         """Add the event that a message stands for, or note why it is none."""
+        if message is None:
+            self.dropped.append("message is too large")
+            self.add_reset("too-large")  # it may have been ours
+            return
         try:
-            if message is None:
-                self.add_reset("too-large")  # it may have been ours
-                raise ValueError("message is too large")
             event = event_of(message)
             self.frames += frame_of(event)
         except UnicodeDecodeError:
@@ -450,11 +438,10 @@ class Batch:
             self.dropped.append(str(error))
         else:
             self.events += 1
-            # Only `publish` gives both; and of events that follow each other, the first alone can tell of a gap.
-            position = position_of(event.id) if event.previous else ""
-            if position:
+            position = position_of(event.id)
+            if position and event.previous:  # only `publish` gives both
                 self.times_us.append(int(position))
-                if event.previous > self.position:
+                if event.previous > self.position:  # of events that follow each other, only the first can tell of a gap
                     self.previous = event.previous
                 self.position = max(self.position, position)
 
@@ -493,20 +480,13 @@ class Since(NamedTuple):
 LIVE_ONLY = Since()  # one for all streams: memory
 
 
-class Entry(NamedTuple):
-    """An event in a channel's history."""
-
-    previous: bytes
-    frame: bytes  # without its id; b"": it was too large to be kept
-
-
 class History(NamedTuple):
     """What Redis answers to whoever asks what it missed. The ids are b"" where no history is kept."""
 
     born: bytes  # older ids prove nothing
     newest: bytes  # of all channels
     newest_of_each: list[bytes]
-    entries: dict[bytes, Entry]  # by their id: those after the one that was asked for
+    entries: dict[bytes, tuple[bytes, bytes]]  # id: the one before it, and the frame, b"" if that was too large to keep
 
 
 def history_in(answer: bytes) -> History:
@@ -525,7 +505,7 @@ def history_in(answer: bytes) -> History:
     entries = {}
     for at in range(0, len(of_entries), 5):
         event_id, _, previous, _, frame = of_entries[at : at + 5]
-        entries[event_id[:ID_BYTES]] = Entry(previous, frame)
+        entries[event_id[:ID_BYTES]] = (previous, frame)
     return History(born, newest, newest_of_each.split(), entries)
 
 
@@ -545,9 +525,9 @@ def replay(after: bytes, history: History) -> tuple[list[tuple[bytes, bytes]], s
         if event_id > after and event_id not in entries:
             reason = reason or "expired"
         while event_id in entries:
-            entry = entries.pop(event_id)
-            found.append((event_id, entry.frame))
-            event_id = entry.previous
+            previous, frame = entries.pop(event_id)
+            found.append((event_id, frame))
+            event_id = previous
         if event_id > after:
             reason = reason or "trimmed"
     return found, reason
@@ -602,19 +582,9 @@ def command(*words: Word) -> bytes:
     return wire
 
 
-class Witness:
-    """The newest id that this process has seen. A Redis that knows only older ones has forgotten events. Any thread."""
-
-    newest = "0"
-
-    def saw(self, event_id: str) -> None:
-        """An id of ours, from Redis."""
-        self.newest = max(self.newest, event_id)
-
-
 # ── Streams and the relay ────────────────────────────────────────────────────────────────────────────────────────────
 
-ANSWER_BYTES = 256 * 1024  # one read from Redis while it answers, or amid a long message
+ANSWER_BYTES = 256 * 1024  # one read from Redis amid an answer, or a long message
 SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
 STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it is cut
 UNSENT_BYTES = 256 * 2**20  # of all streams together: above this, whoever has most is cut
@@ -663,7 +633,7 @@ class Stream:
     unsent_bytes: int = 0  # of the backlog
     stray_bytes: int = 0  # sent by the browser on the open stream
     progress_at: float = 0.0
-    ends: str = ""  # why it ends, a key of REASONS, when it has taken what waits
+    ends: str = ""  # why it is being ended, a key of REASONS
 
 
 class Question(NamedTuple):
@@ -671,8 +641,6 @@ class Question(NamedTuple):
 
     streams: list[Stream]  # that want to know
     channels: Sequence[bytes]
-    since: Since
-    histories: int  # which Redis has to read
     asked_at: float
 
 
@@ -694,7 +662,6 @@ class Subscriber:
     master: Address | None = None  # whom it is connected to, if Redis may fail over
     streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # of the channels it follows
     seen: dict[bytes, str] = field(default_factory=dict)  # channel: position up to which its live streams miss nothing
-    questions: list[Question] = field(default_factory=list)
     inbox: Inbox = field(default_factory=Inbox)
     unsent: bytes = HELLO  # commands that the kernel has not taken
     heard_at: float = field(default_factory=monotonic)
@@ -710,21 +677,12 @@ class Subscriber:
         """Subscribe, again, too: so Redis checks the right to; then ask what was missed."""
         self._send(command("SUBSCRIBE", *channels) + commands)
 
-    def has_asked_for(self, stream: Stream) -> bool:
-        """Whether its answer is on its way. As long as somebody who asked still waits, nothing was unsubscribed."""
-        for question in self.questions:
-            is_same = (question.channels, question.since) == (stream.channels, stream.since)
-            if is_same and any(asker.state is WAITING for asker in question.streams):
-                question.streams.append(stream)
-                return True
-        return False
-
     def remove(self, stream: Stream) -> None:
         """Feed it no longer."""
         for channel in stream.channels:
-            followers = self.streams.get(channel, set())
+            followers = self.streams[channel]
             followers.discard(stream)
-            if not followers and channel in self.streams:
+            if not followers:
                 del self.streams[channel]
                 self.seen.pop(channel, None)
                 self._send(command("UNSUBSCRIBE", channel))
@@ -740,7 +698,7 @@ class Subscriber:
         """What Redis has sent. OSError: it is lost, or there is nothing yet."""
         if self.unsent:
             self._send()
-        received = self.sock.recv(ANSWER_BYTES if self.questions or self.inbox.rest else READ_BYTES)
+        received = self.sock.recv(ANSWER_BYTES if self.inbox.rest else READ_BYTES)
         if not received:
             raise ConnectionError("Redis closed the connection")
         self.heard_at, self.pinged_at = monotonic(), math.inf
@@ -775,11 +733,9 @@ class Relay:
     4. every second: heartbeats, and the end of streams that fell behind or are due to end.
     """
 
-    def __init__(self, settings: Settings, witness: Witness, question: Callable[..., bytes]) -> None:
-        """question: makes the commands that ask Redis what was missed on these channels, since then."""
+    def __init__(self, settings: Settings, redis: Redis) -> None:
         self.settings = settings
-        self.witness = witness
-        self.question = question
+        self.redis = redis
         self.max_message = max(settings.max_event, MAX_EVENT_BYTES) + 1024  # ids are added to what is published
         self.streams: set[Stream] = set()
         self.subscribers: set[Subscriber] = set()
@@ -789,7 +745,7 @@ class Relay:
         self._counts_lock = threading.Lock()
         self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
         self._queue: dict[tuple[Subscriber, Sequence[bytes], Since], list[Stream]] = {}  # who has yet to ask what
-        self._reading = 0  # histories, by Redis
+        self._asked: dict[Subscriber, Question] = {}  # and has yet to be answered
         self._received: defaultdict[bytes, list[Subscriber]] = defaultdict(list)  # who has read this, in this wake-up
         self._sleeps = False
         self._now = monotonic()
@@ -852,49 +808,45 @@ class Relay:
     def open(self, stream: Stream) -> None:
         """Take over a stream: it asks what it missed, and is live from the answer on."""
         subscriber = stream.subscriber
+        subscriber.add(stream)
         self.streams.add(stream)
         self._selector.register(stream.sock, EVENT_READ, (self._on_browser, stream))
-        if subscriber.is_lost:
-            self.end(stream, "redis-away")
-            return
-        subscriber.add(stream)
-        if subscriber not in self.subscribers:
+        if subscriber not in self.subscribers and not subscriber.is_lost:
             self.subscribers.add(subscriber)
             self._selector.register(subscriber.sock, EVENT_READ, (self._on_redis, subscriber))
-        if self.draining:
+        if subscriber.is_lost:
+            self.end(stream, "redis-away")
+        elif self.draining:
             self.end(stream, "drain")
         elif len(self.streams) > self.settings.max_streams:
             self.end(stream, "full")
         elif stream.since == LIVE_ONLY and all(map(subscriber.seen.get, stream.channels)):
             self._begin(stream, Batch(position=subscriber.position(stream)))
-        elif not subscriber.has_asked_for(stream):
+        else:
             asked = (subscriber, stream.channels, stream.since)
             self._queue.setdefault(asked, []).append(stream)
 
     def _ask(self) -> None:
         """Have those whose turn it is ask what they missed: once for all that ask the same on one connection.
 
-        Redis cuts a subscriber for which it holds 32 MB. One stream cannot ask for so much; nor may all together.
+        One question at a time on a connection, and at most so many channels as one stream may follow: nobody who asks
+        for much keeps Redis from the others, and live events wait behind one answer at most.
         """
         while self._queue:
             asked = subscriber, channels, since = next(iter(self._queue))
-            histories = len(channels) if since.reads_history() else 0
-            if self._reading and self._reading + histories > MAX_CHANNELS:
+            being_read = sum(len(question.channels) for question in self._asked.values())
+            if subscriber in self._asked or being_read + len(channels) > MAX_CHANNELS:
                 return
             streams = [stream for stream in self._queue.pop(asked) if stream.state is WAITING]
             if streams:  # nobody needs the answer if all have left
-                self._safely(self._ask_on, subscriber, Question(streams, channels, since, histories, self._now))
-
-    def _ask_on(self, subscriber: Subscriber, question: Question) -> None:
-        self._reading += question.histories
-        subscriber.questions.append(question)
-        subscriber.ask(question.channels, self.question(question.channels, question.since))
+                self._asked[subscriber] = Question(streams, channels, self._now)
+                subscriber.ask(channels, self.redis.question(channels, since))
 
     def _take_answer(self, subscriber: Subscriber, text: bytes) -> None:
         """Redis says what streams missed, or refuses to."""
-        if not subscriber.questions:  # it has no room for us, and says so by itself
+        question = self._asked.get(subscriber)
+        if not question:  # it has no room for us, and says so by itself
             return
-        question = subscriber.questions[0]
         for stream in question.streams:
             if stream.state is WAITING:
                 try:
@@ -904,13 +856,12 @@ class Relay:
                 except (ValueError, LookupError) as error:
                     self.end(stream, "redis-refused", refusal(str(error), named(stream.channels)))
         if text[:1] == b"*" or EXEC_REFUSED.match(text):  # of any other error, EXEC's answer is still to come
-            subscriber.questions.pop(0)
-            self._reading -= question.histories
+            del self._asked[subscriber]
             self._release(subscriber)
 
     def _begin(self, stream: Stream, missed: Batch) -> None:
         """Send what the stream missed. From here on it is live: all that its subscriber reads later is for it."""
-        self.witness.saw(missed.position)
+        self.redis.saw(missed.position)
         for channel in stream.channels:
             stream.subscriber.seen.setdefault(channel, missed.position)
         self.count("streams_opened_total")
@@ -968,7 +919,7 @@ class Relay:
             else:
                 self._miss(followers)
         if streams and batch.events:
-            self.witness.saw(batch.position)
+            self.redis.saw(batch.position)
             self._deliver(batch, streams)
         self.count("messages_received_total", batch.events * len(subscribers))
         for why in batch.dropped:
@@ -1038,7 +989,7 @@ class Relay:
         stream.state = LIVE
         self._wait_for(stream, EVENT_READ)
         if stream.ends:
-            self.end(stream, stream.ends)
+            self._close_stream(stream)
 
     def _wait_for(self, stream: Stream, events: int) -> None:
         self._selector.modify(stream.sock, events, (self._on_browser, stream))
@@ -1075,7 +1026,8 @@ class Relay:
                 self.lose(subscriber, "it did not answer")
             elif subscriber.heard_at + heartbeat_s < self._now < subscriber.pinged_at:
                 subscriber.ping()
-            if subscriber.questions and subscriber.questions[0].asked_at + REDIS_S < self._now:
+        for subscriber, question in tuple(self._asked.items()):
+            if question.asked_at + REDIS_S < self._now:
                 self.lose(subscriber, "it did not answer")
                 for stream in itertools.chain(*self._queue.values()):  # who waits for a turn would wait in vain
                     self.end(stream, "redis-away")
@@ -1093,24 +1045,50 @@ class Relay:
 
         A browser is told `why` only if Redis refused; otherwise it is only logged, since it may say where Redis is.
         """
-        if stream.state is ENDED:
-            return
-        is_open = stream.state is not WAITING
-        if is_open and not stream.ends:
+        is_new = not stream.ends
+        if is_new:
+            self._stop_feeding(stream, reason, why)
+        if reason in ("gone", "slow"):
+            self._close_stream(stream)
+        elif is_new:
+            self._say_goodbye(stream, why if reason == "redis-refused" else "")
+
+    def _stop_feeding(self, stream: Stream, reason: str, why: str) -> None:
+        stream.ends = reason
+        what = "refused" if stream.state is WAITING else "closed"
+        if what == "closed":
             stream.position = stream.subscriber.position(stream)
         stream.subscriber.remove(stream)
         self._release(stream.subscriber)
-        if stream.backlog and reason in ("redis-lost", "missed"):
-            self._end_later(stream, stream.backlog[0], reason)
-            return
-        what = "closed" if is_open else "refused"
         if why:
             log.warning("a stream was %s: %s", what, why)
         self.count(f'streams_{what}_total{{reason="{reason}"}}')  # before its browser can ask
-        if is_open and reason == "missed":
+        if reason == "missed":
             self._count_resets(reason, 1)
         log.info("stream %d %s after %.1f s: %s", stream.number, what, monotonic() - stream.opened_at, reason)
-        self._say_goodbye(stream, reason, why if reason == "redis-refused" else "")
+
+    def _say_goodbye(self, stream: Stream, told: str) -> None:
+        """Send the last words, and close. Who is behind first takes what it is being sent, and comes back for the rest.
+
+        They are sure to be read only after a whole event: cut within one, a page would not hear of what it has missed.
+        """
+        words = last_words(stream.ends, stream.state is not WAITING, stream.position, self.settings.retry, told)
+        if stream.backlog:
+            being_sent = stream.backlog[0]
+            self._add_unsent(stream, len(being_sent) - stream.unsent_bytes)
+            stream.backlog = deque([being_sent])
+        else:
+            stream.state = LIVE
+        self._send(stream, stream.opening + body_part(words, stream.chunked) + body_part(b"", stream.chunked))
+        if stream.state is LIVE:
+            self._close_stream(stream)
+
+    def _close_stream(self, stream: Stream) -> None:
+        if stream.state is ENDED:
+            return
+        if stream.backlog:  # neither it nor what the kernel holds is worth keeping: reset the connection
+            with suppress(OSError):
+                stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.state = ENDED
         self.streams.discard(stream)
         self._add_unsent(stream, -stream.unsent_bytes)
@@ -1118,27 +1096,6 @@ class Relay:
         with suppress(KeyError):  # the selector had no room for this one
             self._selector.unregister(stream.sock)
         stream.sock.close()
-
-    def _end_later(self, stream: Stream, being_sent: memoryview, reason: str) -> None:
-        """A stream that is behind takes what it is being sent, and its last words. The page comes back for the rest."""
-        if not stream.ends:
-            words = memoryview(self._last_words(stream, reason))
-            self._add_unsent(stream, len(being_sent) + len(words) - stream.unsent_bytes)
-            stream.backlog = deque([being_sent, words])
-            stream.ends = reason
-
-    def _last_words(self, stream: Stream, reason: str, told: str = "") -> bytes:
-        words = last_words(reason, stream.state is not WAITING, stream.position, self.settings.retry, told)
-        return stream.opening + body_part(words, stream.chunked) + body_part(b"", stream.chunked)
-
-    def _say_goodbye(self, stream: Stream, reason: str, told: str) -> None:
-        """Send the last words; but not amid an event, and not to who is slow: then its browser is cut off."""
-        with suppress(OSError):
-            if reason == "slow":  # what the kernel holds is not worth keeping: reset the connection
-                at_once = struct.pack("ii", 1, 0)
-                stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
-            elif not stream.backlog and not stream.ends:
-                stream.sock.send(self._last_words(stream, reason, told))
 
     def _miss(self, streams: Iterable[Stream]) -> None:
         """End the open streams: they have lost an event on its way from Redis. Who waits finds it in the answer."""
@@ -1163,17 +1120,14 @@ class Relay:
         Not while Redis is computing its answer: closing would not stop that. Until it has answered, the question
         counts, and whoever comes and leaves again and again cannot keep Redis busy.
         """
-        if not (subscriber.is_shared or subscriber.streams or subscriber.questions):
+        if not (subscriber.is_shared or subscriber.streams or subscriber in self._asked):
             self._close(subscriber)
 
     def _close(self, subscriber: Subscriber) -> None:
         if subscriber.is_lost:
             return
         subscriber.is_lost = True
-        subscriber.streams.clear()
-        for question in subscriber.questions:
-            self._reading -= question.histories
-        subscriber.questions.clear()
+        self._asked.pop(subscriber, None)
         self.subscribers.discard(subscriber)
         with suppress(KeyError):  # as above
             self._selector.unregister(subscriber.sock)
@@ -1313,12 +1267,16 @@ class Redis:
         self.history = history
         self.history_ttl = history_ttl
         self.max_event = max_event
-        self.witness = Witness()
+        self.newest_seen = "0"  # id, by this process: a Redis that knows only older ones has forgotten events
+
+    def saw(self, event_id: str) -> None:
+        """An id of ours, from Redis."""
+        self.newest_seen = max(self.newest_seen, event_id)
 
     def _script(self, script: str, keys: Iterable[str], *arguments: Word) -> tuple[Word, ...]:
         """The command that runs a script."""
         all_keys = [self.connections.key(name) for name in (COUNTER_KEY, NEWEST_KEY, *keys)]
-        return ("EVAL", script, len(all_keys), *all_keys, *arguments, self.witness.newest)
+        return ("EVAL", script, len(all_keys), *all_keys, *arguments, self.newest_seen)
 
     def publish(self, data: object, type: str | None, channel: str, retry: int | None, key: str | None) -> Published:
         """Give the event an id, keep it, and send it to every subscriber: all or nothing. Errors: as of `publish`."""
@@ -1347,7 +1305,7 @@ class Redis:
         published.id = event_id.decode()
         published.duplicate = bool(is_duplicate)
         if not published.duplicate:
-            self.witness.saw(published.id)
+            self.saw(published.id)
         return published
 
     def newest(self, channels: Sequence[bytes]) -> tuple[str, dict[bytes, str]]:
@@ -1356,7 +1314,7 @@ class Redis:
         _, newest, newest_of_each = self.connections.call(*script)
         position = newest.decode()
         ids = newest_of_each.decode().split()
-        self.witness.saw(position)
+        self.saw(position)
         return position, dict(zip(channels, ids, strict=True))
 
     def position(self) -> str | None:
@@ -2579,7 +2537,7 @@ class Server:
         self.page = page_and_policy()
         self.stopping = threading.Event()
         self.stream_numbers = itertools.count(1)
-        self.relay = Relay(settings, redis.witness, redis.question)
+        self.relay = Relay(settings, redis)
         self._started_at = unix_time()
         self._connecting = threading.Lock()
         self._pinging = threading.Lock()
@@ -2692,12 +2650,13 @@ class Server:
             threads.append(thread)
         relay, *_ = threads
         signal.sigwait(signals)
+        until = monotonic() + 0.9 * self.settings.drain
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         self.stopping.set()
         public, *admin = self.listeners
         public.stop()
         self.relay.call(self.relay.drain)
-        relay.join(max(0.8 * self.settings.drain, 0.5))
+        relay.join(max(until - monotonic(), 0.5))
         for listener in admin:  # health can be asked for to the end
             listener.stop()
 
