@@ -306,13 +306,22 @@ def restricted_redis(tmp_path: Path) -> Iterator[RedisProcess]:
     process.kill()
 
 
-@pytest.mark.parametrize("page", ["operations.md", "security.md"])
-def test_the_docs_show_the_rights_that_are_deployed_and_no_others(page: str) -> None:
+def test_the_docs_show_the_rights_that_are_deployed_and_no_others() -> None:
     rights = deployed("redis.acl").strip()
 
-    shown = re.findall(r"^user ssepush .*$", docs(page), re.MULTILINE)
+    shown = re.findall(r"^user ssepush .*$", docs("security.md"), re.MULTILINE)
 
     assert shown == [rights]
+
+
+PREFIX = "pages:"  # of deploy/
+
+
+@pytest.mark.parametrize("name", ["ssepush@.service", "compose.yml", "Containerfile", "redis.acl"])
+def test_everything_that_is_deployed_has_the_same_prefix(name: str) -> None:
+    set_there = re.findall(r"SSEPUSH_PREFIX(?:=|: \")(\w+:)|&(\S+)\*", deployed(name))
+
+    assert {"".join(found) for found in set_there} == {PREFIX}
 
 
 CELERY_CHANNEL = "/0.celeryev/task.sent"
@@ -344,7 +353,9 @@ def channels_of_the_docs() -> dict[str, set[str]]:
     return found
 
 
-def test_the_channels_of_the_docs_are_those_that_the_deployed_user_may_read(restricted_redis: RedisProcess) -> None:
+def test_the_deployed_user_may_read_the_channels_of_the_docs_behind_the_prefix_and_no_others(
+    restricted_redis: RedisProcess,
+) -> None:
     url = restricted_redis.url_of("ssepush", "CHANGE-ME")
     user = redis.Redis.from_url(url, protocol=2)
     pubsub: Any = user.pubsub()  # type: ignore[no-untyped-call]
@@ -360,11 +371,14 @@ def test_the_channels_of_the_docs_are_those_that_the_deployed_user_may_read(rest
 
     named = channels_of_the_docs()
     with contextlib.closing(user), contextlib.closing(pubsub):
-        refused = {channel for channel in set.union(*named.values()) if is_refused(channel)}
+        channels = set.union(*named.values())
+        refused = {channel for channel in channels if is_refused(channel)}
+        refused_behind_it = {channel for channel in channels if is_refused(PREFIX + channel)}
 
     assert all(named.values()), named
-    # The docs show this one as what strangers must not read.
-    assert refused == {CELERY_CHANNEL}
+    assert {channel for channel in channels if not channel.startswith(PREFIX)} <= refused
+    assert CELERY_CHANNEL in refused
+    assert refused_behind_it == set()
 
 
 def task_is_sent(url: str) -> None:
@@ -397,15 +411,27 @@ def test_with_the_deployed_rights_strangers_read_nothing_of_celery(
     restricted_redis: RedisProcess,
 ) -> None:
     url = restricted_redis.url_of("ssepush", "CHANGE-ME")
-    server = start(redis=url)
-    stranger = server.stream(CELERY_CHANNEL)
+    server = start("--prefix", PREFIX, redis=url)
+    stranger = server.opened(CELERY_CHANNEL)
     reader = server.opened("sse")
 
     task_is_sent(restricted_redis.url)
     server.publish("for all to see")
+    server.publish("the prefix, and this name", CELERY_CHANNEL)
+
+    assert stranger.next().data == "the prefix, and this name"
+    assert reader.next().data == "for all to see"
+
+
+def test_without_the_prefix_the_deployed_user_lets_strangers_read_nothing(
+    start: Start,
+    restricted_redis: RedisProcess,
+) -> None:
+    server = start(redis=restricted_redis.url_of("ssepush", "CHANGE-ME"))
+
+    stranger = server.stream(CELERY_CHANNEL)
 
     assert stranger.until_end() == []
-    assert reader.next().data == "for all to see"
 
 
 # ── Containers: there is no registry of images here, so their steps are run without one ─────────────────────────────
@@ -585,11 +611,10 @@ def exported_by(server: ServerProcess, channel: str) -> set[str]:
 
 
 class Prometheus:
-    """A real one, with the configuration of the docs, the deployed alerts, and a server in place of the docs' own."""
+    """A real one, with the deployed configuration and alerts, and a server in place of the docs' own."""
 
     def __init__(self, folder: Path, server: ServerProcess) -> None:
-        (shown,) = blocks("operations.md", "yaml")
-        configuration = yaml.safe_load(shown)
+        configuration = yaml.safe_load(deployed("prometheus.yml"))
         configuration["global"] = {
             "scrape_interval": "300ms",
             "scrape_timeout": "300ms",
@@ -756,26 +781,8 @@ def the_block(
     return block
 
 
-def settings_of(text: str) -> list[str]:
-    """A configuration without comments, indentation and empty lines."""
-    settings = []
-    for line in text.splitlines():
-        setting = re.sub(r"(^|\s)#.*", "", line)
-        settings.append(setting.strip())
-    return [setting for setting in settings if setting]
-
-
-def test_the_docs_show_what_the_deployed_nginx_has() -> None:
-    (shown,) = blocks("operations.md", "nginx")
-    settings = settings_of(deployed("nginx.conf"))
-    start = settings.index("proxy_http_version 1.1;")
-
-    assert settings[start:-1] == settings_of(shown)
-
-
-def test_the_jobs_of_the_alerts_are_in_the_configuration_that_the_docs_show() -> None:
-    (shown,) = blocks("operations.md", "yaml")
-    configured = {job["job_name"] for job in yaml.safe_load(shown)["scrape_configs"]}
+def test_the_jobs_of_the_alerts_are_in_the_deployed_configuration() -> None:
+    configured = {job["job_name"] for job in yaml.safe_load(deployed("prometheus.yml"))["scrape_configs"]}
 
     asked = set(re.findall('job="([^"]+)"', alerts()))
 
