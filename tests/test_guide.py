@@ -197,7 +197,7 @@ def printed(*command: str, cwd: Path | None = None) -> str:
 def test_a_token_that_php_has_signed_opens_its_channel(own_server: ServerProcess) -> None:
     function = block("How do I sign a token in another language?", "php")
 
-    token = printed(program("php"), "-r", f'{function} echo ssepush_token(["private-7"], 600);')
+    token = printed(program("php"), "-r", f'{function} echo sign_token(["private-7"], 600);')
 
     assert opens(own_server, token)
 
@@ -233,7 +233,7 @@ settings.configure(
     MIDDLEWARE=[
         "django.contrib.sessions.middleware.SessionMiddleware",
         "django.contrib.auth.middleware.AuthenticationMiddleware",
-        "shop.middleware.ssepush_token",
+        "shop.middleware.set_token",
     ],
     USE_TZ=True,
 )
@@ -261,9 +261,16 @@ during = cookie()
 client.logout()
 client.cookies["ssepush-token"] = during[0]
 after = cookie()
+try:
+    with transaction.atomic():
+        COMMIT
+        raise ValueError("taken back")
+except ValueError:
+    pass
 with transaction.atomic():
     COMMIT
     ssepush.publish("before the commit", channel="orders")
+ssepush.publish("after the commit", channel="orders")
 print(json.dumps([before, during, after]))
 """
 
@@ -290,8 +297,8 @@ def test_djangos_middleware_gives_the_token_to_whoever_has_logged_in_and_takes_i
     assert is_secure
     assert opens(own_server, token)
     assert after[0] == ""
-    first, second = stream.take(2)
-    assert first.data == "before the commit"
+    first, second, third = stream.take(3)
+    assert [first.data, third.data] == ["before the commit", "after the commit"]
     assert (second.type, second.json) == ("order_placed", {"order": 7})
 
 
@@ -422,11 +429,16 @@ def reports(own_server: ServerProcess, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_page_hears_how_far_its_task_is_and_how_it_has_ended(
-    reports: str, tab: WebDriver, second_browser: Firefox
+    reports: str, own_server: ServerProcess, tab: WebDriver, second_browser: Firefox
 ) -> None:
     tab.get(reports)
     tab.find_element("id", "start").click()
     wait_for_content(tab, "#state", "SUCCESS: 5 rows, and 20 % each")
+    task = tab.current_url.partition("#")[2]
+    with own_server.stream(f"answer-{task}", query="lastEventId=earliest") as stream:
+        told = [(event.type, event.json) for event in stream.take(6)]
+    assert told[:5] == [("progress", {"done": done, "of": 5}) for done in range(1, 6)]
+    assert told[5] == ("ended", {"state": "SUCCESS", "result": "5 rows, and 20 % each"})
 
     second_browser.get(tab.current_url)  # long after it has ended
     wait_for_content(second_browser, "#state", "SUCCESS: 5 rows, and 20 % each")
