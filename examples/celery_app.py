@@ -1,6 +1,6 @@
 """Tell the page when a Celery task has ended, and how far it is until then.
 
-    .venv/bin/pip install flask celery
+    .venv/bin/pip install flask 'celery[redis]'
     .venv/bin/python ssepush.py &
     cd examples
     ../.venv/bin/celery -A celery_app:celery worker &
