@@ -1312,13 +1312,16 @@ class Relay:
 
         They are sure to be read only after a whole event: cut within one, a page would not hear of what it has missed.
         """
-        words = last_words(stream.ends, stream.state is not WAITING, stream.position, self.settings.retry, told)
+        is_open = stream.state is not WAITING
         if stream.backlog:
             being_sent = stream.backlog[0]
             self._add_unsent(stream, len(being_sent) - stream.unsent_bytes)
             stream.backlog = deque([being_sent])
+            if stream.ends != "missed":  # then the page starts anew; else its position is in what it is being sent
+                stream.position = ""
         else:
             stream.state = LIVE
+        words = last_words(stream.ends, is_open, stream.position, self.settings.retry, told)
         self._send(stream, stream.opening + body_part(words, stream.chunked) + body_part(b"", stream.chunked))
         if stream.state is LIVE:
             self._close_stream(stream)
@@ -1425,7 +1428,7 @@ def jsonable(value: object) -> object:
 
 def depth_of(text: str) -> int:
     """How many arrays and objects of a JSON text are inside each other."""
-    brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}"]+', "", text)
+    brackets = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][{}"]+', "", text)
     depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
     return max(depths, default=0)
 
