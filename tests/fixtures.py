@@ -5,6 +5,7 @@ Where pytest-xdist runs several tests at once, those that are marked `alone` sti
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import fcntl
 import itertools
@@ -26,6 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def is_alone(item: pytest.Item) -> bool:
     return item.get_closest_marker("alone") is not None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each program that is missing: how many tests were skipped without it, and how to get it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = collections.Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section("what was skipped")
+    for reason, number in sorted(reasons.items()):
+        terminalreporter.line(f"{number} skipped: {reason}")
 
 
 @pytest.hookimpl(wrapper=True)

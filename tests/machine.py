@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import DEADLINE_S, DEPLOY, HERE, program, redis_binary, wait_for
+from tests.kit import DEADLINE_S, DEPLOY, HERE, needs, redis_binary, wait_for
 
 SYSTEMD = "/lib/systemd/systemd"
 
@@ -74,7 +74,7 @@ STUBS = ("sysinit", "basic", "network-online", "multi-user", "shutdown")
 def unshare(script: str, variables: dict[str, str]) -> list[str]:
     """A command that runs a script with mounts of its own."""
     values = [f"{name}={value}" for name, value in variables.items()]
-    return [program("unshare"), "--mount", "env", *values, "sh", "-c", script]
+    return [needs("unshare"), "--mount", "env", *values, "sh", "-c", script]
 
 
 class Machine:
@@ -83,10 +83,10 @@ class Machine:
     user = 64999
 
     def __init__(self, folder: Path) -> None:
+        needs("systemctl")
         is_allowed = os.getuid() == 0 and subprocess.run(unshare("exit 0", {})).returncode == 0
         if not is_allowed:
             pytest.skip("needs root, to start a systemd of its own")
-        program("systemctl")
         base = Path(sys.base_prefix)
         python = Path(sys.executable).resolve().relative_to(base.resolve())
         self._write(folder, INSTALLED.format(python=python))
@@ -140,7 +140,7 @@ class Machine:
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """A command inside, to its end."""
-        inside = [program("nsenter"), "--target", str(self._first), "--all", *command]
+        inside = [needs("nsenter"), "--target", str(self._first), "--all", *command]
         return subprocess.run(
             inside,
             capture_output=True,

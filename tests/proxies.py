@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.kit import DEADLINE_S, DEPLOY, free_port, listens, program, wait_for
+from tests.kit import DEADLINE_S, DEPLOY, free_port, listens, needs, wait_for
 
 Change = tuple[str, str]  # (what stands in the recipe, what stands there in the test)
 
@@ -37,13 +37,14 @@ def certificate(names: str, days: int) -> tuple[str, str]:
     with open_folder() as folder:
         pem, key = folder / "certificate.pem", folder / "key.pem"
         files = ["-out", str(pem), "-keyout", str(key)]
-        subprocess.run([program("openssl"), *kind.split(), *details, *files], check=True, capture_output=True)
+        subprocess.run([needs("openssl"), *kind.split(), *details, *files], check=True, capture_output=True)
         return pem.read_text(), key.read_text()
 
 
 class Proxy:
     """A proxy that runs its recipe; subclasses know how it is started, and what differs on this machine."""
 
+    program = ""
     recipe = ""
     scheme = "https"
     ends_by = signal.SIGTERM
@@ -57,6 +58,7 @@ class Proxy:
         days: int = 90,
     ) -> None:
         """changes: what a test has otherwise than the recipe, each of which must be in it. names, days: certified."""
+        needs(self.program)
         self.folder = folder
         self.upstream = upstream
         self.port = free_port()
@@ -113,6 +115,7 @@ class Proxy:
 
 
 class Nginx(Proxy):
+    program = "nginx"
     recipe = "nginx.conf"
 
     def here(self) -> list[Change]:
@@ -133,10 +136,11 @@ class Nginx(Proxy):
 
     def command(self) -> list[str]:
         log = f"{self.folder}/main.log"
-        return [program("nginx"), "-p", str(self.folder), "-c", str(self.configuration), "-e", log]
+        return [needs(self.program), "-p", str(self.folder), "-c", str(self.configuration), "-e", log]
 
 
 class Haproxy(Proxy):
+    program = "haproxy"
     recipe = "haproxy.cfg"
 
     def here(self) -> list[Change]:
@@ -148,10 +152,11 @@ class Haproxy(Proxy):
         ]
 
     def command(self) -> list[str]:
-        return [program("haproxy"), "-db", "-f", str(self.configuration)]
+        return [needs(self.program), "-db", "-f", str(self.configuration)]
 
 
 class Caddy(Proxy):
+    program = "caddy"
     recipe = "Caddyfile"
     ends_by = signal.SIGKILL  # it would wait for its streams
 
@@ -164,10 +169,11 @@ class Caddy(Proxy):
         ]
 
     def command(self) -> list[str]:
-        return [program("caddy"), "run", "--config", str(self.configuration), "--adapter", "caddyfile"]
+        return [needs(self.program), "run", "--config", str(self.configuration), "--adapter", "caddyfile"]
 
 
 class Varnish(Proxy):
+    program = "varnishd"
     recipe = "varnish.vcl"
     scheme = "http"
 
@@ -178,10 +184,11 @@ class Varnish(Proxy):
         work = self.folder / "varnish"
         listen = f"127.0.0.1:{self.port}"
         small = ("-s", "malloc,16m", "-p", "thread_pools=1", "-p", "thread_pool_min=20")
-        return [program("varnishd"), "-F", "-a", listen, "-f", str(self.configuration), "-n", str(work), *small]
+        return [needs(self.program), "-F", "-a", listen, "-f", str(self.configuration), "-n", str(work), *small]
 
 
 class Lighttpd(Proxy):
+    program = "lighttpd"
     recipe = "lighttpd.conf"
 
     def here(self) -> list[Change]:
@@ -200,10 +207,11 @@ class Lighttpd(Proxy):
         return text
 
     def command(self) -> list[str]:
-        return [program("lighttpd"), "-D", "-f", str(self.configuration)]
+        return [needs(self.program), "-D", "-f", str(self.configuration)]
 
 
 class Apache(Proxy):
+    program = "apache2"
     recipe = "apache.conf"
     modules = "mpm_event authz_core alias headers setenvif asis proxy proxy_http ssl http2 socache_shmcb deflate filter"
 
@@ -228,7 +236,7 @@ class Apache(Proxy):
         return f"{load}\n{files}\n{user}\n{size}\nServerName localhost\nListen 127.0.0.1:{self.port}\n{text}"
 
     def command(self) -> list[str]:
-        return [program("apache2"), "-DFOREGROUND", "-f", str(self.configuration)]
+        return [needs(self.program), "-DFOREGROUND", "-f", str(self.configuration)]
 
 
 PROXIES: dict[str, type[Proxy]] = {
@@ -243,11 +251,14 @@ PROXIES: dict[str, type[Proxy]] = {
 
 @contextlib.contextmanager
 def proxies_before(upstream: int, *names: str, changes: Sequence[Change] = ()) -> Iterator[dict[str, Proxy]]:
-    """The named proxies, all others if none is named, before a server; started side by side."""
+    """The named proxies, all if none is named, before a server; started side by side."""
+    wanted = {name: PROXIES[name] for name in names or PROXIES}
+    for proxy_type in wanted.values():
+        needs(proxy_type.program)
     with contextlib.ExitStack() as stack:
         started: dict[str, Proxy] = {}
-        for name in names or PROXIES:
-            proxy = PROXIES[name](stack.enter_context(open_folder()), upstream, changes)
+        for name, proxy_type in wanted.items():
+            proxy = proxy_type(stack.enter_context(open_folder()), upstream, changes)
             stack.callback(proxy.end)
             started[name] = proxy
         for proxy in started.values():
