@@ -77,11 +77,7 @@ def firefox(folder: Path) -> Iterator[Firefox]:
 def virtual_display() -> Iterator[str]:
     """The name of an X display that nobody sees: `":1"`. WebKit has no headless mode."""
     command = [needs("Xvfb"), "-displayfd", "1", "-nolisten", "tcp"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as display:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as display:
         assert display.stdout
         try:
             number = display.stdout.readline().decode().strip()

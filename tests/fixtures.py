@@ -72,11 +72,7 @@ def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisPro
     process.kill()
 
 
-@pytest.fixture(
-    scope="session",
-    params=WAYS.values(),
-    ids=list(WAYS),
-)
+@pytest.fixture(scope="session", params=WAYS.values(), ids=list(WAYS))
 def server(request: pytest.FixtureRequest, redis_process: RedisProcess) -> Iterator[ServerProcess]:
     """One server, in both ways, for the tests that leave it in peace."""
     process = ServerProcess(redis_process, *request.param)
@@ -94,10 +90,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
     process.kill()
 
 
-@pytest.fixture(
-    params=WAYS.values(),
-    ids=list(WAYS),
-)
+@pytest.fixture(params=WAYS.values(), ids=list(WAYS))
 def way(request: pytest.FixtureRequest) -> Any:
     """How the servers of the test subscribe; see both_ways."""
     return request.param

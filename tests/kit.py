@@ -41,11 +41,7 @@ LOOPBACK = "127.0.0.1"
 # ── Waiting, ports and programs ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def wait_for(
-    condition: Callable[[], Any],
-    what: str,
-    seconds: float = DEADLINE_S,
-) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:
     """The first true answer of condition, asked again and again until the deadline."""
     deadline = time.monotonic() + seconds
     while True:
@@ -128,10 +124,7 @@ program = needs
 
 
 @contextlib.contextmanager
-def running(
-    *command: str,
-    **options: Any,
-) -> Iterator[subprocess.Popen[bytes]]:
+def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A program with its output in a pipe, which is killed at the end."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
         try:
@@ -172,10 +165,7 @@ def npm_install(folder: Path, package: str) -> Path:
         pytest.skip(TEST_EXTRA)
     command = [program("npm"), "install", "--no-audit", "--no-fund"]
     installed = subprocess.run(
-        [*command, "--prefix", str(folder), package],
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [*command, "--prefix", str(folder), package], capture_output=True, text=True, timeout=120
     )
     assert installed.returncode == 0, installed.stderr
     return folder
@@ -187,13 +177,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
     files = ["-out", str(pem), "-keyout", str(key)]
-    command = [
-        program("openssl"),
-        *kind.split(),
-        "-addext",
-        names,
-        *files,
-    ]
+    command = [program("openssl"), *kind.split(), "-addext", names, *files]
     subprocess.run(command, check=True, capture_output=True)
     return pem, key
 
@@ -216,12 +200,7 @@ def redis_binary() -> str:
 class RedisProcess:
     """A Redis of the tests' own, which they may kill, stop and restart."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *options: str,
-        password: str | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *options: str, password: str | None = None) -> None:
         """password: with which the tests' own client logs in; the options have it, too."""
         self.port = free_port()
         self.folder = folder
@@ -247,11 +226,7 @@ class RedisProcess:
         """Start it, also again, with what it has kept in its folder."""
         self.log = (self.folder / "redis.log").open("ab")
         command = [*self.command(), *self.options]
-        self.process = subprocess.Popen(
-            command,
-            stdout=self.log,
-            stderr=self.log,
-        )
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
         wait_for(self.answers, "Redis answers")
 
     def answers(self) -> bool:
@@ -269,11 +244,7 @@ class RedisProcess:
         self.client.connection_pool.disconnect()
         self.log.close()
 
-    def url_of(
-        self,
-        user: str,
-        password: str = "",
-    ) -> str:
+    def url_of(self, user: str, password: str = "") -> str:
         """The URL with which this user logs in."""
         return self.url.replace("://", f"://{user}:{password}@")
 
@@ -281,11 +252,7 @@ class RedisProcess:
         """How many Redis connections are subscribed to the channel."""
         return int(self.client.pubsub_numsub(channel)[0][1])
 
-    def publish(
-        self,
-        channel: str,
-        message: str | bytes,
-    ) -> int:
+    def publish(self, channel: str, message: str | bytes) -> int:
         """A plain PUBLISH, by somebody who knows nothing of ssepush; how many subscribers it reached."""
         return int(self.client.publish(channel, message))
 
@@ -293,24 +260,11 @@ class RedisProcess:
         """The same, of a JSON object: `publish_event("sse", data="hi", type="greet")`."""
         return self.publish(channel, json.dumps(members))
 
-    def wait_for_subscribers(
-        self,
-        channel: str,
-        number: int,
-        seconds: float = DEADLINE_S,
-    ) -> None:
+    def wait_for_subscribers(self, channel: str, number: int, seconds: float = DEADLINE_S) -> None:
         """Until so many are subscribed to the channel."""
-        wait_for(
-            lambda: self.subscribers(channel) == number,
-            f"{number} subscribers of {channel}",
-            seconds,
-        )
+        wait_for(lambda: self.subscribers(channel) == number, f"{number} subscribers of {channel}", seconds)
 
-    def publish_all(
-        self,
-        channel: str,
-        messages: Sequence[str | bytes],
-    ) -> list[int]:
+    def publish_all(self, channel: str, messages: Sequence[str | bytes]) -> list[int]:
         """The same for each message, all in one burst."""
         with self.client.pipeline(transaction=False) as pipeline:
             for message in messages:
@@ -322,20 +276,8 @@ class RedisProcess:
         cli = found_program("redis-cli", "valkey-cli")
         if not cli:
             return self._publish_over_socket(channel, message)
-        command = [
-            cli,
-            "-p",
-            str(self.port),
-            "publish",
-            channel,
-            message,
-        ]
-        done = subprocess.run(
-            command,
-            check=True,
-            capture_output=True,
-            timeout=DEADLINE_S,
-        )
+        command = [cli, "-p", str(self.port), "publish", channel, message]
+        done = subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S)
         return int(done.stdout)
 
     def _publish_over_socket(self, channel: str, message: str) -> int:
@@ -460,10 +402,7 @@ def answers_in(received: bytes) -> list[Answer]:
     return answers
 
 
-def _body(
-    headers: dict[str, str],
-    received: bytes,
-) -> tuple[bytes, bytes]:
+def _body(headers: dict[str, str], received: bytes) -> tuple[bytes, bytes]:
     """The body of a response with these headers, and what follows it."""
     if "Transfer-Encoding" in headers:
         assert "Content-Length" not in headers
@@ -479,12 +418,7 @@ def _body(
 HOST_LINE = b"Host: localhost\r\n"
 
 
-def request(
-    line: bytes,
-    *fields: bytes,
-    host: bytes = HOST_LINE,
-    body: bytes = b"",
-) -> bytes:
+def request(line: bytes, *fields: bytes, host: bytes = HOST_LINE, body: bytes = b"") -> bytes:
     """The bytes of a request, as they are: `request(b"GET / HTTP/1.1", b"X: y")`."""
     lines = b"".join(field + b"\r\n" for field in fields)
     return line + b"\r\n" + host + lines + b"\r\n" + body
@@ -495,11 +429,7 @@ def post(*fields: bytes, body: bytes) -> bytes:
     return request(b"POST /publish HTTP/1.1", b"Content-Type: application/json", *fields, body=body)
 
 
-def exchange(
-    port: int,
-    sent: bytes,
-    seconds: float = DEADLINE_S,
-) -> bytes:
+def exchange(port: int, sent: bytes, seconds: float = DEADLINE_S) -> bytes:
     """Everything that comes back on a connection on which exactly these bytes are sent."""
     received = b""
     with connect(port, seconds) as sock:
@@ -578,11 +508,7 @@ class Parser:
     def _dispatch(self) -> None:
         self.last_event_id = self._id
         if self._data:
-            event = Received(
-                "\n".join(self._data),
-                self._type or "message",
-                self._id,
-            )
+            event = Received("\n".join(self._data), self._type or "message", self._id)
             self.events.append(event)
         self._data = []
         self._type = ""
@@ -604,12 +530,7 @@ class EventStream:
     `stream-position`, at the start and as heartbeat). The parser holds everything.
     """
 
-    def __init__(
-        self,
-        port: int,
-        path: str = "/stream",
-        **headers: str,
-    ) -> None:
+    def __init__(self, port: int, path: str = "/stream", **headers: str) -> None:
         self.sock = connect(port)
         self.parser = Parser()
         self.events: list[Received] = []
@@ -686,12 +607,7 @@ class EventStream:
         """The events that have come and have not been taken."""
         return self.events[self._taken :]
 
-    def wait(
-        self,
-        condition: Callable[[], Any],
-        what: str,
-        seconds: float = DEADLINE_S,
-    ) -> None:
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> None:
         """Read until the condition holds."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -700,17 +616,9 @@ class EventStream:
             assert left > 0, f"not within {seconds} s: {what}"
             self.read(left)
 
-    def take(
-        self,
-        number: int,
-        seconds: float = DEADLINE_S,
-    ) -> list[Received]:
+    def take(self, number: int, seconds: float = DEADLINE_S) -> list[Received]:
         """The next events, as many."""
-        self.wait(
-            lambda: len(self.untaken) >= number,
-            f"{number} events",
-            seconds,
-        )
+        self.wait(lambda: len(self.untaken) >= number, f"{number} events", seconds)
         taken = self.untaken[:number]
         self._taken += number
         return taken
@@ -719,11 +627,7 @@ class EventStream:
         """The next event."""
         return self.take(1, seconds)[0]
 
-    def data(
-        self,
-        number: int,
-        seconds: float = DEADLINE_S,
-    ) -> list[str]:
+    def data(self, number: int, seconds: float = DEADLINE_S) -> list[str]:
         """The data of the next events, as many."""
         return [event.data for event in self.take(number, seconds)]
 
@@ -848,10 +752,7 @@ def environment_with(**variables: str) -> dict[str, str]:
 
 
 def run(
-    *arguments: str,
-    stdin: str | bytes = "",
-    prefix: tuple[str, ...] = (),
-    **environment: str,
+    *arguments: str, stdin: str | bytes = "", prefix: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """One run of the command line, to its end."""
     done = subprocess.run(
@@ -862,12 +763,7 @@ def run(
         env=environment_with(**environment),
         check=False,
     )
-    return subprocess.CompletedProcess(
-        done.args,
-        done.returncode,
-        done.stdout.decode(),
-        done.stderr.decode(),
-    )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
@@ -892,13 +788,7 @@ JSON = {"Content-Type": "application/json"}
 class ServerProcess:
     """ssepush as its users start it, on a free port."""
 
-    def __init__(
-        self,
-        redis: RedisProcess | str,
-        *options: str,
-        port: int = 0,
-        **environment: str,
-    ) -> None:
+    def __init__(self, redis: RedisProcess | str, *options: str, port: int = 0, **environment: str) -> None:
         """redis: "" is for what REDIS_URL names."""
         url = redis if isinstance(redis, str) else redis.url
         named = ("--redis-url", url) if url else ()
@@ -951,68 +841,36 @@ class ServerProcess:
         """Whether it printed or logged this."""
         return text in self.output
 
-    def get(
-        self,
-        path: str,
-        method: str = "GET",
-        body: str | bytes | None = None,
-        **headers: str,
-    ) -> Answer:
+    def get(self, path: str, method: str = "GET", body: str | bytes | None = None, **headers: str) -> Answer:
         """One request on a connection of its own; underscores in header names become hyphens."""
-        connection = http.client.HTTPConnection(
-            LOOPBACK,
-            self.port,
-            timeout=DEADLINE_S,
-        )
+        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
         encoded = body.encode() if isinstance(body, str) else body
         with contextlib.closing(connection):
             connection.request(method, path, encoded, header_fields(headers))
             response = connection.getresponse()
-            return Answer(
-                response.status,
-                dict(response.getheaders()),
-                response.read(),
-            )
+            return Answer(response.status, dict(response.getheaders()), response.read())
 
     def post(self, body: Any, **headers: str) -> Answer:
         """POST /publish of JSON: bytes or text as they are, anything else made JSON here."""
         text = body if isinstance(body, str | bytes) else json.dumps(body)
         return self.get("/publish", "POST", text, **JSON, **headers)
 
-    def publish(
-        self,
-        data: Any,
-        channel: str = "sse",
-        **members: Any,
-    ) -> dict[str, Any]:
+    def publish(self, data: Any, channel: str = "sse", **members: Any) -> dict[str, Any]:
         """The same for an event; the answer, which must be ok."""
         answer = self.post({"data": data, "channel": channel, **members})
         assert answer.status == 200, answer
         return answer.json
 
-    def publish_id(
-        self,
-        data: Any,
-        channel: str = "sse",
-    ) -> str:
+    def publish_id(self, data: Any, channel: str = "sse") -> str:
         """The same; the event's id."""
         return str(self.publish(data, channel)["id"])
 
-    def stream(
-        self,
-        *channels: str,
-        query: str = "",
-        **headers: str,
-    ) -> EventStream:
+    def stream(self, *channels: str, query: str = "", **headers: str) -> EventStream:
         """A stream of these channels, and of whatever else the query asks for: `stream("a", query="token=…")`."""
         wanted = "&".join(filter(None, [query_of(*channels), query]))
         return EventStream(self.port, f"/stream?{wanted}", **headers)
 
-    def opened(
-        self,
-        *channels: str,
-        **headers: str,
-    ) -> EventStream:
+    def opened(self, *channels: str, **headers: str) -> EventStream:
         """The same, once it has been told its position: whatever is published from now on is for it."""
         stream = self.stream(*channels, **headers)
         stream.position()
@@ -1096,11 +954,7 @@ class ServerProcess:
 class Start:
     """Starts servers of one test's own: `start("--history", "5")`; they end with it, without a traceback."""
 
-    def __init__(
-        self,
-        common_redis: Callable[[], RedisProcess],
-        way: tuple[str, ...],
-    ) -> None:
+    def __init__(self, common_redis: Callable[[], RedisProcess], way: tuple[str, ...]) -> None:
         """way: how they subscribe, in the test that is run in both ways."""
         self._common_redis = common_redis
         self._way = way
@@ -1111,13 +965,7 @@ class Start:
     ) -> ServerProcess:
         """redis: None is for the one that the tests have in common."""
         chosen = self._common_redis() if redis is None else redis
-        server = ServerProcess(
-            chosen,
-            *self._way,
-            *options,
-            port=port,
-            **environment,
-        )
+        server = ServerProcess(chosen, *self._way, *options, port=port, **environment)
         self._started.append(server)
         return server
 
@@ -1132,13 +980,7 @@ class Start:
 class Page(threading.Thread):
     """A browser's EventSource: reads, and when the stream ends comes back as told, with its last event ID."""
 
-    def __init__(
-        self,
-        port: int,
-        *channels: str,
-        leave_after: Callable[[], int] | None = None,
-        told: str = "",
-    ) -> None:
+    def __init__(self, port: int, *channels: str, leave_after: Callable[[], int] | None = None, told: str = "") -> None:
         """leave_after: how many events it reads before it leaves by itself and comes back at once.
 
         told: the last event ID that it had before, if it comes back from there.
@@ -1191,22 +1033,12 @@ class Page(threading.Thread):
 class Publisher(threading.Thread):
     """Publishes numbers without pause, over connections that it keeps; remembers which were acknowledged."""
 
-    def __init__(
-        self,
-        port: int,
-        name: str,
-        *channels: str,
-        pause: float = 0.0,
-    ) -> None:
+    def __init__(self, port: int, name: str, *channels: str, pause: float = 0.0) -> None:
         super().__init__(daemon=True)
         self.port = port
         self.channels = channels
         self.pause = pause
-        self.names = map(
-            "{} {}".format,
-            itertools.repeat(name),
-            itertools.count(),
-        )
+        self.names = map("{} {}".format, itertools.repeat(name), itertools.count())
         self.acknowledged: list[tuple[int, str, str]] = []  # (place, channel, data)
         self.unsure: list[str] = []
         self.done = threading.Event()
@@ -1214,21 +1046,13 @@ class Publisher(threading.Thread):
 
     def run(self) -> None:
         while not self.done.is_set():
-            connection = http.client.HTTPConnection(
-                LOOPBACK,
-                self.port,
-                timeout=DEADLINE_S,
-            )
+            connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
             with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
                 connection.connect()
                 while not self.done.wait(self.pause):
                     self._publish(connection, next(self.names))
 
-    def _publish(
-        self,
-        connection: http.client.HTTPConnection,
-        data: str,
-    ) -> None:
+    def _publish(self, connection: http.client.HTTPConnection, data: str) -> None:
         channel = random.choice(self.channels)
         body = json.dumps({"data": data, "channel": channel})
         self.unsure.append(data)
@@ -1265,11 +1089,7 @@ def assert_whole(page: Page, publishers: Sequence[Publisher]) -> None:
 class WithholdingProxy:
     """Stands before Redis. Once a subscription is confirmed it calls `then`, and passes nothing more on to it."""
 
-    def __init__(
-        self,
-        redis_process: RedisProcess,
-        then: Callable[[], object] = lambda: None,
-    ) -> None:
+    def __init__(self, redis_process: RedisProcess, then: Callable[[], object] = lambda: None) -> None:
         self._redis_port = redis_process.port
         self._then = then
         self._listener = socket.create_server((LOOPBACK, 0))
@@ -1291,11 +1111,7 @@ class WithholdingProxy:
                 for ends in ((ours, theirs), (theirs, ours)):
                     threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
 
-    def _pass_on(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-    ) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
         with source, sink, contextlib.suppress(OSError):
             while received := source.recv(65536):
                 is_confirmation = b"\r\n$9\r\nsubscribe\r\n" in received
@@ -1320,11 +1136,7 @@ def allow_files(number: int) -> int:
 
 
 @contextlib.contextmanager
-def connections(
-    port: int,
-    number: int,
-    sent: bytes = b"",
-) -> Iterator[list[socket.socket]]:
+def connections(port: int, number: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
     """As many open connections, on each of which these bytes have been sent."""
     with contextlib.ExitStack() as stack:
         socks = []
@@ -1359,11 +1171,7 @@ class Baseline:
         self.threads = server.threads()
         self.descriptors = server.descriptors()
 
-    def publish(
-        self,
-        data: str,
-        seconds: float = 5.0,
-    ) -> None:
+    def publish(self, data: str, seconds: float = 5.0) -> None:
         """Publish over HTTP, and receive it on the stream."""
         deadline = time.monotonic() + seconds
         self.server.publish(data, self.channel)

@@ -141,13 +141,7 @@ class Machine:
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """A command inside, to its end."""
         inside = [needs("nsenter"), "--target", str(self._first), "--all", *command]
-        return subprocess.run(
-            inside,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
+        return subprocess.run(inside, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
     def said_by(self, *command: str) -> str:
         """What a command that ends well prints."""

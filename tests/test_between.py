@@ -33,11 +33,7 @@ class HoldingProxy(WithholdingProxy):
         self.is_open.set()
         super().__init__(redis_process)
 
-    def _pass_on(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-    ) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
         is_to_subscriber = False
         with source, sink, contextlib.suppress(OSError):
             while received := source.recv(65536):
@@ -60,18 +56,10 @@ def test_what_a_shared_subscriber_has_yet_to_read_is_not_sent_again_to_a_page_th
         proxy.is_open.clear()
         for number in range(0, 20, 2):
             redis_process.publish(channel, str(number))  # no id of ours: a page's position tells nothing about it
-            ssepush.publish(
-                str(number + 1),
-                channel=channel,
-                redis_url=redis_process.url,
-            )
+            ssepush.publish(str(number + 1), channel=channel, redis_url=redis_process.url)
         assert leaves.data(20) == numbers(0, 20)
 
-        coming_back = threads.submit(
-            server.stream,
-            channel,
-            Last_Event_ID=leaves.last_event_id,
-        )
+        coming_back = threads.submit(server.stream, channel, Last_Event_ID=leaves.last_event_id)
         wait_for(lambda: server.streams() == 2, "it is coming back")
         proxy.is_open.set()
         elsewhere.publish("last", channel)
@@ -83,11 +71,7 @@ def test_what_a_shared_subscriber_has_yet_to_read_is_not_sent_again_to_a_page_th
 class CuttingProxy(WithholdingProxy):
     """Stands before Redis. Whoever reads a history has the connection closed instead of an answer."""
 
-    def _pass_on(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-    ) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
         with source, sink, contextlib.suppress(OSError):
             while received := source.recv(65536):
                 if b"XREVRANGE" in received:
@@ -119,11 +103,7 @@ class PiecesProxy(WithholdingProxy):
         self.size = size
         super().__init__(redis_process)
 
-    def _pass_on(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-    ) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
         sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with source, sink, contextlib.suppress(OSError):
             while received := source.recv(self.size):
@@ -136,10 +116,7 @@ DATA = ["one", "", "*2\r\n$3\r\n", "é" * 300, "last"]
 @both_ways
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_what_comes_from_redis_in_pieces_is_whole_live_and_after_a_return(
-    redis_process: RedisProcess,
-    start: Start,
-    channel: str,
-    size: int,
+    redis_process: RedisProcess, start: Start, channel: str, size: int
 ) -> None:
     with PiecesProxy(redis_process, size) as proxy:
         server = start(redis=proxy.url)
@@ -162,11 +139,7 @@ class SwallowingProxy(WithholdingProxy):
 
     SWALLOWED = re.compile(rb"[*>]3\r\n\$7\r\nmessage\r\n\$\d+\r\n[^\r]*\r\n\$\d+\r\n[^\r]*swallowed[^\r]*\r\n")
 
-    def _pass_on(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-    ) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
         with source, sink, contextlib.suppress(OSError):
             while received := source.recv(65536):
                 sink.sendall(self.SWALLOWED.sub(b"", received))
@@ -175,10 +148,7 @@ class SwallowingProxy(WithholdingProxy):
 @both_ways
 @pytest.mark.parametrize("follows", [True, False], ids=["an event follows there", "none follows"])
 def test_a_hole_on_one_channel_is_told_to_the_streams_that_follow_it_and_the_others_go_on(
-    redis_process: RedisProcess,
-    start: Start,
-    channel: str,
-    follows: bool,
+    redis_process: RedisProcess, start: Start, channel: str, follows: bool
 ) -> None:
     holed, whole = f"{channel}-holed", f"{channel}-whole"
 

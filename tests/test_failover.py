@@ -90,9 +90,7 @@ def sentinel(tmp_path: Path, masters: list[RedisProcess]) -> Iterator[SentinelPr
 
 @both_ways
 def test_sentinels_lead_to_the_master_with_logins_of_their_own(
-    sentinel: SentinelProcess,
-    start: Start,
-    channel: str,
+    sentinel: SentinelProcess, start: Start, channel: str
 ) -> None:
     url = sentinel.url_for()
     server = start(redis="", REDIS_URL=url)
@@ -108,8 +106,7 @@ def test_sentinels_lead_to_the_master_with_logins_of_their_own(
 
 
 def test_what_is_printed_names_the_sentinels_and_where_to_publish_but_no_password(
-    sentinel: SentinelProcess,
-    start: Start,
+    sentinel: SentinelProcess, start: Start
 ) -> None:
     server = start(redis="", REDIS_URL=sentinel.url_for())
 
@@ -124,10 +121,7 @@ def test_what_is_printed_names_the_sentinels_and_where_to_publish_but_no_passwor
 
 @both_ways
 def test_when_sentinels_name_another_master_streams_go_there_and_are_told_what_it_lacks(
-    sentinel: SentinelProcess,
-    masters: list[RedisProcess],
-    start: Start,
-    channel: str,
+    sentinel: SentinelProcess, masters: list[RedisProcess], start: Start, channel: str
 ) -> None:
     server = start("--retry", "50", redis="", REDIS_URL=sentinel.url_for())
     server.publish("at the first", channel)
@@ -143,8 +137,7 @@ def test_when_sentinels_name_another_master_streams_go_there_and_are_told_what_i
 
 
 def test_a_master_that_no_sentinel_knows_is_named_and_nothing_is_published(
-    sentinel: SentinelProcess,
-    channel: str,
+    sentinel: SentinelProcess, channel: str
 ) -> None:
     done = run("publish", channel, "hello", REDIS_URL=sentinel.url_for("yourmaster"))
 
@@ -178,10 +171,7 @@ SILENT = {"none": [], "one of the majority": [1], "the one that has not heard": 
 
 @pytest.mark.parametrize("silent", SILENT.values(), ids=SILENT)
 def test_the_master_is_whom_most_sentinels_name_of_those_that_answer(
-    silent: list[int],
-    three_sentinels: list[SentinelProcess],
-    masters: list[RedisProcess],
-    channel: str,
+    silent: list[int], three_sentinels: list[SentinelProcess], masters: list[RedisProcess], channel: str
 ) -> None:
     hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in three_sentinels)
     url = three_sentinels[0].url_for().replace(f"127.0.0.1:{three_sentinels[0].port}", hosts)
@@ -232,20 +222,14 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def test_a_process_that_is_forked_while_a_sentinel_hangs_publishes_as_its_parent_does(
-    sentinel: SentinelProcess,
-    start: Start,
-    channel: str,
+    sentinel: SentinelProcess, start: Start, channel: str
 ) -> None:
     server = start(redis="", REDIS_URL=sentinel.url_for())
     own = f"127.0.0.1:{sentinel.port}"
     url = sentinel.url_for().replace(own, f"{own},{{hangs}}")
     with server.opened(channel) as stream:
         done = subprocess.run(
-            [sys.executable, "-c", FORKS, channel, url],
-            cwd=HERE,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
+            [sys.executable, "-c", FORKS, channel, url], cwd=HERE, capture_output=True, text=True, timeout=DEADLINE_S
         )
 
         assert done.returncode == 0, done.stderr
@@ -296,9 +280,7 @@ def ask(node: RedisProcess, *words: str | int) -> object:
 
 @both_ways
 def test_a_cluster_is_served_by_the_node_of_our_keys_and_a_publish_at_any_node_arrives(
-    cluster: list[RedisProcess],
-    start: Start,
-    channel: str,
+    cluster: list[RedisProcess], start: Start, channel: str
 ) -> None:
     first, second = cluster
     server = start(redis="", REDIS_URL=f"redis+cluster://127.0.0.1:{first.port}")
@@ -317,8 +299,7 @@ def test_a_cluster_is_served_by_the_node_of_our_keys_and_a_publish_at_any_node_a
 
 
 def test_a_node_that_has_met_nobody_and_does_not_know_its_own_address_is_where_it_was_asked(
-    tmp_path: Path,
-    channel: str,
+    tmp_path: Path, channel: str
 ) -> None:
     node = RedisProcess(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     try:

@@ -64,12 +64,7 @@ while sock.recv(65536):
 class Bad:
     """Streams that do not read as they should; the context that each opens ends with the test."""
 
-    def __init__(
-        self,
-        server: ServerProcess,
-        channel: str,
-        stack: contextlib.ExitStack,
-    ) -> None:
+    def __init__(self, server: ServerProcess, channel: str, stack: contextlib.ExitStack) -> None:
         self.server, self.channel, self.stack = server, channel, stack
 
     def _stream(self) -> EventStream:
@@ -77,25 +72,9 @@ class Bad:
         self.stack.callback(stream.close)
         return stream
 
-    def _process(
-        self,
-        host: str,
-        *wrapper: str,
-    ) -> subprocess.Popen[str]:
-        command = [
-            *wrapper,
-            sys.executable,
-            "-c",
-            STALLED_CLIENT,
-            host,
-            str(self.server.port),
-            self.channel,
-        ]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def _process(self, host: str, *wrapper: str) -> subprocess.Popen[str]:
+        command = [*wrapper, sys.executable, "-c", STALLED_CLIENT, host, str(self.server.port), self.channel]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.stack.callback(process.wait)
         self.stack.callback(process.kill)
         assert process.stdout
@@ -143,11 +122,7 @@ class Bad:
         ours, theirs = (f"{network}.{number % 64 * 4 + host}" for host in (1, 2))
 
         def ip(command: str) -> None:
-            subprocess.run(
-                ["ip", *command.split()],
-                check=True,
-                capture_output=True,
-            )
+            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
 
         try:
             ip(f"netns add {namespace}")
@@ -188,14 +163,7 @@ def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_g
     own_redis: RedisProcess, start: Start, channel: str, case: str
 ) -> None:
     bad, number, bound_s, options = BADS[case]
-    server = start(
-        "--host",
-        "0.0.0.0",
-        "--heartbeat",
-        str(HEARTBEAT_S),
-        *options,
-        redis=own_redis,
-    )
+    server = start("--host", "0.0.0.0", "--heartbeat", str(HEARTBEAT_S), *options, redis=own_redis)
     pages = [Page(server.port, channel) for _ in range(3)]
     wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
 
@@ -203,11 +171,7 @@ def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_g
         bad(Bad(server, channel, stack))
         for event in range(number):
             ssepush.publish(f"{event} {'x' * 20_000}", channel=channel, redis_url=own_redis.url)
-        wait_for(
-            lambda: server.streams() == 3,
-            "the bad stream is gone",
-            seconds=bound_s + 1.5,
-        )
+        wait_for(lambda: server.streams() == 3, "the bad stream is gone", seconds=bound_s + 1.5)
     ssepush.publish("last", channel=channel, redis_url=own_redis.url)
     for page in pages:
         page.wait_for("last")
@@ -216,11 +180,7 @@ def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_g
         assert page.streams == 1
 
 
-def unread(
-    server: ServerProcess,
-    channel: str,
-    *fields: bytes,
-) -> socket.socket:
+def unread(server: ServerProcess, channel: str, *fields: bytes) -> socket.socket:
     """A browser that has asked for a stream, and reads nothing; its kernel takes little."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -357,16 +317,10 @@ Held = Iterator[list[socket.socket]]  # browsers, all of whose streams are in on
 def opening(server: ServerProcess, channel: str) -> Held:
     """Redis does not answer the subscription."""
     server.opened(channel).close()  # a shared subscriber is connected from now on
-    wait_for(
-        lambda: server.streams() == 0,
-        "it is closed",
-    )
+    wait_for(lambda: server.streams() == 0, "it is closed")
     with stopped(server.redis.process):
         browsers = [unread(server, channel) for _ in range(ALIKE)]
-        wait_for(
-            lambda: server.streams() == ALIKE,
-            "all are opening",
-        )
+        wait_for(lambda: server.streams() == ALIKE, "all are opening")
         yield browsers
 
 
@@ -378,10 +332,7 @@ def resuming(server: ServerProcess, channel: str) -> Held:
         server.publish("x" * 100_000, channel)
     field = f"Last-Event-ID: {position}".encode()
     browsers = [unread(server, channel, field) for _ in range(ALIKE)]
-    wait_for(
-        lambda: server.metric("streams_opened_total") == ALIKE,
-        "all have begun",
-    )
+    wait_for(lambda: server.metric("streams_opened_total") == ALIKE, "all have begun")
     assert server.metric("backlog_bytes") > ALIKE * 100_000
     yield browsers
 
@@ -390,16 +341,10 @@ def resuming(server: ServerProcess, channel: str) -> Held:
 def behind(server: ServerProcess, channel: str) -> Held:
     """The browser does not take live events."""
     browsers = [unread(server, channel) for _ in range(ALIKE)]
-    wait_for(
-        lambda: server.metric("streams_opened_total") == ALIKE,
-        "all are open",
-    )
+    wait_for(lambda: server.metric("streams_opened_total") == ALIKE, "all are open")
     for _ in range(10):
         server.redis.publish(channel, "x" * 50_000)
-    wait_for(
-        lambda: server.metric("backlog_bytes") > ALIKE * 50_000,
-        "all are behind",
-    )
+    wait_for(lambda: server.metric("backlog_bytes") > ALIKE * 50_000, "all are behind")
     yield browsers
 
 
@@ -410,12 +355,7 @@ def live(server: ServerProcess, channel: str) -> Held:
     yield [stream.sock for stream in streams]
 
 
-STATES = {
-    "opening": opening,
-    "resuming": resuming,
-    "behind": behind,
-    "live": live,
-}
+STATES = {"opening": opening, "resuming": resuming, "behind": behind, "live": live}
 in_each_state = pytest.mark.parametrize("hold", STATES.values(), ids=list(STATES))
 
 
@@ -433,11 +373,7 @@ def redis_dies(browsers: list[socket.socket], redis: RedisProcess) -> None:
 @in_each_state
 @pytest.mark.parametrize("end", [browsers_leave, redis_dies])
 def test_streams_that_end_leave_nothing_behind_in_any_state(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-    hold: Any,
-    end: Any,
+    own_redis: RedisProcess, start: Start, channel: str, hold: Any, end: Any
 ) -> None:
     max_streams = str(ALIKE)
     server = start(
@@ -452,24 +388,12 @@ def test_streams_that_end_leave_nothing_behind_in_any_state(
 
     with hold(server, channel) as browsers:
         end(browsers, own_redis)
-        wait_for(
-            lambda: server.streams() == 0,
-            "all streams are gone",
-        )
+        wait_for(lambda: server.streams() == 0, "all streams are gone")
 
     subscribers = server.subscribers_for(ALIKE) if server.is_shared else 0
-    wait_for(
-        lambda: server.metric("subscribers") <= subscribers,
-        "their subscribers are gone",
-    )
-    wait_for(
-        lambda: server.descriptors() <= descriptors + POOL,
-        "their descriptors are gone",
-    )
-    wait_for(
-        lambda: len(own_redis.client.client_list()) <= POOL + 2,
-        "nor a connection to Redis",
-    )
+    wait_for(lambda: server.metric("subscribers") <= subscribers, "their subscribers are gone")
+    wait_for(lambda: server.descriptors() <= descriptors + POOL, "their descriptors are gone")
+    wait_for(lambda: len(own_redis.client.client_list()) <= POOL + 2, "nor a connection to Redis")
     assert server.threads() <= IDLE_THREADS + ALIKE
     assert server.metric("backlog_bytes") == 0
     for sock in browsers:
@@ -481,27 +405,15 @@ def test_streams_that_end_leave_nothing_behind_in_any_state(
 
 @both_ways
 @in_each_state
-def test_a_drain_ends_streams_in_any_state(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-    hold: Any,
-) -> None:
-    server = start(
-        "--drain",
-        "2",
-        redis=own_redis,
-    )
+def test_a_drain_ends_streams_in_any_state(own_redis: RedisProcess, start: Start, channel: str, hold: Any) -> None:
+    server = start("--drain", "2", redis=own_redis)
 
     with hold(server, channel) as browsers:
         assert server.terminate() == 0
 
         ends = re.findall(r"stream \d+ (?:closed|refused) after [0-9.]+ s: drain", server.output)
         assert len(ends) == ALIKE
-    wait_for(
-        lambda: len(own_redis.client.client_list()) == 1,
-        "Redis has no client but ours",
-    )
+    wait_for(lambda: len(own_redis.client.client_list()) == 1, "Redis has no client but ours")
     for sock in browsers:
         sock.close()
 
@@ -512,12 +424,7 @@ def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
         before = server.resident_bytes()
 
         for number in range(150):
-            ssepush.publish(
-                f"{number} {'x' * 900_000}",
-                channel=channel,
-                redis_url=server.redis.url,
-                history=1,
-            )
+            ssepush.publish(f"{number} {'x' * 900_000}", channel=channel, redis_url=server.redis.url, history=1)
             assert stream.next().data.startswith(f"{number} ")
 
         assert server.resident_bytes() - before < 80_000_000
@@ -527,22 +434,14 @@ def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
 
 
 @pytest.mark.alone
-def test_five_thousand_silent_connections_disturb_nobody(
-    start: Start,
-    channel: str,
-    many_files: None,
-) -> None:
+def test_five_thousand_silent_connections_disturb_nobody(start: Start, channel: str, many_files: None) -> None:
     server = start()
     baseline = Baseline(server, channel)
 
     with connections(server.port, 5000) as silent:
         baseline.publish("meanwhile")
         baseline.newcomer()
-        wait_for(
-            lambda: server.descriptors() < baseline.descriptors + 1100,
-            "the oldest are ended",
-            5.0,
-        )
+        wait_for(lambda: server.descriptors() < baseline.descriptors + 1100, "the oldest are ended", 5.0)
         assert is_closed(silent[0])
         assert server.threads() <= IDLE_THREADS + MOST_WAITING
 
@@ -551,9 +450,7 @@ def test_five_thousand_silent_connections_disturb_nobody(
 
 @pytest.mark.alone
 def test_slow_senders_disturb_nobody_and_hold_no_more_than_their_places(
-    start: Start,
-    channel: str,
-    many_files: None,
+    start: Start, channel: str, many_files: None
 ) -> None:
     server = start()
     baseline = Baseline(server, channel)
@@ -566,11 +463,7 @@ def test_slow_senders_disturb_nobody_and_hold_no_more_than_their_places(
                     sock.send(b"a")
 
     heads = connections(server.port, 1000, b"GET /stream?channel=")
-    bodies = connections(
-        server.port,
-        200,
-        post(b"Content-Length: 1000", body=b"{"),
-    )
+    bodies = connections(server.port, 200, post(b"Content-Length: 1000", body=b"{"))
     with heads as slow_heads, bodies as slow_bodies:
         sender = threading.Thread(target=trickle, args=([*slow_heads, *slow_bodies],))
         sender.start()
@@ -652,9 +545,7 @@ def is_answered(port: int) -> bool:
 @pytest.mark.alone
 @kept_threads
 def test_every_honest_request_is_answered_beside_a_flood_while_two_keep_a_thread(
-    start: Start,
-    many_files: None,
-    keep: Callable[[int], socket.socket],
+    start: Start, many_files: None, keep: Callable[[int], socket.socket]
 ) -> None:
     server = start()
     answered = []
@@ -671,11 +562,7 @@ def test_every_honest_request_is_answered_beside_a_flood_while_two_keep_a_thread
 
 @pytest.mark.alone
 def test_a_stream_that_is_read_slowly_is_not_cut_by_a_flood_of_those_who_say_nothing(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-    few_files: None,
-    many_files: None,
+    own_redis: RedisProcess, start: Start, channel: str, few_files: None, many_files: None
 ) -> None:
     server = start("--max-streams", "20", redis=own_redis)
     position = server.publish_id("first", channel)
@@ -716,11 +603,7 @@ def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, c
     server = start("--heartbeat", "0.5")
     baseline = Baseline(server, channel)
     limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(
-        server.process.pid,
-        resource.RLIMIT_NOFILE,
-        (baseline.descriptors, limits[1]),
-    )
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (baseline.descriptors, limits[1]))
     comments, used = len(baseline.stream.parser.comments), server.cpu_s()
 
     with connections(server.port, 20):
@@ -734,11 +617,7 @@ def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, c
 
 
 @pytest.mark.alone
-def test_connections_that_take_no_answer_are_ended(
-    start: Start,
-    channel: str,
-    many_files: None,
-) -> None:
+def test_connections_that_take_no_answer_are_ended(start: Start, channel: str, many_files: None) -> None:
     server = start()
     baseline = Baseline(server, channel)
 
@@ -780,11 +659,7 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
         connections(server.port, 300, request(b"GET /healthz HTTP/1.1", b"Connection: close")),
         connections(server.port, 100, request(b"GET /stream HTTP/1.1")),
     ):
-        wait_for(
-            lambda: server.get("/metrics").status == 200,
-            "the others are served",
-            2.0,
-        )
+        wait_for(lambda: server.get("/metrics").status == 200, "the others are served", 2.0)
         wait_for(lambda: server.connections() == 0, "they have been told that Redis is away")
 
     wait_for(lambda: server.get("/healthz").status == 200, "Redis is back")
@@ -795,17 +670,11 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
 @both_ways
 @pytest.mark.parametrize("number", [1, 100])
 def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
-    own_redis: RedisProcess,
-    start: Start,
-    number: int,
+    own_redis: RedisProcess, start: Start, number: int
 ) -> None:
     own_redis.client.config_set("requirepass", "secret")  # so that each new connection waits for an answer
     server = start(redis=own_redis.url_of("default", "secret"))
-    asks = connections(
-        server.port,
-        number,
-        request(b"GET /stream HTTP/1.1"),
-    )
+    asks = connections(server.port, number, request(b"GET /stream HTTP/1.1"))
 
     with stopped(own_redis.process), asks as waiting:
         for path in ("/metrics", "/"):
@@ -818,11 +687,7 @@ def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
 
 
 @pytest.mark.alone
-def test_more_pages_that_count_than_may_wait_leave_the_rest_alone(
-    start: Start,
-    channel: str,
-    many_files: None,
-) -> None:
+def test_more_pages_that_count_than_may_wait_leave_the_rest_alone(start: Start, channel: str, many_files: None) -> None:
     server = start()
     baseline = Baseline(server, channel)
 
@@ -835,11 +700,7 @@ def test_more_pages_that_count_than_may_wait_leave_the_rest_alone(
 
 
 @pytest.mark.alone
-def test_a_burst_of_channels_does_not_hold_up_the_others(
-    start: Start,
-    channel: str,
-    many_files: None,
-) -> None:
+def test_a_burst_of_channels_does_not_hold_up_the_others(start: Start, channel: str, many_files: None) -> None:
     server = start("--shared")
     baseline = Baseline(server, channel)
     queries = [b"&".join(b"channel=%d-%d" % (number, n) for n in range(20)) for number in range(300)]
@@ -884,9 +745,7 @@ while True:
 @pytest.mark.alone
 @both_ways
 def test_pages_open_beside_nine_hundred_connections_that_send_request_after_request(
-    start: Start,
-    channel: str,
-    many_files: None,
+    start: Start, channel: str, many_files: None
 ) -> None:
     server = start()
     command = [sys.executable, "-c", PIPELINES, str(server.port), "900"]
@@ -911,11 +770,7 @@ IN_KERNEL = 240_000  # bytes that it takes, at most, for a browser that reads no
 @both_ways
 @pytest.mark.parametrize("size", [1, MISSED], ids=["little", "as much as they"])
 def test_a_page_comes_back_beside_those_that_do_not_take_what_they_missed_having_missed(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-    many_files: None,
-    size: int,
+    own_redis: RedisProcess, start: Start, channel: str, many_files: None, size: int
 ) -> None:
     number = ALL_UNSENT // (MISSED - IN_KERNEL) + 5
     slow, own = f"{channel}-slow", f"{channel}-own"

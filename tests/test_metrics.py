@@ -149,11 +149,7 @@ def test_the_delivery_delay_is_that_of_each_event_with_an_id_of_ours(start: Star
     stream = server.opened(channel)
     with stopped(server.process):
         for data in ("late", "later"):
-            ssepush.publish(
-                data,
-                channel=channel,
-                redis_url=server.redis.url,
-            )
+            ssepush.publish(data, channel=channel, redis_url=server.redis.url)
         published_at = time.monotonic()
         server.redis.publish(channel, "of unknown age")
         wait_for(lambda: time.monotonic() > published_at + 0.3, "the events are 0.3 s old")
@@ -181,43 +177,23 @@ def test_the_backlog_is_what_a_slow_stream_has_not_taken(start: Start, channel: 
     wait_for(lambda: not Scraped(server)["backlog_bytes"], "the backlog is gone")
 
 
-def end_by_leaving(
-    server: ServerProcess,
-    stream: EventStream,
-    redis_process: RedisProcess,
-    channel: str,
-) -> None:
+def end_by_leaving(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
     stream.close()
 
 
-def end_by_being_slow(
-    server: ServerProcess,
-    stream: EventStream,
-    redis_process: RedisProcess,
-    channel: str,
-) -> None:
+def end_by_being_slow(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
     for _ in range(60):
         server.publish("x" * 500_000, channel)
         if Scraped(server)['streams_closed_total{reason="slow"}']:
             return
 
 
-def end_by_losing_redis(
-    server: ServerProcess,
-    stream: EventStream,
-    redis_process: RedisProcess,
-    channel: str,
-) -> None:
+def end_by_losing_redis(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
     redis_process.client.client_kill_filter(_type="pubsub")
     stream.until_end()
 
 
-def end_by_expiry(
-    server: ServerProcess,
-    stream: EventStream,
-    redis_process: RedisProcess,
-    channel: str,
-) -> None:
+def end_by_expiry(server: ServerProcess, stream: EventStream, redis_process: RedisProcess, channel: str) -> None:
     stream.until_end()
 
 
@@ -234,18 +210,10 @@ ENDINGS: dict[str, Ending] = {
 
 @both_ways
 @pytest.mark.parametrize("reason", ENDINGS)
-def test_why_a_stream_ended_is_counted_and_logged(
-    start: Start,
-    own_redis: RedisProcess,
-    reason: str,
-) -> None:
+def test_why_a_stream_ended_is_counted_and_logged(start: Start, own_redis: RedisProcess, reason: str) -> None:
     server = start("--heartbeat", "0.5", SSEPUSH_SECRET="a secret of the tests", redis=own_redis)
     channel = "private-log"
-    token = ssepush.sign(
-        channel,
-        ttl=2 if reason == "expired" else 60,
-        secret="a secret of the tests",
-    )
+    token = ssepush.sign(channel, ttl=2 if reason == "expired" else 60, secret="a secret of the tests")
     stream = server.stream(channel, "other", query=f"token={token}")
     server.publish("hi", channel)
     stream.next()
@@ -283,20 +251,11 @@ def test_a_publish_with_redis_away_is_counted_as_such(start: Start, own_redis: R
     own_redis.start()
 
 
-LEVELS = {
-    "debug": True,
-    "info": True,
-    "warning": False,
-    "error": False,
-}
+LEVELS = {"debug": True, "info": True, "warning": False, "error": False}
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_log_level_decides_whether_streams_are_logged(
-    start: Start,
-    channel: str,
-    level: str,
-) -> None:
+def test_the_log_level_decides_whether_streams_are_logged(start: Start, channel: str, level: str) -> None:
     server = start("--log-level", level, "--heartbeat", "0.1")
     stream = server.stream(channel)
     server.redis.publish(channel, b"\xff")

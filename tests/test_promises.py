@@ -76,11 +76,7 @@ def snapshot_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 @pytest.mark.parametrize("position", ["before the snapshot", "after the snapshot"])
 @pytest.mark.parametrize("since", ["published since", "published since on its own channel", "nothing since"])
 def test_a_page_is_reset_when_redis_came_back_from_a_snapshot(
-    snapshot_redis: RedisProcess,
-    start: Start,
-    channel: str,
-    position: str,
-    since: str,
+    snapshot_redis: RedisProcess, start: Start, channel: str, position: str, since: str
 ) -> None:
     server = start("--retry", "1", redis=snapshot_redis)
     before = server.publish_id("kept", channel)
@@ -112,10 +108,7 @@ def replica(snapshot_redis: RedisProcess, tmp_path: Path) -> Iterator[RedisProce
 
 @both_ways
 def test_a_page_is_reset_when_a_replica_that_lagged_was_promoted(
-    snapshot_redis: RedisProcess,
-    replica: RedisProcess,
-    start: Start,
-    channel: str,
+    snapshot_redis: RedisProcess, replica: RedisProcess, start: Start, channel: str
 ) -> None:
     master = start("--retry", "1", redis=snapshot_redis)
     master.publish("known to both", channel)
@@ -133,9 +126,7 @@ def test_a_page_is_reset_when_a_replica_that_lagged_was_promoted(
 
 @both_ways
 def test_nobody_is_reset_after_a_kill_of_a_redis_with_an_append_only_file(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
+    own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
     server = start("--retry", "1", redis=own_redis)
     position = server.publish_id("before", channel)
@@ -166,9 +157,7 @@ def test_ids_never_fall_however_often_redis_loses_its_data(own_redis: RedisProce
 
 @both_ways
 def test_live_events_go_on_when_redis_lost_its_data_and_its_clock_went_back(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
+    own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
     server = start(redis=own_redis)
     server.publish("before", channel)
@@ -189,9 +178,7 @@ def test_live_events_go_on_when_redis_lost_its_data_and_its_clock_went_back(
 
 @both_ways
 def test_a_message_that_a_program_forwards_to_another_channel_is_an_event_there_too(
-    redis_process: RedisProcess,
-    start: Start,
-    channel: str,
+    redis_process: RedisProcess, start: Start, channel: str
 ) -> None:
     other = f"{channel}-other"
     server = start()
@@ -254,11 +241,7 @@ def test_with_allow_host_nobody_publishes_without_a_token(start: Start) -> None:
     assert "SSEPUSH_PUBLISH_TOKEN" in answer.error
 
 
-def test_streams_leave_half_of_redis_connections_to_others(
-    tmp_path: Path,
-    start: Start,
-    channel: str,
-) -> None:
+def test_streams_leave_half_of_redis_connections_to_others(tmp_path: Path, start: Start, channel: str) -> None:
     process = RedisProcess(tmp_path, "--maxclients", "60")
     try:
         server = start(redis=process)
@@ -355,14 +338,9 @@ def test_http_1_0_is_not_told_to_continue(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize("arguments", ["--port 0", "sign private-x"])
 def test_a_secret_that_can_be_guessed_is_refused_with_how_to_make_one(
-    arguments: str,
-    redis_process: RedisProcess,
+    arguments: str, redis_process: RedisProcess
 ) -> None:
-    refused = run(
-        *arguments.split(),
-        REDIS_URL=redis_process.url,
-        SSEPUSH_SECRET="12345",
-    )
+    refused = run(*arguments.split(), REDIS_URL=redis_process.url, SSEPUSH_SECRET="12345")
 
     assert "secrets.token_urlsafe" in the_line(refused, 2)
 
@@ -380,16 +358,10 @@ def test_a_stream_of_many_channels_is_a_short_line_of_the_log(start: Start, chan
 
 @both_ways
 def test_a_channel_that_redis_does_not_allow_is_named_with_the_file_of_what_is_needed(
-    own_redis: RedisProcess,
-    start: Start,
+    own_redis: RedisProcess, start: Start
 ) -> None:
     own_redis.client.acl_setuser(
-        "pusher",
-        enabled=True,
-        passwords=["+pw"],
-        keys=["ssepush2:*"],
-        channels=["mine"],
-        categories=["+@all"],
+        "pusher", enabled=True, passwords=["+pw"], keys=["ssepush2:*"], channels=["mine"], categories=["+@all"]
     )
     url = own_redis.url_of("pusher", "pw")
     server = start(redis=url)
@@ -406,12 +378,7 @@ def test_a_channel_that_redis_does_not_allow_is_named_with_the_file_of_what_is_n
     assert server.refused("redis-refused") == 1
 
 
-def publish_numbered(
-    process: RedisProcess,
-    channel: str,
-    number: int,
-    size: int,
-) -> None:
+def publish_numbered(process: RedisProcess, channel: str, number: int, size: int) -> None:
     """So many events of that size, each with its number before the rest."""
     padding = "x" * size
     for data in numbers(0, number):
@@ -419,9 +386,7 @@ def publish_numbered(
 
 
 def test_a_replay_of_many_channels_reads_from_redis_what_it_sends_and_little_more(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
+    own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
     names = [f"{channel}-{number}" for number in range(20)]
     server = start(redis=own_redis)
@@ -440,10 +405,7 @@ def test_a_replay_of_many_channels_reads_from_redis_what_it_sends_and_little_mor
 
 
 def test_a_slow_replay_is_not_ended_to_make_room_for_those_who_send_nothing(
-    many_files: None,
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
+    many_files: None, own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
     server = start(redis=own_redis)
     position = server.publish_id("first", channel)
@@ -495,8 +457,7 @@ def test_the_last_event_of_a_stream_whose_token_expires_holds_its_position(start
 
 
 def test_a_stream_with_a_genuine_token_that_has_expired_is_told_so_and_nothing_is_subscribed(
-    keeper: ServerProcess,
-    channel: str,
+    keeper: ServerProcess, channel: str
 ) -> None:
     name = f"private-{channel}"
     position = keeper.publish_id("hello", name)
@@ -515,8 +476,7 @@ def test_a_stream_with_a_genuine_token_that_has_expired_is_told_so_and_nothing_i
 
 @both_ways
 def test_a_browser_that_reads_slowly_is_told_that_its_token_has_expired_when_it_comes_back(
-    start: Start,
-    channel: str,
+    start: Start, channel: str
 ) -> None:
     server = start(SSEPUSH_SECRET=SECRET)
     name = f"private-{channel}"
@@ -546,11 +506,7 @@ def test_a_browser_that_reads_slowly_is_told_that_its_token_has_expired_when_it_
 
 
 @both_ways
-def test_for_an_expired_token_redis_is_asked_for_nothing(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-) -> None:
+def test_for_an_expired_token_redis_is_asked_for_nothing(own_redis: RedisProcess, start: Start, channel: str) -> None:
     server = start(redis=own_redis, SSEPUSH_SECRET=SECRET)
     name = f"private-{channel}"
     late = token_query(name, ttl=-5)
@@ -597,51 +553,23 @@ def test_a_token_opens_up_to_twenty_channels(keeper: ServerProcess, channel: str
 
 
 HEADERS = {
-    "Authorization": {
-        "Authorization": "Bearer {token} {other}",
-    },
-    "Authorization, as the last of several": {
-        "Authorization": "Bearer {other} {other} {token}",
-    },
-    "a cookie": {
-        "Cookie": "theme=dark; ssepush-token={token}",
-    },
-    "a cookie of several": {
-        "Cookie": "ssepush-token={other} {token}; theme=dark",
-    },
-    "a cookie of several, in quotes": {
-        "Cookie": 'ssepush-token="{other} {token}"',
-    },
-    "a cookie of several, encoded": {
-        "Cookie": "ssepush-token={other}%20{token}",
-    },
-    "the second of two cookies": {
-        "Cookie": "ssepush-token={other}; ssepush-token={token}",
-    },
-    "a cookie of a page of ours": {
-        "Cookie": "ssepush-token={token}",
-        "Origin": "http://127.0.0.1:{port}",
-    },
-    "a cookie of a named origin": {
-        "Cookie": "ssepush-token={token}",
-        "Origin": "https://app.example",
-    },
+    "Authorization": {"Authorization": "Bearer {token} {other}"},
+    "Authorization, as the last of several": {"Authorization": "Bearer {other} {other} {token}"},
+    "a cookie": {"Cookie": "theme=dark; ssepush-token={token}"},
+    "a cookie of several": {"Cookie": "ssepush-token={other} {token}; theme=dark"},
+    "a cookie of several, in quotes": {"Cookie": 'ssepush-token="{other} {token}"'},
+    "a cookie of several, encoded": {"Cookie": "ssepush-token={other}%20{token}"},
+    "the second of two cookies": {"Cookie": "ssepush-token={other}; ssepush-token={token}"},
+    "a cookie of a page of ours": {"Cookie": "ssepush-token={token}", "Origin": "http://127.0.0.1:{port}"},
+    "a cookie of a named origin": {"Cookie": "ssepush-token={token}", "Origin": "https://app.example"},
 }
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_token_may_come_in(
-    name: str,
-    start: Start,
-    channel: str,
-) -> None:
+def test_a_token_may_come_in(name: str, start: Start, channel: str) -> None:
     server = start("--allow-origin", "https://app.example", SSEPUSH_SECRET=SECRET)
     private = f"private-{channel}"
-    filled_in = {
-        "token": token(private),
-        "other": token("private-other"),
-        "port": server.port,
-    }
+    filled_in = {"token": token(private), "other": token("private-other"), "port": server.port}
     headers = {}
     for field, text in HEADERS[name].items():
         headers[field] = text.format_map(filled_in)
@@ -654,9 +582,7 @@ def test_a_token_may_come_in(
 
 @pytest.mark.parametrize("allowed", ["", "*", "null"])
 def test_a_cookie_does_not_count_for_pages_of_an_origin_that_is_not_named(
-    allowed: str,
-    start: Start,
-    channel: str,
+    allowed: str, start: Start, channel: str
 ) -> None:
     options = ("--allow-origin", allowed) if allowed else ()
     server = start(*options, SSEPUSH_SECRET=SECRET)
@@ -705,12 +631,7 @@ def test_each_answer_to_a_named_origin_says_that_credentials_may_come_along_and_
     assert ssepush.Handler.routes.keys() <= paths
 
 
-KEPT = {
-    "lastEventId=earliest": "0 1 2 3 4 5",
-    "last=1": "4 5",
-    "last=2": "2 3 4 5",
-    "last=100": "0 1 2 3 4 5",
-}
+KEPT = {"lastEventId=earliest": "0 1 2 3 4 5", "last=1": "4 5", "last=2": "2 3 4 5", "last=100": "0 1 2 3 4 5"}
 
 
 @both_ways
@@ -734,11 +655,7 @@ def test_earliest_is_all_that_is_kept_and_last_the_newest_of_each_channel_then_l
 
 @both_ways
 @pytest.mark.parametrize("query", ["lastEventId=earliest", "last=5", "last=5&lastEventId=earliest"])
-def test_the_header_of_a_page_that_comes_back_wins_over(
-    query: str,
-    start: Start,
-    channel: str,
-) -> None:
+def test_the_header_of_a_page_that_comes_back_wins_over(query: str, start: Start, channel: str) -> None:
     server = start()
     newest = server.publish_id("before", channel)
 
@@ -761,9 +678,7 @@ IN_THE_QUERY = {  # of a stream, after three events: what it begins with
 @one_way
 @pytest.mark.parametrize("query", IN_THE_QUERY)
 def test_of_the_positions_in_a_query_the_last_id_counts_and_last_where_there_is_none(
-    query: str,
-    server: ServerProcess,
-    channel: str,
+    query: str, server: ServerProcess, channel: str
 ) -> None:
     ids = {data: server.publish_id(data, channel) for data in ("one", "two", "three")}
     expected = IN_THE_QUERY[query].split()
@@ -806,8 +721,7 @@ def test_a_page_that_missed_more_than_a_stream_may_have_unsent_is_told_so_and_go
 @both_ways
 @pytest.mark.parametrize("query", BEGINNINGS)
 def test_who_asks_for_what_is_kept_gets_the_newest_that_fit_and_is_never_reset(
-    query: str,
-    six_channels: tuple[ServerProcess, list[str], str],
+    query: str, six_channels: tuple[ServerProcess, list[str], str]
 ) -> None:
     server, names, _ = six_channels
 
@@ -836,8 +750,7 @@ def test_of_a_channel_a_mebibyte_is_kept_and_the_oldest_go(start: Start, channel
 
 @both_ways
 def test_with_earliest_and_last_nothing_is_doubled_or_lost_where_history_and_live_meet(
-    start: Start,
-    channel: str,
+    start: Start, channel: str
 ) -> None:
     server = start("--history", "10000")
     done = threading.Event()
@@ -847,12 +760,7 @@ def test_with_earliest_and_last_nothing_is_doubled_or_lost_where_history_and_liv
         while not done.is_set():
             data = str(len(published))
             published.append(data)
-            ssepush.publish(
-                data,
-                channel=channel,
-                redis_url=server.redis.url,
-                history=10_000,
-            )
+            ssepush.publish(data, channel=channel, redis_url=server.redis.url, history=10_000)
 
     publisher = threading.Thread(target=publish)
     publisher.start()
@@ -875,19 +783,13 @@ def test_with_earliest_and_last_nothing_is_doubled_or_lost_where_history_and_liv
 
 
 SMALL = 20
-WANTED = {
-    "lastEventId=earliest": SMALL,
-    f"last={SMALL}": SMALL,
-    "last=5": 5,
-}
+WANTED = {"lastEventId=earliest": SMALL, f"last={SMALL}": SMALL, "last=5": 5}
 
 
 @both_ways
 @pytest.mark.parametrize("query", WANTED)
 def test_a_stream_begins_with_exactly_what_is_kept_at_that_moment_however_fast_it_is_replaced(
-    query: str,
-    start: Start,
-    channel: str,
+    query: str, start: Start, channel: str
 ) -> None:
     server = start("--history", str(SMALL))
     publisher = Publisher(server.port, "event", channel)
@@ -962,34 +864,18 @@ def test_the_same_key_is_published_once(server: ServerProcess, channel: str) -> 
         first = server.publish("hello", channel, key=key)
         again = server.publish("hello", channel, key=key)
         elsewhere = server.publish("hello", f"{channel}-other", key=key)
-        from_python = ssepush.publish(
-            "hello",
-            channel=channel,
-            key=key,
-            redis_url=server.redis.url,
-        )
+        from_python = ssepush.publish("hello", channel=channel, key=key, redis_url=server.redis.url)
         server.publish("last", channel)
 
         assert stream.data(2) == ["hello", "last"]
     assert "duplicate" not in first
-    assert again == {
-        "state": "ok",
-        "receivers": 0,
-        "id": first["id"],
-        "duplicate": True,
-    }
+    assert again == {"state": "ok", "receivers": 0, "id": first["id"], "duplicate": True}
     assert elsewhere["id"] != first["id"]
     assert from_python.id == first["id"]
     assert from_python.duplicate is True
 
 
-BAD_KEYS: dict[str, Any] = {
-    "empty": "",
-    "too long": "x" * 201,
-    "a line break": "a\nb",
-    "a number": 7,
-    "an object": {},
-}
+BAD_KEYS: dict[str, Any] = {"empty": "", "too long": "x" * 201, "a line break": "a\nb", "a number": 7, "an object": {}}
 
 
 @pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
@@ -1008,9 +894,7 @@ def test_nor_does_the_command_take_it(redis_process: RedisProcess, key: str) -> 
 
 
 def test_without_a_history_a_key_is_refused_since_nothing_would_remember_it(
-    redis_process: RedisProcess,
-    start: Start,
-    channel: str,
+    redis_process: RedisProcess, start: Start, channel: str
 ) -> None:
     server = start("--history", "0")
 
@@ -1026,12 +910,7 @@ def test_without_a_history_a_key_is_refused_since_nothing_would_remember_it(
 
 def test_a_key_is_forgotten_when_the_historys_time_is_over(redis_process: RedisProcess, channel: str) -> None:
     publish = functools.partial(
-        ssepush.publish,
-        "hello",
-        channel=channel,
-        key="order 7",
-        redis_url=redis_process.url,
-        history_ttl=1,
+        ssepush.publish, "hello", channel=channel, key="order 7", redis_url=redis_process.url, history_ttl=1
     )
     remembered = f"{ssepush.PUBLISHED_KEY}{channel}\0order 7"
 
@@ -1125,10 +1004,7 @@ def again_by_command(proxy: HangingUp, channel: str, start: Start) -> None:
 @one_way
 @pytest.mark.parametrize("publish_again", [again_from_python, again_over_http, again_by_command])
 def test_an_event_whose_answer_was_lost_goes_out_once_if_it_is_published_again_with_its_key(
-    publish_again: Callable[[HangingUp, str, Start], None],
-    server: ServerProcess,
-    start: Start,
-    channel: str,
+    publish_again: Callable[[HangingUp, str, Start], None], server: ServerProcess, start: Start, channel: str
 ) -> None:
     with HangingUp(server.redis) as proxy, server.opened(channel) as stream:
         publish_again(proxy, channel, start)
@@ -1138,8 +1014,7 @@ def test_an_event_whose_answer_was_lost_goes_out_once_if_it_is_published_again_w
 
 
 def test_the_first_block_of_a_stream_holds_its_position_and_the_reconnection_time(
-    server: ServerProcess,
-    channel: str,
+    server: ServerProcess, channel: str
 ) -> None:
     with server.opened(channel) as stream:
         block, _, _ = stream.body.partition(b"\n\n")
@@ -1175,14 +1050,9 @@ def four_from_python(redis: RedisProcess, start: Start) -> None:
             ssepush.publish(data, redis_url=redis.url)
 
 
-@pytest.mark.parametrize(
-    "publish_four",
-    [four_over_http, four_notifications, four_by_command, four_from_python],
-)
+@pytest.mark.parametrize("publish_four", [four_over_http, four_notifications, four_by_command, four_from_python])
 def test_how_much_is_kept_and_for_how_long_comes_from_the_environment(
-    publish_four: Callable[[RedisProcess, Start], None],
-    own_redis: RedisProcess,
-    start: Start,
+    publish_four: Callable[[RedisProcess, Start], None], own_redis: RedisProcess, start: Start
 ) -> None:
     publish_four(own_redis, start)
 
@@ -1191,10 +1061,7 @@ def test_how_much_is_kept_and_for_how_long_comes_from_the_environment(
     assert 30 < own_redis.client.ttl(history) <= 50
 
 
-WRONG_SETTINGS = {
-    "SSEPUSH_HISTORY": ["many", "-1", "100001"],
-    "SSEPUSH_HISTORY_TTL": ["long", "0", "1.5", "31536001"],
-}
+WRONG_SETTINGS = {"SSEPUSH_HISTORY": ["many", "-1", "100001"], "SSEPUSH_HISTORY_TTL": ["long", "0", "1.5", "31536001"]}
 
 
 @pytest.mark.parametrize("name", WRONG_SETTINGS)
@@ -1271,13 +1138,7 @@ def test_metrics_follow_prometheus_conventions(server: ServerProcess) -> None:
     text = server.get("/metrics").body.decode()
     promtool = found_program("promtool")
     if promtool:
-        done = subprocess.run(
-            [promtool, "check", "metrics"],
-            input=text,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
         assert done.stdout + done.stderr == ""
         assert done.returncode == 0
     counters = re.findall("^# TYPE (.*) counter$", text, re.MULTILINE)

@@ -41,35 +41,11 @@ class EncryptedRedis(RedisProcess):
         self.pem, key = certificate(self.folder)
         self.tls_port = free_port()
         self.tls_url = f"rediss://127.0.0.1:{self.tls_port}/0?ssl_ca_certs={self.pem}"
-        arguments = [
-            program("redis-server"),
-            "--port",
-            str(self.port),
-            "--tls-port",
-        ]
-        arguments += [
-            str(self.tls_port),
-            "--tls-cert-file",
-            str(self.pem),
-            "--tls-key-file",
-            str(key),
-        ]
-        arguments += [
-            "--tls-auth-clients",
-            "no",
-            "--bind",
-            "127.0.0.1",
-            "--dir",
-            str(self.folder),
-            "--save",
-            "",
-        ]
+        arguments = [program("redis-server"), "--port", str(self.port), "--tls-port"]
+        arguments += [str(self.tls_port), "--tls-cert-file", str(self.pem), "--tls-key-file", str(key)]
+        arguments += ["--tls-auth-clients", "no", "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
         self.log = (self.folder / "redis.log").open("ab")
-        self.process = subprocess.Popen(
-            [*arguments, *self.options],
-            stdout=self.log,
-            stderr=self.log,
-        )
+        self.process = subprocess.Popen([*arguments, *self.options], stdout=self.log, stderr=self.log)
         wait_for(self.answers, "Redis answers")
 
 
@@ -80,11 +56,7 @@ def encrypted_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Encryp
     process.kill()
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(), ("--shared",)],
-    ids=["subscriber each", "shared"],
-)
+@pytest.fixture(scope="module", params=[(), ("--shared",)], ids=["subscriber each", "shared"])
 def server_over_tls(request: pytest.FixtureRequest, encrypted_redis: EncryptedRedis) -> Iterator[ServerProcess]:
     """A server that knows its Redis by rediss:// alone."""
     process = ServerProcess(encrypted_redis.tls_url, *request.param)
@@ -93,11 +65,7 @@ def server_over_tls(request: pytest.FixtureRequest, encrypted_redis: EncryptedRe
     assert "Traceback" not in process.output, process.output
 
 
-def test_events_come_over_tls(
-    server_over_tls: ServerProcess,
-    encrypted_redis: EncryptedRedis,
-    channel: str,
-) -> None:
+def test_events_come_over_tls(server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str) -> None:
     stream = server_over_tls.stream(channel)
 
     server_over_tls.publish("by HTTP", channel)
@@ -113,10 +81,7 @@ def test_messages_larger_than_a_tls_record_come_whole(
     server_over_tls: ServerProcess, encrypted_redis: EncryptedRedis, channel: str
 ) -> None:
     stream = server_over_tls.stream(channel)
-    large = [
-        *(letter * 200_000 for letter in "abcd"),
-        "é" * 100_000,
-    ]
+    large = [*(letter * 200_000 for letter in "abcd"), "é" * 100_000]
 
     for data in large:
         encrypted_redis.publish(channel, json.dumps({"data": data}, ensure_ascii=False))
@@ -153,11 +118,7 @@ def test_a_stream_resumes_over_tls(
 UNTRUSTED = {"unknown authority": "", "missing file": "?ssl_ca_certs=/no/such/file.pem"}
 
 
-@pytest.mark.parametrize(
-    "query",
-    UNTRUSTED.values(),
-    ids=UNTRUSTED,
-)
+@pytest.mark.parametrize("query", UNTRUSTED.values(), ids=UNTRUSTED)
 def test_nothing_is_published_to_a_redis_whose_certificate_cannot_be_checked(
     encrypted_redis: EncryptedRedis, query: str
 ) -> None:
@@ -176,11 +137,7 @@ def test_a_redis_whose_certificate_cannot_be_checked_is_a_reason_not_to_start(en
 
 
 @both_ways
-def test_redis_is_reached_over_a_unix_socket(
-    start: Start,
-    redis_process: RedisProcess,
-    channel: str,
-) -> None:
+def test_redis_is_reached_over_a_unix_socket(start: Start, redis_process: RedisProcess, channel: str) -> None:
     url = f"unix://{redis_process.socket_path}"
     server = start(redis=url)
     first = server.publish("one", channel)
@@ -269,12 +226,7 @@ FORBIDDEN = [
 
 @pytest.mark.parametrize("command", FORBIDDEN)
 def test_the_deployed_redis_user_may_do_nothing_else(restricted_redis: RedisProcess, command: str) -> None:
-    client = redis.Redis(
-        port=restricted_redis.port,
-        username="ssepush",
-        password="CHANGE-ME",
-        protocol=2,
-    )
+    client = redis.Redis(port=restricted_redis.port, username="ssepush", password="CHANGE-ME", protocol=2)
 
     with contextlib.closing(client), pytest.raises(redis.exceptions.NoPermissionError):
         client.execute_command(*command.split())  # type: ignore[no-untyped-call]
@@ -324,9 +276,7 @@ def test_publishing_to_a_channel_that_the_redis_user_may_not_use_is_an_error_tha
 
 @both_ways
 def test_streams_whose_replay_redis_does_not_answer_are_told_to_come_back(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
+    own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
     server = start(redis=own_redis)
     missed = server.publish_id("missed", channel)
@@ -394,10 +344,7 @@ def follow(replica: RedisProcess, master: RedisProcess) -> None:
 
 @both_ways
 def test_nobody_is_reset_because_redis_has_got_its_first_replica(
-    snapshot_redis: RedisProcess,
-    replica: RedisProcess,
-    start: Start,
-    channel: str,
+    snapshot_redis: RedisProcess, replica: RedisProcess, start: Start, channel: str
 ) -> None:
     server = start("--retry", "1", redis=snapshot_redis)
     page = Page(server.port, channel)
@@ -413,9 +360,7 @@ def test_nobody_is_reset_because_redis_has_got_its_first_replica(
 
 
 def test_ids_rise_over_all_and_pages_are_told_of_the_loss_however_often_redis_is_emptied_under_load(
-    snapshot_redis: RedisProcess,
-    start: Start,
-    channel: str,
+    snapshot_redis: RedisProcess, start: Start, channel: str
 ) -> None:
     server = start(redis=snapshot_redis)
     is_enough = threading.Event()
@@ -472,11 +417,7 @@ SINCE = {  # what has been published when the page comes back
 @both_ways
 @pytest.mark.parametrize("since", SINCE)
 def test_a_page_is_reset_when_a_lagging_replica_was_promoted_whatever_was_published_since(
-    snapshot_redis: RedisProcess,
-    replica: RedisProcess,
-    start: Start,
-    channel: str,
-    since: str,
+    snapshot_redis: RedisProcess, replica: RedisProcess, start: Start, channel: str, since: str
 ) -> None:
     master = start(redis=snapshot_redis)
     before = master.publish_id("known to both", channel)
