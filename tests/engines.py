@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tests.kit import DEADLINE_S, LOOPBACK, free_port, needs
+from tests.kit import DEADLINE_S, LOOPBACK, free_port, needs, start_process
 
 
 class Browser(Protocol):
@@ -77,7 +77,7 @@ def firefox(folder: Path) -> Iterator[Firefox]:
 def virtual_display() -> Iterator[str]:
     """The name of an X display that nobody sees: `":1"`. WebKit has no headless mode."""
     command = [needs("Xvfb"), "-displayfd", "1", "-nolisten", "tcp"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as display:
+    with start_process(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as display:
         assert display.stdout
         try:
             number = display.stdout.readline().decode().strip()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit import WAYS, RedisProcess, ServerProcess, Start, allow_files
+from tests.kit import WAYS, RedisProcess, ServerProcess, Start, allow_files, ending_processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,8 +41,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    with its_turn(is_alone(item)):
+    with its_turn(is_alone(item)), ending_processes():
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Generator[None, object, object]:
+    """A fixture that fails half way leaves no process behind."""
+    with ending_processes(keep=True):
+        return (yield)
+
+
+def pytest_configure() -> None:
+    """Whoever ends the run by a signal ends its processes, too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -86,7 +98,6 @@ def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
     """A Redis of one test's own, to do harm to; it keeps an append-only file."""
     process = RedisProcess(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
     yield process
-    process.signal(signal.SIGCONT)
     process.kill()
 
 

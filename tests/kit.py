@@ -1,4 +1,4 @@
-"""What the tests stand on: processes, the strict parser, streams, pages and publishers, proxies, baselines.
+"""What the tests stand on: processes, the strict parser, streams, pages and publishers, what stands before Redis.
 
 Nothing here is a double: each Redis is a real one, each server runs as its users start it, and every wait is for the
 thing itself, with a deadline.
@@ -6,7 +6,9 @@ thing itself, with a deadline.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import http.client
 import importlib.util
 import itertools
@@ -26,7 +28,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlencode
 
 import pytest
@@ -123,10 +125,47 @@ def needs(*names: str) -> str:
 program = needs
 
 
+# Each process that is started is in one of these lists; whoever has the list ends it.
+_started: list[subprocess.Popen[Any]] = []  # by the fixture or the test that is at it
+_kept: list[subprocess.Popen[Any]] = []  # by fixtures that are set up; they end them themselves, or the whole run does
+
+
+def start_process(*command: str, **options: Any) -> subprocess.Popen[Any]:
+    """A program, which at the latest ends with the test; or with the run, if a fixture has started it."""
+    process = subprocess.Popen(command, **options)
+    _started.append(process)
+    return process
+
+
+@contextlib.contextmanager
+def ending_processes(keep: bool = False) -> Iterator[None]:
+    """What is started meanwhile, and still runs, is killed at the end; keep: only if something goes wrong."""
+    global _started
+    outer, _started = _started, []
+    try:
+        yield
+        if keep:
+            _kept.extend(_started)
+            _started = []
+    finally:
+        kill_all(_started)
+        _started = outer
+
+
+def kill_all(processes: list[subprocess.Popen[Any]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+atexit.register(kill_all, _kept)
+
+
 @contextlib.contextmanager
 def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A program with its output in a pipe, which is killed at the end."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
+    with start_process(*command, stdout=subprocess.PIPE, **options) as process:
         try:
             yield process
         finally:
@@ -134,19 +173,10 @@ def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """Stop it by a signal that it cannot catch. Its threads go on until each has seen that: wait for them."""
+    """Stop it by a signal that it cannot catch; its parent is told once all its threads have stopped."""
     process.send_signal(signal.SIGSTOP)
-    wait_for(lambda: thread_states(process) == {"T"}, "all its threads are stopped")
-
-
-def thread_states(process: subprocess.Popen[Any]) -> set[str]:
-    """What its threads are doing, as the kernel says: S for sleeping, T for stopped …"""
-    states = set()
-    for stat in Path(f"/proc/{process.pid}/task").glob("*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            after_name = stat.read_text().rpartition(")")[2]
-            states.add(after_name.split()[0])
-    return states
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
 
 
 @contextlib.contextmanager
@@ -171,15 +201,21 @@ def npm_install(folder: Path, package: str) -> Path:
     return folder
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for this machine, and its key."""
-    pem, key = folder / "certificate.pem", folder / "key.pem"
-    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
-    files = ["-out", str(pem), "-keyout", str(key)]
-    command = [program("openssl"), *kind.split(), "-addext", names, *files]
-    subprocess.run(command, check=True, capture_output=True)
-    return pem, key
+@functools.cache
+def _certificate(names: str, days: int) -> tuple[str, str]:
+    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost -keyout - -out -"
+    details = ["-days", str(days), "-addext", f"subjectAltName={names}"]
+    made = subprocess.run([needs("openssl"), *kind.split(), *details], check=True, capture_output=True, text=True)
+    key, begin, rest = made.stdout.partition("-----BEGIN CERTIFICATE")
+    return begin + rest, key
+
+
+def certificate(folder: Path, names: str = "IP:127.0.0.1,DNS:localhost", days: int = 90) -> tuple[Path, Path]:
+    """A self-signed certificate in that folder, of this machine unless told otherwise, and its key."""
+    paths = folder / "certificate.pem", folder / "key.pem"
+    for path, text in zip(paths, _certificate(names, days), strict=True):
+        path.write_text(text)
+    return paths
 
 
 # ── Redis ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,21 +248,14 @@ class RedisProcess:
 
     def command(self) -> list[str]:
         """The program, and what it is started with before the test's own options."""
-        return [
-            redis_binary(),
-            *("--port", str(self.port)),
-            *("--bind", LOOPBACK),
-            *("--dir", str(self.folder)),
-            *("--unixsocket", str(self.socket_path)),
-            *("--save", ""),
-            *("--maxclients", "15000"),
-        ]
+        own = ("--port", str(self.port), "--bind", LOOPBACK, "--dir", str(self.folder))
+        return [redis_binary(), *own, "--unixsocket", str(self.socket_path), "--save", "", "--maxclients", "15000"]
 
     def start(self) -> None:
         """Start it, also again, with what it has kept in its folder."""
         self.log = (self.folder / "redis.log").open("ab")
         command = [*self.command(), *self.options]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+        self.process = start_process(*command, stdout=self.log, stderr=self.log)
         wait_for(self.answers, "Redis answers")
 
     def answers(self) -> bool:
@@ -274,22 +303,13 @@ class RedisProcess:
     def cli_publish(self, channel: str, message: str) -> int:
         """`redis-cli publish`, the real one where installed, else the same bytes over a socket; what it prints."""
         cli = found_program("redis-cli", "valkey-cli")
-        if not cli:
-            return self._publish_over_socket(channel, message)
-        command = [cli, "-p", str(self.port), "publish", channel, message]
-        done = subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S)
-        return int(done.stdout)
-
-    def _publish_over_socket(self, channel: str, message: str) -> int:
+        if cli:
+            command = [cli, "-p", str(self.port), "publish", channel, message]
+            return int(subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S).stdout)
+        words = [b"publish", channel.encode(), message.encode()]
         with connect(self.port) as sock, sock.makefile("rb") as reply:
-            sock.sendall(resp_array(b"publish", channel.encode(), message.encode()))
+            sock.sendall(b"*3\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
             return int(reply.readline().removeprefix(b":"))
-
-
-def resp_array(*words: bytes) -> bytes:
-    """These words as Redis's protocol has them: an array of bulk strings."""
-    bulk_strings = [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]
-    return b"*%d\r\n" % len(words) + b"".join(bulk_strings)
 
 
 # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -794,8 +814,8 @@ class ServerProcess:
         named = ("--redis-url", url) if url else ()
         self._redis = redis
         self.options = options
-        self.process = subprocess.Popen(
-            ssepush_command("--port", str(port), *named, *options),
+        self.process = start_process(
+            *ssepush_command("--port", str(port), *named, *options),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -898,36 +918,32 @@ class ServerProcess:
         """How many messages it has dropped for this reason."""
         return int(self.metric(f'messages_dropped_total{{reason="{reason}"}}'))
 
+    @functools.cached_property
+    def _kernel(self) -> Any:
+        """What the kernel knows of the process."""
+        return pytest.importorskip("psutil", reason="needs psutil: pip install psutil").Process(self.process.pid)
+
     def threads(self) -> int:
-        """How many threads the process has, as the kernel counts."""
-        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
+        """How many threads the process has."""
+        return int(self._kernel.num_threads())
 
     def connections(self) -> int:
-        """How many connections of clients it has not closed yet, as the kernel counts."""
-        established, close_wait = "01", "08"
-        number = 0
-        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-            _, local, _, state, *_ = line.split()
-            is_ours = int(local.partition(":")[2], 16) == self.port
-            number += is_ours and state in (established, close_wait)
-        return number
+        """How many connections of clients it has not closed yet."""
+        of_clients = [each for each in self._kernel.net_connections("tcp") if each.laddr.port == self.port]
+        return sum(each.status in ("ESTABLISHED", "CLOSE_WAIT") for each in of_clients)
 
     def descriptors(self) -> int:
-        """How many files and sockets it has open, as the kernel counts."""
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        """How many files and sockets it has open."""
+        return int(self._kernel.num_fds())
 
     def resident_bytes(self) -> int:
         """The memory that it holds."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return 1024 * int(found[1])
+        return int(self._kernel.memory_info().rss)
 
     def cpu_s(self) -> float:
         """The CPU time that it has used."""
-        after_name = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2]
-        user, system = after_name.split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        used = self._kernel.cpu_times()
+        return float(used.user + used.system)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -1083,20 +1099,35 @@ def assert_whole(page: Page, publishers: Sequence[Publisher]) -> None:
     assert [data for data in got if data not in unsure] == expected
 
 
-# ── Proxies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What stands before Redis ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-class WithholdingProxy:
-    """Stands before Redis. Once a subscription is confirmed it calls `then`, and passes nothing more on to it."""
+class Link:
+    """One connection through a proxy, and what has gone through it."""
 
-    def __init__(self, redis_process: RedisProcess, then: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, ours: socket.socket, theirs: socket.socket) -> None:
+        self.ours, self.theirs = ours, theirs  # to ssepush, to Redis
+        self.asked = b""  # the last that came from ssepush
+        self.is_subscribed = False  # Redis's confirmation has been passed on
+
+
+class RedisProxy:
+    """Stands before Redis; subclasses say what becomes of what is on its way."""
+
+    size = 65536  # bytes that it takes at once
+
+    def __init__(self, redis_process: RedisProcess) -> None:
         self._redis_port = redis_process.port
-        self._then = then
+        self._links: dict[socket.socket, Link] = {}
         self._listener = socket.create_server((LOOPBACK, 0))
         self.url = f"redis://{LOOPBACK}:{self._listener.getsockname()[1]}/0"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def __enter__(self) -> WithholdingProxy:
+    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+        """What is passed on instead; an OSError ends the connection."""
+        return received
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -1108,18 +1139,38 @@ class WithholdingProxy:
             while True:
                 ours, _ = self._listener.accept()
                 theirs = connect(self._redis_port)
+                self._links[ours] = self._links[theirs] = Link(ours, theirs)
                 for ends in ((ours, theirs), (theirs, ours)):
                     threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
 
     def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
-        with source, sink, contextlib.suppress(OSError):
-            while received := source.recv(65536):
-                is_confirmation = b"\r\n$9\r\nsubscribe\r\n" in received
-                if is_confirmation:
-                    self._then()
-                sink.sendall(received)
-                while is_confirmation and source.recv(65536):
-                    pass
+        link = self._links[source]
+        is_from_redis = source is link.theirs
+        sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):
+            while received := source.recv(self.size):
+                if not is_from_redis:
+                    link.asked = received
+                sink.sendall(self.changed(received, is_from_redis, link))
+                link.is_subscribed |= is_from_redis and b"\r\nsubscribe\r\n" in received
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+class WithholdingProxy(RedisProxy):
+    """Once a subscription is confirmed it calls `then`, and passes nothing more on to it."""
+
+    def __init__(self, redis_process: RedisProcess, then: Callable[[], object] = lambda: None) -> None:
+        self.then = then
+        super().__init__(redis_process)
+
+    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+        if is_from_redis and link.is_subscribed:
+            return b""
+        if is_from_redis and b"\r\nsubscribe\r\n" in received:
+            self.then()
+        return received
 
 
 # ── Floods, and what they must leave as it was ───────────────────────────────────────────────────────────────────────

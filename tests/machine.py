@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import DEADLINE_S, DEPLOY, HERE, needs, redis_binary, wait_for
+from tests.kit import DEADLINE_S, DEPLOY, HERE, needs, redis_binary, start_process, wait_for
 
 SYSTEMD = "/lib/systemd/systemd"
 
@@ -98,7 +98,7 @@ class Machine:
             "REDIS": redis_binary(),
             "SYSTEMD": SYSTEMD,
         }
-        self._outer = subprocess.Popen(unshare(GROUP, self._variables))
+        self._outer = start_process(*unshare(GROUP, self._variables))
         try:
             self._first = wait_for(self._find_first, "the first process is there")
             wait_for(self._is_up, "systemd answers")

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.kit import DEADLINE_S, DEPLOY, free_port, listens, needs, wait_for
+from tests.kit import DEADLINE_S, DEPLOY, free_port, listens, needs, start_process, wait_for
 
 Change = tuple[str, str]  # (what stands in the recipe, what stands there in the test)
 
@@ -78,7 +78,7 @@ class Proxy:
         self.configuration.write_text(self.whole(text))
         self.output = folder / "output.log"
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(self.command(), stdout=output, stderr=output)
+            self.process = start_process(*self.command(), stdout=output, stderr=output)
 
     def here(self) -> list[Change]:
         """What has to be another on this machine: ports, files, names."""
