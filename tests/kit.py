@@ -546,8 +546,8 @@ def dispatched(frame: bytes) -> Received:
 class EventStream:
     """A stream read from a bare socket, byte by byte as it comes.
 
-    events are those that a page hears; positions are the ids by which the server tells a stream where it is (an event
-    `stream-position`, at the start and as heartbeat). The parser holds everything.
+    events are those that were published; positions are the ids of the events `stream-position`, by which the server
+    tells a stream where it is: its start, and each heartbeat. The parser holds everything.
     """
 
     def __init__(self, port: int, path: str = "/stream", **headers: str) -> None:

@@ -1019,7 +1019,7 @@ def test_the_first_block_of_a_stream_holds_its_position_and_the_reconnection_tim
     with server.opened(channel) as stream:
         block, _, _ = stream.body.partition(b"\n\n")
 
-    assert re.fullmatch(rb"retry: [0-9]+\nevent: stream-position\nid: [0-9]{16}\ndata: ", block)
+    assert re.fullmatch(rb"retry: [0-9]+\nevent: stream-position\nid: [0-9]{16}\ndata: {\"heartbeat\": 15.0}", block)
 
 
 FROM_ENVIRONMENT: dict[str, Any] = {"SSEPUSH_HISTORY": "2", "SSEPUSH_HISTORY_TTL": "50"}
