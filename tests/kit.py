@@ -46,12 +46,10 @@ LOOPBACK = "127.0.0.1"
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:
     """The first true answer of condition, asked again and again until the deadline."""
     deadline = time.monotonic() + seconds
-    while True:
-        answer = condition()
-        if answer:
-            return answer
+    while not (answer := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.005)
+    return answer
 
 
 def free_port() -> int:
@@ -104,11 +102,7 @@ def found_program(*names: str) -> str | None:
     path = os.environ.get("PATH", "")
     if "/usr/bin" in path.split(":"):  # also of somebody who is not root, but not on a PATH that hides programs
         path += ":/usr/sbin"
-    for name in names:
-        found = shutil.which(name, path=path)
-        if found:
-            return found
-    return None
+    return next(filter(None, (shutil.which(name, path=path) for name in names)), None)
 
 
 def needs(*names: str) -> str:
@@ -193,10 +187,8 @@ def npm_install(folder: Path, package: str) -> Path:
     """The folder, with this package of npm's in it."""
     if not HAS_TEST_EXTRA:
         pytest.skip(TEST_EXTRA)
-    command = [program("npm"), "install", "--no-audit", "--no-fund"]
-    installed = subprocess.run(
-        [*command, "--prefix", str(folder), package], capture_output=True, text=True, timeout=120
-    )
+    command = [needs("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), package]
+    installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert installed.returncode == 0, installed.stderr
     return folder
 
@@ -345,16 +337,10 @@ def head_of(head: bytes) -> tuple[int, list[tuple[str, str]]]:
     """The status and the fields of a response, whose head has to be well-formed."""
     status_line, *lines = head.decode("ascii").split("\r\n")
     status = re.fullmatch(r"HTTP/1\.1 ([1-5][0-9][0-9]) [A-Za-z -]+", status_line)
+    fields = [re.fullmatch(r"([A-Za-z0-9-]+): ([ -~]+)", line) for line in lines]
     assert status, status_line
-    fields = []
-    for line in lines:
-        field = re.fullmatch(r"([A-Za-z0-9-]+): ([ -~]+)", line)
-        assert field, line
-        fields.append((field[1], field[2]))
-    return int(status[1]), fields
-
-
-CHUNK_SIZE = re.compile(rb"([0-9a-f]+)\r\n")
+    assert all(fields), lines
+    return int(status[1]), [(field[1], field[2]) for field in fields if field]
 
 
 class Chunks(NamedTuple):
@@ -368,43 +354,27 @@ class Chunks(NamedTuple):
 def chunks_in(wire: bytes) -> Chunks:
     """The chunks at the start of these bytes; rest is what has not come whole, or what follows the last chunk."""
     pieces: list[bytes] = []
-    at = 0
-    while True:
-        size_line = CHUNK_SIZE.match(wire, at)
-        if not size_line:
-            return Chunks(pieces, wire[at:], False)
-        size = int(size_line[1], 16)
-        start, end = size_line.end(), size_line.end() + size
+    at, is_whole = 0, False
+    while not is_whole and (size_line := re.compile(rb"([0-9a-f]+)\r\n").match(wire, at)):
+        start = size_line.end()
+        end = start + int(size_line[1], 16)
         if len(wire) < end + 2:
-            return Chunks(pieces, wire[at:], False)
+            break
         assert wire[end : end + 2] == b"\r\n"
-        at = end + 2
-        if size == 0:
-            return Chunks(pieces, wire[at:], True)
-        pieces.append(wire[start:end])
+        at, is_whole = end + 2, end == start
+        if not is_whole:
+            pieces.append(wire[start:end])
+    return Chunks(pieces, wire[at:], is_whole)
 
 
 # Whatever else came would be an attacker's.
-RESPONSE_FIELDS = {
-    "Access-Control-Allow-Credentials",
-    "Access-Control-Allow-Headers",
-    "Access-Control-Allow-Methods",
-    "Access-Control-Allow-Origin",
-    "Access-Control-Max-Age",
-    "Allow",
-    "Cache-Control",
-    "Connection",
-    "Content-Length",
-    "Content-Security-Policy",
-    "Content-Type",
-    "Date",
-    "Server",
-    "Transfer-Encoding",
-    "Vary",
-    "WWW-Authenticate",
-    "X-Accel-Buffering",
-    "X-Content-Type-Options",
-}
+OURS = """
+    Access-Control-Allow-Credentials Access-Control-Allow-Headers Access-Control-Allow-Methods
+    Access-Control-Allow-Origin Access-Control-Max-Age Allow Cache-Control Connection Content-Length
+    Content-Security-Policy Content-Type Date Server Transfer-Encoding Vary WWW-Authenticate X-Accel-Buffering
+    X-Content-Type-Options
+"""
+RESPONSE_FIELDS = set(OURS.split())
 
 
 def answers_in(received: bytes) -> list[Answer]:
@@ -416,23 +386,19 @@ def answers_in(received: bytes) -> list[Answer]:
         status, fields = head_of(head)
         headers = dict(fields)
         assert len(headers) == len(fields), fields
-        assert headers.keys() <= RESPONSE_FIELDS, fields
-        body, received = _body(headers, received)
+        assert set(headers) <= RESPONSE_FIELDS, fields
+        if "Transfer-Encoding" in headers:
+            assert "Content-Length" not in headers
+            assert headers["Connection"] == "close"
+            chunks = chunks_in(received)
+            assert not chunks.rest
+            body, received = b"".join(chunks.pieces), b""
+        else:
+            length = int(headers.get("Content-Length", len(received)))
+            assert len(received) >= length
+            body, received = received[:length], received[length:]
         answers.append(Answer(status, headers, body))
     return answers
-
-
-def _body(headers: dict[str, str], received: bytes) -> tuple[bytes, bytes]:
-    """The body of a response with these headers, and what follows it."""
-    if "Transfer-Encoding" in headers:
-        assert "Content-Length" not in headers
-        assert headers["Connection"] == "close"
-        chunks = chunks_in(received)
-        assert not chunks.rest
-        return b"".join(chunks.pieces), b""
-    length = int(headers.get("Content-Length", len(received)))
-    assert len(received) >= length
-    return received[:length], received[length:]
 
 
 HOST_LINE = b"Host: localhost\r\n"
@@ -555,18 +521,13 @@ class EventStream:
         self.parser = Parser()
         self.events: list[Received] = []
         self.positions: list[str] = []
-        self.ended = False
-        self.is_whole = False  # it ended by its last chunk, as HTTP/1.1 wants it
+        self.ended = self.is_whole = False  # whole: it ended by its last chunk, as HTTP/1.1 wants it
         self.body = b""  # its first 100,000 bytes
-        self._taken = 0  # of the events
-        self._sorted = 0  # of the parser's
+        self._taken = self._sorted = 0  # of the events, of the parser's
         self._wire = b""
-        fields = {"Host": f"{LOOPBACK}:{port}", **header_fields(headers)}
-        lines = "".join(f"{name}: {text}\r\n" for name, text in fields.items())
+        asked = {"Host": f"{LOOPBACK}:{port}", **header_fields(headers)}
+        lines = "".join(f"{name}: {text}\r\n" for name, text in asked.items())
         self.sock.sendall(f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode())
-        self._open()
-
-    def _open(self) -> None:
         received = b""
         while b"\r\n\r\n" not in received:
             chunk = self.sock.recv(65536)
@@ -591,11 +552,10 @@ class EventStream:
         if not self.is_chunked:
             self._feed(wire)
             return
-        chunks = chunks_in(self._wire + wire)
-        self._wire = chunks.rest
-        self.is_whole = self.is_whole or chunks.is_whole
+        pieces, self._wire, is_whole = chunks_in(self._wire + wire)
+        self.is_whole |= is_whole
         assert not (self.is_whole and self._wire)
-        for piece in chunks.pieces:
+        for piece in pieces:
             self._feed(piece)
 
     def _feed(self, piece: bytes) -> None:
@@ -764,26 +724,24 @@ def ssepush_command(*arguments: str) -> list[str]:
 
 def environment_with(**variables: str) -> dict[str, str]:
     """The environment without what would configure ssepush, and with these."""
-    environment = dict(os.environ)
-    for name in os.environ:
-        if name.startswith(("SSEPUSH_", "REDIS_URL")):
-            del environment[name]
-    return environment | variables
+    others = {name: text for name, text in os.environ.items() if not name.startswith(("SSEPUSH_", "REDIS_URL"))}
+    return others | variables
 
 
 def run(
     *arguments: str, stdin: str | bytes = "", prefix: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """One run of the command line, to its end."""
-    done = subprocess.run(
+    return subprocess.run(
         [*prefix, *ssepush_command(*arguments)],
-        input=stdin.encode() if isinstance(stdin, str) else stdin,
+        input=stdin if isinstance(stdin, str) else stdin.decode(errors="surrogateescape"),
         capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
         timeout=DEADLINE_S,
         env=environment_with(**environment),
         check=False,
     )
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
