@@ -5,12 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import select
-import socket
-import socketserver
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,16 +18,16 @@ from tests.kit import (
     DEADLINE_S,
     LOOPBACK,
     EventStream,
+    Link,
     Publisher,
     RedisProcess,
+    RedisProxy,
     ServerProcess,
     Start,
     both_ways,
     connect,
-    connections,
     exchange,
     first_words,
-    found_program,
     free_port,
     numbers,
     one_way,
@@ -41,7 +36,6 @@ from tests.kit import (
     run,
     the_line,
     until,
-    until_event,
     wait_for,
 )
 
@@ -73,86 +67,27 @@ def snapshot_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 
 
 @both_ways
-@pytest.mark.parametrize("position", ["before the snapshot", "after the snapshot"])
-@pytest.mark.parametrize("since", ["published since", "published since on its own channel", "nothing since"])
-def test_a_page_is_reset_when_redis_came_back_from_a_snapshot(
-    snapshot_redis: RedisProcess, start: Start, channel: str, position: str, since: str
+@pytest.mark.parametrize("position", ["kept", "forgotten"])
+@pytest.mark.parametrize("since", [None, "", "-other"], ids=["nothing since", "there since", "elsewhere since"])
+def test_a_page_is_reset_when_redis_came_back_from_a_snapshot_and_then_sent_nothing_twice(
+    snapshot_redis: RedisProcess, start: Start, channel: str, position: str, since: str | None
 ) -> None:
     server = start("--retry", "1", redis=snapshot_redis)
-    before = server.publish_id("kept", channel)
+    told = {"kept": server.publish_id("kept", channel)}
     snapshot_redis.client.save()
-    after = server.publish_id("forgotten", channel)
+    told["forgotten"] = server.publish_id("forgotten", channel)
     snapshot_redis.kill()
     snapshot_redis.start()
-    if since == "published since":
-        server.publish("later", "another channel")
-    elif since == "published since on its own channel":
-        server.publish("later", channel)
+    if since is not None:
+        server.publish("since", f"{channel}{since}")
 
-    last_event_id = before if position == "before the snapshot" else after
-    with server.stream(channel, Last_Event_ID=last_event_id) as stream:
+    with server.stream(channel, Last_Event_ID=told[position]) as stream:
         assert_reset(stream, "data-lost")
+        server.publish("later", channel)
+        assert stream.next().data == "later"
+    with server.stream(channel, Last_Event_ID=stream.last_event_id) as stream:
         server.publish("last", channel)
         assert stream.next().data == "last"
-
-
-@pytest.fixture
-def replica(snapshot_redis: RedisProcess, tmp_path: Path) -> Iterator[RedisProcess]:
-    """A replica of that Redis."""
-    folder = tmp_path / "replica"
-    folder.mkdir()
-    process = RedisProcess(folder, "--replicaof", f"{LOOPBACK} {snapshot_redis.port}")
-    yield process
-    process.kill()
-
-
-@both_ways
-def test_a_page_is_reset_when_a_replica_that_lagged_was_promoted(
-    snapshot_redis: RedisProcess, replica: RedisProcess, start: Start, channel: str
-) -> None:
-    master = start("--retry", "1", redis=snapshot_redis)
-    master.publish("known to both", channel)
-    wait_for(lambda: replica.client.exists(ssepush.COUNTER_KEY), "the replica has the counter")
-    wait_for(lambda: snapshot_redis.client.wait(1, 100) == 1, "the replica has everything")
-    nobody = str(free_port())
-    replica.client.replicaof(LOOPBACK, nobody)
-    lost = master.publish_id("the replica never had it", channel)
-    replica.client.replicaof("NO", "ONE")
-
-    promoted = start("--retry", "1", redis=replica)
-    with promoted.stream(channel, Last_Event_ID=lost) as stream:
-        assert_reset(stream, "data-lost")
-
-
-@both_ways
-def test_nobody_is_reset_after_a_kill_of_a_redis_with_an_append_only_file(
-    own_redis: RedisProcess, start: Start, channel: str
-) -> None:
-    server = start("--retry", "1", redis=own_redis)
-    position = server.publish_id("before", channel)
-    server.publish("missed", channel)
-    own_redis.kill()
-    own_redis.start()
-
-    with server.stream(channel, Last_Event_ID=position) as stream:
-        server.publish("last", channel)
-
-        assert stream.data(2) == ["missed", "last"]
-
-
-def test_a_replica_refuses_to_publish(replica: RedisProcess, channel: str) -> None:
-    with pytest.raises(ssepush.RedisRefused, match="replica"):
-        ssepush.publish("hi", channel=channel, redis_url=replica.url)
-
-
-def test_ids_never_fall_however_often_redis_loses_its_data(own_redis: RedisProcess, channel: str) -> None:
-    ids = []
-    for _ in range(200):
-        published = ssepush.publish("hi", channel=channel, redis_url=own_redis.url)
-        ids.append(str(published.id))
-        own_redis.client.flushall()
-
-    assert ids == sorted(set(ids))
 
 
 @both_ways
@@ -213,23 +148,15 @@ def test_a_plain_publish_with_an_old_id_reaches_a_stream_that_just_resumed(start
 
 def test_what_readers_could_not_take_is_refused_however_much_its_publisher_can() -> None:
     limit = sys.getrecursionlimit()
-    digits = sys.get_int_max_str_digits()
     deep: list[Any] = []
     for _ in range(2000):
         deep = [deep]
     sys.setrecursionlimit(50_000)
-    sys.set_int_max_str_digits(0)
     try:
         with pytest.raises(ValueError, match="nested too deeply"):
             ssepush.message_of(deep)
-        with pytest.raises(ValueError, match="more than 4300 digits"):
-            ssepush.message_of({"number": [10**5000]})
     finally:
         sys.setrecursionlimit(limit)
-        sys.set_int_max_str_digits(digits)
-
-
-# ── Strangers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_with_allow_host_nobody_publishes_without_a_token(start: Start) -> None:
@@ -271,36 +198,6 @@ def test_one_ping_a_second_serves_all_who_ask_for_health(own_redis: RedisProcess
     assert after - before <= passed_s + 4
 
 
-MALFORMED_URLS = [
-    "redis://:se/cr%et@127.0.0.1:6379/0",
-    "redis://:se#cr%et@127.0.0.1:6379/0",
-    "redis://:12?3secret@127.0.0.1:6379/0",
-    "redis://user:12345/secret@127.0.0.1:6379/0",
-    "redis://:[secret@127.0.0.1:6379/0",
-    "redis://:secret@127.0.0.1:port/0",
-    "redis://:secret@127.0.0.1:6379/secret",
-    "redis://:secret@127.0.0.1:6379/0?secret=1",
-    "redis://:secret@127.0.0.1:6379/0?db=secret",
-    "redis:/:secret@127.0.0.1:6379/0",
-    "http://:secret@127.0.0.1:6379/0",
-    ":secret@127.0.0.1:6379/0",
-    "redis://:secret@127.0.0.1:99999/0",
-    "redis://127.0.0.1:6379/0#secret",
-    "rediss://:secret@127.0.0.1:6379/0?ssl_cert_reqs=secret",
-]
-
-
-@pytest.mark.parametrize("url", MALFORMED_URLS)
-def test_a_malformed_redis_url_is_refused_without_a_part_of_its_password(url: str) -> None:
-    refused = run("--port", "0", REDIS_URL=url)
-
-    line = the_line(refused, 2)
-    assert "the Redis URL is wrong" in line
-    named = line.replace("parameter secret", "")  # of a parameter's name one has to be told
-    assert "secret" not in named
-    assert "123" not in line
-
-
 def test_a_password_on_the_command_line_is_warned_of(redis_process: RedisProcess) -> None:
     url = redis_process.url.replace("redis://", "redis://default:nonsense@")
 
@@ -309,14 +206,6 @@ def test_a_password_on_the_command_line_is_warned_of(redis_process: RedisProcess
     assert "warning" in done.stderr
     assert "REDIS_URL" in done.stderr
     assert "nonsense" not in done.stderr
-
-
-def test_head_that_is_refused_gets_no_body(server: ServerProcess) -> None:
-    received = exchange(server.port, request(b"HEAD /nothing HTTP/1.1"))
-
-    head, _, body = received.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 404 ")
-    assert body == b""
 
 
 def test_http_1_0_is_not_told_to_continue(server: ServerProcess) -> None:
@@ -404,20 +293,6 @@ def test_a_replay_of_many_channels_reads_from_redis_what_it_sends_and_little_mor
     assert after - before < 1.5 * sent
 
 
-def test_a_slow_replay_is_not_ended_to_make_room_for_those_who_send_nothing(
-    many_files: None, own_redis: RedisProcess, start: Start, channel: str
-) -> None:
-    server = start(redis=own_redis)
-    position = server.publish_id("first", channel)
-    publish_numbered(own_redis, channel, 50, 20_000)
-    with server.stream(channel, Last_Event_ID=position) as stream:
-        events = stream.take(1)
-        with connections(server.port, 1100):  # more than may be pending
-            events += stream.take(49)
-
-    assert first_words(events) == numbers(0, 50)
-
-
 # ── What a page needs ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -456,22 +331,26 @@ def test_the_last_event_of_a_stream_whose_token_expires_holds_its_position(start
         assert stream.next().data == "meanwhile"
 
 
-def test_a_stream_with_a_genuine_token_that_has_expired_is_told_so_and_nothing_is_subscribed(
-    keeper: ServerProcess, channel: str
+@both_ways
+def test_a_stream_with_a_genuine_token_that_has_expired_is_told_so_and_redis_is_asked_for_nothing(
+    own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
+    server = start(redis=own_redis, SSEPUSH_SECRET=SECRET)
     name = f"private-{channel}"
-    position = keeper.publish_id("hello", name)
-
     late = token_query(name, ttl=-5)
+    told = server.publish_id("hello", name)
+    connected = stat(own_redis, "total_connections_received")
 
-    stream = keeper.stream(name, query=late, Last_Event_ID=position)
+    for position in (f"lastEventId={told}", "lastEventId=earliest", "last=1"):
+        stream = server.stream(name, query=f"{late}&{position}")
+        [expired] = stream.until_end()
+        assert stream.status == 200
+        assert expired.type == "token-expired"
+        assert expired.id == (told if told in position else "")
+        assert stream.comes_back_after(30_000)
 
-    [expired] = stream.until_end()
-    assert stream.status == 200
-    assert expired.type == "token-expired"
-    assert expired.id == position
-    assert stream.comes_back_after(30_000)
-    assert keeper.redis.subscribers(name) == 0
+    assert stat(own_redis, "total_connections_received") == connected
+    assert "cmdstat_subscribe" not in own_redis.client.info("commandstats")
 
 
 @both_ways
@@ -505,54 +384,24 @@ def test_a_browser_that_reads_slowly_is_told_that_its_token_has_expired_when_it_
         assert stream.data(len(rest)) == rest
 
 
-@both_ways
-def test_for_an_expired_token_redis_is_asked_for_nothing(own_redis: RedisProcess, start: Start, channel: str) -> None:
-    server = start(redis=own_redis, SSEPUSH_SECRET=SECRET)
-    name = f"private-{channel}"
-    late = token_query(name, ttl=-5)
-    server.publish("hello", name)
-    connected = stat(own_redis, "total_connections_received")
+def test_a_token_opens_the_up_to_twenty_channels_that_it_names_and_no_other(
+    keeper: ServerProcess, channel: str
+) -> None:
+    *twenty, another = [f"private-{channel}-{number}" for number in range(21)]
+    opens = token_query(*twenty)
 
-    for begin in ("", "&lastEventId=earliest", "&last=1"):
-        stream = server.stream(name, query=late + begin)
-        [expired] = stream.until_end()
-        assert expired.type == "token-expired"
-
-    assert stat(own_redis, "total_connections_received") == connected
-    commands = own_redis.client.info("commandstats")
-    assert "cmdstat_subscribe" not in commands
-
-
-def test_one_token_opens_the_channels_that_it_names_and_no_other(keeper: ServerProcess, channel: str) -> None:
-    first = f"private-{channel}-1"
-    second = f"private-{channel}-2"
-    third = f"private-{channel}-3"
-    both = token_query(first, second)
-
-    with keeper.stream(first, second, query=both) as stream:
-        keeper.publish("for you", second)
-        assert stream.next().data == "for you"
-    refused = keeper.get(f"/stream?channel={third}&{both}")
-    assert refused.status == 403
-
-
-def test_a_token_opens_up_to_twenty_channels(keeper: ServerProcess, channel: str) -> None:
-    names = [f"private-{channel}-{number}" for number in range(21)]
-    twenty = names[:20]
-
-    with keeper.stream(*twenty, query=token_query(*twenty)) as stream:
+    with keeper.stream(*twenty, query=opens) as stream:
         keeper.publish("for you", twenty[-1])
         assert stream.next().data == "for you"
-    for wrong in ([], names):
+    assert keeper.get(f"/stream?channel={another}&{opens}").status == 403
+    for wrong in ([], [*twenty, another]):
         with pytest.raises(ValueError, match="1 to 20 channels"):
             token(*wrong)
-    too_many = run("sign", *names, SSEPUSH_SECRET=SECRET)
-    none = run("sign", SSEPUSH_SECRET=SECRET)
-    assert "1 to 20 channels" in the_line(too_many, 2)
-    assert "CHANNEL" in the_line(none, 2)
+    assert "1 to 20 channels" in the_line(run("sign", *twenty, another, SSEPUSH_SECRET=SECRET), 2)
+    assert "CHANNEL" in the_line(run("sign", SSEPUSH_SECRET=SECRET), 2)
 
 
-HEADERS = {
+OTHER_AND_TOKEN = {  # headers of a request, each of which holds the right token
     "Authorization": {"Authorization": "Bearer {token} {other}"},
     "Authorization, as the last of several": {"Authorization": "Bearer {other} {other} {token}"},
     "a cookie": {"Cookie": "theme=dark; ssepush-token={token}"},
@@ -565,16 +414,13 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADERS)
-def test_a_token_may_come_in(name: str, start: Start, channel: str) -> None:
+@pytest.mark.parametrize("headers", OTHER_AND_TOKEN.values(), ids=OTHER_AND_TOKEN)
+def test_a_token_may_come_in(headers: dict[str, str], start: Start, channel: str) -> None:
     server = start("--allow-origin", "https://app.example", SSEPUSH_SECRET=SECRET)
     private = f"private-{channel}"
-    filled_in = {"token": token(private), "other": token("private-other"), "port": server.port}
-    headers = {}
-    for field, text in HEADERS[name].items():
-        headers[field] = text.format_map(filled_in)
+    known = {"token": token(private), "other": token("private-other"), "port": server.port}
 
-    with server.stream(private, **headers) as stream:
+    with server.stream(private, **{field: text.format_map(known) for field, text in headers.items()}) as stream:
         server.publish("for you", private)
 
         assert stream.next().data == "for you"
@@ -653,133 +499,32 @@ def test_earliest_is_all_that_is_kept_and_last_the_newest_of_each_channel_then_l
         assert stream.data(2) == ["4", "live"]
 
 
-@both_ways
-@pytest.mark.parametrize("query", ["lastEventId=earliest", "last=5", "last=5&lastEventId=earliest"])
-def test_the_header_of_a_page_that_comes_back_wins_over(query: str, start: Start, channel: str) -> None:
-    server = start()
-    newest = server.publish_id("before", channel)
-
-    with server.stream(channel, query=query, Last_Event_ID=newest) as stream:
-        server.publish("a header wins", channel)
-        assert stream.next().data == "a header wins"
-
-
-IN_THE_QUERY = {  # of a stream, after three events: what it begins with
-    "lastEventId={one}&lastEventId={two}": "three",
-    "lastEventId={two}&lastEventId={one}": "two three",
-    "lastEventId=earliest&lastEventId={two}": "three",
-    "lastEventId={two}&lastEventId=earliest": "one two three",
-    "last=1&lastEventId={one}": "two three",
-    "lastEventId={one}&last=1": "two three",
-    "last=1&lastEventId=earliest": "one two three",
+POSITIONS = {  # what a stream asks for after three events, an id in the header first: what it begins with
+    "|lastEventId={one}&lastEventId={two}": "three",
+    "|lastEventId={two}&lastEventId={one}": "two three",
+    "|lastEventId=earliest&lastEventId={two}": "three",
+    "|lastEventId={two}&lastEventId=earliest": "one two three",
+    "|last=1&lastEventId={one}": "two three",
+    "|lastEventId={one}&last=1": "two three",
+    "|last=1&lastEventId=earliest": "one two three",
+    "{two}|lastEventId=earliest": "three",
+    "{two}|last=5": "three",
+    "{two}|last=5&lastEventId={one}": "three",
 }
 
 
 @one_way
-@pytest.mark.parametrize("query", IN_THE_QUERY)
-def test_of_the_positions_in_a_query_the_last_id_counts_and_last_where_there_is_none(
-    query: str, server: ServerProcess, channel: str
+@pytest.mark.parametrize("asked", POSITIONS)
+def test_a_header_wins_over_the_query_whose_last_id_counts_and_last_where_there_is_none(
+    asked: str, server: ServerProcess, channel: str
 ) -> None:
     ids = {data: server.publish_id(data, channel) for data in ("one", "two", "three")}
-    expected = IN_THE_QUERY[query].split()
+    header, query = asked.format_map(ids).split("|")
 
-    with server.stream(channel, query=query.format_map(ids)) as stream:
+    with server.stream(channel, query=query, **({"Last_Event_ID": header} if header else {})) as stream:
         server.publish("live", channel)
 
-        assert until(stream, "live") == expected
-
-
-BACKLOG = 2**22  # bytes: less than what is kept of all channels, and more than what is kept of one
-LARGE = 100_000  # bytes of an event: ten of them are kept
-BEGINNINGS = ["lastEventId=earliest", "last=9"]
-
-
-@pytest.fixture
-def six_channels(start: Start, channel: str) -> tuple[ServerProcess, list[str], str]:
-    """A server, channels of which each has every sixth of 54 large events, and a position before all of these."""
-    server = start("--max-backlog", str(BACKLOG))
-    names = [f"{channel}-{number}" for number in range(6)]
-    before = server.publish_id("before", channel)
-    for number in range(54):
-        server.publish(f"{number} {'x' * LARGE}", names[number % 6])
-    return server, names, before
-
-
-@both_ways
-def test_a_page_that_missed_more_than_a_stream_may_have_unsent_is_told_so_and_goes_on(
-    six_channels: tuple[ServerProcess, list[str], str],
-) -> None:
-    server, names, before = six_channels
-
-    with server.stream(*names, Last_Event_ID=before) as stream, server.stream(names[0], Last_Event_ID=before) as one:
-        assert_reset(stream, "too-much")
-        server.publish("live", names[0])
-        assert stream.next().data == "live"
-        assert first_words(one.take(10)) == [*numbers(0, 54)[::6], "live"]
-
-
-@both_ways
-@pytest.mark.parametrize("query", BEGINNINGS)
-def test_who_asks_for_what_is_kept_gets_the_newest_that_fit_and_is_never_reset(
-    query: str, six_channels: tuple[ServerProcess, list[str], str]
-) -> None:
-    server, names, _ = six_channels
-
-    with server.stream(*names, query=query) as stream:
-        stream.position()
-        server.publish("live", names[0])
-        *events, _ = until_event(stream, "live")
-
-    assert BACKLOG / 2 < LARGE * len(events) <= BACKLOG
-    assert first_words(events) == numbers(54 - len(events), 54)
-
-
-def test_of_a_channel_a_mebibyte_is_kept_and_the_oldest_go(start: Start, channel: str) -> None:
-    server = start()
-    ids = []
-    for number in range(30):
-        ids.append(server.publish_id(f"{number} {'x' * LARGE}", channel))
-
-    with server.stream(channel, query="lastEventId=earliest") as stream:
-        assert first_words(stream.take(10)) == numbers(20, 30)
-    with server.stream(channel, Last_Event_ID=ids[19]) as stream:
-        assert first_words(stream.take(10)) == numbers(20, 30)
-    with server.stream(channel, Last_Event_ID=ids[18]) as stream:
-        assert_reset(stream, "trimmed")
-
-
-@both_ways
-def test_with_earliest_and_last_nothing_is_doubled_or_lost_where_history_and_live_meet(
-    start: Start, channel: str
-) -> None:
-    server = start("--history", "10000")
-    done = threading.Event()
-    published: list[str] = []
-
-    def publish() -> None:
-        while not done.is_set():
-            data = str(len(published))
-            published.append(data)
-            ssepush.publish(data, channel=channel, redis_url=server.redis.url, history=10_000)
-
-    publisher = threading.Thread(target=publish)
-    publisher.start()
-    from_earliest = []
-    from_last = []
-    for _ in range(10):
-        from_earliest.append(server.stream(channel, query="lastEventId=earliest"))
-        from_last.append(server.stream(channel, query="last=20"))
-    done.set()
-    publisher.join()
-    server.publish("end", channel)
-
-    for stream in from_earliest:
-        assert until(stream, "end") == published
-        stream.close()
-    for stream in from_last:
-        data = until(stream, "end")
-        assert data == published[len(published) - len(data) :]
-        stream.close()
+        assert until(stream, "live") == POSITIONS[asked].split()
 
 
 SMALL = 20
@@ -871,26 +616,18 @@ def test_the_same_key_is_published_once(server: ServerProcess, channel: str) -> 
     assert "duplicate" not in first
     assert again == {"state": "ok", "receivers": 0, "id": first["id"], "duplicate": True}
     assert elsewhere["id"] != first["id"]
-    assert from_python.id == first["id"]
-    assert from_python.duplicate is True
+    assert (from_python.id, from_python.duplicate) == (first["id"], True)
 
 
-BAD_KEYS: dict[str, Any] = {"empty": "", "too long": "x" * 201, "a line break": "a\nb", "a number": 7, "an object": {}}
-
-
-@pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
+@pytest.mark.parametrize("key", ["", "x" * 201, "a\nb", 7, {}], ids=repr)
 def test_a_key_that_cannot_be_is_refused_by_name(server: ServerProcess, key: object) -> None:
     answer = server.post({"data": 1, "key": key})
 
     assert answer.status == 400
     assert answer.error.startswith("key must be")
-
-
-@pytest.mark.parametrize("key", ["", "x" * 201])
-def test_nor_does_the_command_take_it(redis_process: RedisProcess, key: str) -> None:
-    refused = run("publish", "sse", "hello", "--key", key, REDIS_URL=redis_process.url)
-
-    assert "key must be" in the_line(refused, 2)
+    if isinstance(key, str):
+        refused = run("publish", "sse", "hello", "--key", key, REDIS_URL=server.redis.url)
+        assert "key must be" in the_line(refused, 2)
 
 
 def test_without_a_history_a_key_is_refused_since_nothing_would_remember_it(
@@ -922,47 +659,16 @@ def test_a_key_is_forgotten_when_the_historys_time_is_over(redis_process: RedisP
     assert str(again.id) > str(first.id)
 
 
-class HangingUp:
-    """Stands before Redis, and hangs up instead of passing on the answer to the next script, once it is told to."""
+class HangingUp(RedisProxy):
+    """Hangs up instead of passing on the answer to the next script, once it is told to."""
 
-    def __init__(self, redis_process: RedisProcess) -> None:
-        self.is_due = False
-        self.redis_process = redis_process
-        hanging_up = self
+    is_due = False
 
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                with connect(redis_process.port) as theirs, contextlib.suppress(OSError):
-                    hanging_up.pass_on(self.request, theirs)
-
-        self._listener = socketserver.ThreadingTCPServer((LOOPBACK, 0), Handler)
-        self._listener.daemon_threads = True
-        self.url = f"redis://{LOOPBACK}:{self._listener.server_address[1]}/0"
-
-    def __enter__(self) -> HangingUp:
-        threading.Thread(target=self._listener.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._listener.shutdown()
-        self._listener.server_close()
-
-    def pass_on(self, ours: socket.socket, theirs: socket.socket) -> None:
-        is_script = False
-        while True:
-            ready, _, _ = select.select([ours, theirs], [], [])
-            source = ready[0]
-            received = source.recv(65536)
-            if not received:
-                return
-            if source is ours:
-                is_script = b"EVAL" in received
-                theirs.sendall(received)
-            elif is_script and self.is_due:
-                self.is_due = False
-                return
-            else:
-                ours.sendall(received)
+    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+        if self.is_due and is_from_redis and b"EVAL" in link.asked:
+            self.is_due = False
+            raise ConnectionError
+        return received
 
 
 def again_from_python(proxy: HangingUp, channel: str, start: Start) -> None:
@@ -1116,31 +822,3 @@ def test_two_processes_cannot_have_one_address_for_admin(start: Start, redis_pro
     assert admin in the_line(refused, 2).removeprefix("ssepush: cannot listen on")
     assert exchange(int(admin.rpartition(":")[2]), request(b"GET /healthz HTTP/1.1")).startswith(b"HTTP/1.1 200 ")
     assert server.terminate() == 0
-
-
-def test_resets_are_counted_by_reason(server: ServerProcess, channel: str) -> None:
-    before = server.metric('streams_reset_total{reason="unknown-id"}')
-
-    with server.stream(channel, Last_Event_ID="7") as stream:
-        assert_reset(stream, "unknown-id")
-
-    assert server.metric('streams_reset_total{reason="unknown-id"}') == before + 1
-
-
-def test_what_is_forbidden_is_counted_apart(keeper: ServerProcess) -> None:
-    forbidden = keeper.get("/stream?channel=private-x")
-
-    assert forbidden.status == 403
-    assert keeper.refused("forbidden") == 1
-
-
-def test_metrics_follow_prometheus_conventions(server: ServerProcess) -> None:
-    text = server.get("/metrics").body.decode()
-    promtool = found_program("promtool")
-    if promtool:
-        done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
-        assert done.stdout + done.stderr == ""
-        assert done.returncode == 0
-    counters = re.findall("^# TYPE (.*) counter$", text, re.MULTILINE)
-    for family in counters:
-        assert family.endswith("_total")
