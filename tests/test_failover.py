@@ -12,21 +12,8 @@ from pathlib import Path
 import pytest
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    HERE,
-    LOOPBACK,
-    Page,
-    RedisProcess,
-    Start,
-    both_ways,
-    free_port,
-    needs,
-    run,
-    stopped,
-    the_line,
-    wait_for,
-)
+from tests import kit
+from tests.kit import DEADLINE_S, HERE, LOOPBACK, RedisProcess, Start, both_ways, free_port, run, the_line, wait_for
 
 OUR_SLOT = 13907
 MASTER_PASSWORD = "of the master"
@@ -50,7 +37,7 @@ class SentinelProcess(RedisProcess):
 
     def command(self) -> list[str]:
         own = ("--port", str(self.port), "--bind", LOOPBACK, "--dir", str(self.folder))
-        return [needs("redis-server"), str(self.config), "--sentinel", *own]
+        return [kit.needs("redis-server"), str(self.config), "--sentinel", *own]
 
     def names(self, master: RedisProcess) -> None:
         """Have it say that this is the master now."""
@@ -123,7 +110,7 @@ def test_when_sentinels_name_another_master_streams_go_there_and_are_told_what_i
 ) -> None:
     server = start("--retry", "50", redis="", REDIS_URL=sentinel.url_for())
     server.publish("at the first", channel)
-    page = Page(server.port, channel)
+    page = kit.Page(server.port, channel)
     wait_for(lambda: page.last_event_id, "it has been told a position")
 
     sentinel.names(masters[1])
@@ -174,7 +161,7 @@ def test_the_master_is_whom_most_sentinels_name_of_those_that_answer(
 
     with contextlib.ExitStack() as stack:
         for number in silent:
-            stack.enter_context(stopped(three_sentinels[number].process))
+            stack.enter_context(kit.stopped(three_sentinels[number].process))
         ssepush.publish("hello", channel=channel, redis_url=url)
 
     has_it = [bool(master.client.exists(ssepush.HISTORY_KEY + channel)) for master in masters]

@@ -19,39 +19,14 @@ from typing import Any
 import pytest
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    IDLE_THREADS,
-    MOST_WAITING,
-    POOL,
-    Baseline,
-    EventStream,
-    Page,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    both_ways,
-    close_with_reset,
-    connect,
-    connections,
-    exchange,
-    first_words,
-    is_closed,
-    numbers,
-    post,
-    request,
-    running,
-    stop,
-    stopped,
-    wait_for,
-)
+from tests import kit
+from tests.kit import POOL, RedisProcess, ServerProcess, Start, both_ways, connect, connections, request, wait_for
 
 # ── Slow and gone ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 HEARTBEAT_S = 1.0
-
-
+STALL_S = 2 * HEARTBEAT_S
 STALLED_CLIENT = """
 import socket, sys
 sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
@@ -67,18 +42,19 @@ class Bad:
     def __init__(self, server: ServerProcess, channel: str, stack: contextlib.ExitStack) -> None:
         self.server, self.channel, self.stack = server, channel, stack
 
-    def _stream(self) -> EventStream:
+    def _stream(self) -> kit.EventStream:
         stream = self.server.opened(self.channel)
         self.stack.callback(stream.close)
         return stream
 
     def _process(self, host: str, *wrapper: str) -> subprocess.Popen[str]:
-        command = [*wrapper, sys.executable, "-c", STALLED_CLIENT, host, str(self.server.port), self.channel]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.stack.callback(process.wait)
-        self.stack.callback(process.kill)
+        where = (host, str(self.server.port), self.channel)
+        process = kit.start_process(
+            *wrapper, sys.executable, "-c", STALLED_CLIENT, *where, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout
-        self.stack.callback(process.stdout.close)
+        for end in (process.wait, process.kill, process.stdout.close):
+            self.stack.callback(end)
         assert process.stdout.readline() == "read\n"
         wait_for(lambda: self.server.streams() == 4, "the fourth stream")
         return process
@@ -100,7 +76,7 @@ class Bad:
         self.stack.callback(ended.set)
 
     def is_stopped(self) -> None:
-        stop(self._process("127.0.0.1"))
+        kit.stop(self._process("127.0.0.1"))
 
     def half_closes(self) -> None:
         self._stream().sock.shutdown(socket.SHUT_WR)
@@ -113,7 +89,7 @@ class Bad:
         for sent in (b"", b"GET /stream", whole):
             sock = connect(self.server.port)
             sock.sendall(sent)
-            close_with_reset(sock)
+            kit.close_with_reset(sock)
 
     def vanishes(self) -> None:
         number = random.SystemRandom().randrange(2**14)
@@ -122,24 +98,25 @@ class Bad:
         ours, theirs = (f"{network}.{number % 64 * 4 + host}" for host in (1, 2))
 
         def ip(command: str) -> None:
-            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+            subprocess.run([kit.needs("ip"), *command.split()], check=True, capture_output=True)
 
         try:
             ip(f"netns add {namespace}")
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"needs root and network namespaces: {error}")
         self.stack.callback(ip, f"netns del {namespace}")
-        ip(f"link add {outside} type veth peer name {inside} netns {namespace}")
+        setup = [
+            f"link add {outside} type veth peer name {inside} netns {namespace}",
+            f"addr add {ours}/30 dev {outside}",
+            f"link set {outside} up",
+            f"-n {namespace} addr add {theirs}/30 dev {inside}",
+            f"-n {namespace} link set {inside} up",
+        ]
+        for command in setup:
+            ip(command)
         self.stack.callback(ip, f"link del {outside}")  # a namespace takes its links down later, if left to itself
-        ip(f"addr add {ours}/30 dev {outside}")
-        ip(f"link set {outside} up")
-        ip(f"-n {namespace} addr add {theirs}/30 dev {inside}")
-        ip(f"-n {namespace} link set {inside} up")
         self._process(ours, "ip", "netns", "exec", namespace)
         ip(f"-n {namespace} route add blackhole {ours}/32")  # whatever it sends is dropped
-
-
-STALL_S = 2 * HEARTBEAT_S
 
 
 BADS: dict[str, tuple[Callable[[Bad], None], int, float, tuple[str, ...]]] = {  # events of 20 KB, bound in s, options
@@ -164,7 +141,7 @@ def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_g
 ) -> None:
     bad, number, bound_s, options = BADS[case]
     server = start("--host", "0.0.0.0", "--heartbeat", str(HEARTBEAT_S), *options, redis=own_redis)
-    pages = [Page(server.port, channel) for _ in range(3)]
+    pages = [kit.Page(server.port, channel) for _ in range(3)]
     wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
 
     with contextlib.ExitStack() as stack:
@@ -176,35 +153,18 @@ def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_g
     for page in pages:
         page.wait_for("last")
 
-        assert [event.data.split()[0] for event in page.events] == [*map(str, range(number)), "last"]
+        assert kit.first_words(page.events) == [*kit.numbers(0, number), "last"]
         assert page.streams == 1
 
 
-def unread(server: ServerProcess, channel: str, *fields: bytes) -> socket.socket:
-    """A browser that has asked for a stream, and reads nothing; its kernel takes little."""
+def unread(server: ServerProcess, channel: str, position: str = "") -> socket.socket:
+    """A browser that has asked for a stream, from that position, and reads nothing; its kernel takes little."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.connect(("127.0.0.1", server.port))
-    line = f"GET /stream?channel={channel} HTTP/1.1"
-    sock.sendall(request(line.encode(), *fields))
+    sock.connect((kit.LOOPBACK, server.port))
+    begin = f"&lastEventId={position}" if position else ""
+    sock.sendall(request(f"GET /stream?channel={channel}{begin} HTTP/1.1".encode()))
     return sock
-
-
-def test_streams_that_do_not_read_their_replay_hold_up_nobody(start: Start, channel: str) -> None:
-    server = start()
-    position = server.publish_id("first", channel)
-    for _ in range(10):
-        server.publish("x" * 100_000, channel)
-    field = f"Last-Event-ID: {position}".encode()
-    browsers = [unread(server, channel, field) for _ in range(60)]
-    wait_for(lambda: server.metric("streams_opened_total") == 60, "all are open")
-    assert server.metric("backlog_bytes") > 60 * 100_000
-
-    with server.opened(channel) as stream:
-        server.publish("to those who read", channel)
-        assert stream.next().data == "to those who read"
-    for sock in browsers:
-        sock.close()
 
 
 # ── Many ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,18 +172,17 @@ def test_streams_that_do_not_read_their_replay_hold_up_nobody(start: Start, chan
 
 @both_ways
 def test_a_thousand_streams_get_every_message_without_a_thread_more(start: Start, channel: str) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    kit.allow_files(4096)
     server = start()
 
     streams = [server.stream(channel) for _ in range(1000)]
 
-    wait_for(lambda: server.threads() <= IDLE_THREADS, "no thread stays with a stream")
+    wait_for(lambda: server.threads() <= kit.IDLE_THREADS, "no thread stays with a stream")
     for number in range(20):
         assert server.redis.publish(channel, f'{{"data": {number}}}') == server.subscribers_for(1000)
     for stream in streams:
-        assert stream.data(20) == [str(number) for number in range(20)]
-    assert server.threads() <= IDLE_THREADS
+        assert stream.data(20) == kit.numbers(0, 20)
+    assert server.threads() <= kit.IDLE_THREADS
     assert server.streams() == 1000
     for stream in streams:
         stream.close()
@@ -239,7 +198,7 @@ def fill_pool(server: ServerProcess, redis: RedisProcess) -> None:
     idle = server.descriptors()
     pooled = len(redis.client.client_list()) - 1  # without the tests' own
     publishers = [threading.Thread(target=server.publish, args=("", "pool")) for _ in range(40)]
-    with stopped(redis.process):
+    with kit.stopped(redis.process):
         for publisher in publishers:
             publisher.start()
         in_use = idle + 40 + POOL - pooled
@@ -248,13 +207,8 @@ def fill_pool(server: ServerProcess, redis: RedisProcess) -> None:
         publisher.join()
 
 
-def mixed_load(server: ServerProcess, channel: str) -> None:
-    """Streams of every kind, to their end; three waves, so that caches and the allocator have what they need."""
-    for _ in range(3):
-        mixed_wave(server, channel)
-
-
 def mixed_wave(server: ServerProcess, channel: str) -> None:
+    """Streams of every kind, to their end."""
     streams = [server.opened(channel, f"{channel}-{number % 7}") for number in range(80)]
     for number in range(100):
         server.publish(f"{number} {'x' * 500}", channel)
@@ -270,7 +224,7 @@ def mixed_wave(server: ServerProcess, channel: str) -> None:
     for path in ("/nothing", "/stream?channel=", "/healthz", "/", "/metrics") * 4:
         server.get(path)
     for sent in (b"GET /str", b"\r\n\r\n", b"POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        with connect(server.port) as sock:
             sock.sendall(sent)
     for number in range(130):  # more than the kernel takes for those who do not read
         server.publish(f"{number} {'x' * 12_000}", channel)
@@ -291,54 +245,50 @@ def test_after_each_of_two_mixed_loads_everything_is_given_back(
     def held() -> dict[str, float]:
         streams = server.streams()
         wait_for(lambda: server.connections() == 0, "all is closed")
-        return {
-            "streams": streams,
-            "descriptors": server.descriptors(),
-            "Redis clients": len(own_redis.client.client_list()),
-        }
+        clients = len(own_redis.client.client_list())
+        return {"streams": streams, "descriptors": server.descriptors(), "Redis clients": clients}
 
     baseline, resident = held(), []
     for _ in range(2):
-        mixed_load(server, channel)
+        for _ in range(3):  # so that caches and the allocator have what they need
+            mixed_wave(server, channel)
         wait_for(lambda: held() == baseline, f"back to {baseline}")
         resident.append(server.resident_bytes())
 
     assert resident[1] <= 1.05 * resident[0]
-    assert server.threads() <= IDLE_THREADS + 50  # 40 were busy at once, when the pool was filled
+    assert server.threads() <= kit.IDLE_THREADS + 50  # 40 were busy at once, when the pool was filled
 
 
 ALIKE = 40  # streams: more than a server keeps connections to Redis, so that one left behind by each shows
 
-
-Held = Iterator[list[socket.socket]]  # browsers, all of whose streams are in one state
+# Browsers, all of whose streams are in one state:
 
 
 @contextlib.contextmanager
-def opening(server: ServerProcess, channel: str) -> Held:
+def opening(server: ServerProcess, channel: str) -> Iterator[list[socket.socket]]:
     """Redis does not answer the subscription."""
     server.opened(channel).close()  # a shared subscriber is connected from now on
     wait_for(lambda: server.streams() == 0, "it is closed")
-    with stopped(server.redis.process):
+    with kit.stopped(server.redis.process):
         browsers = [unread(server, channel) for _ in range(ALIKE)]
         wait_for(lambda: server.streams() == ALIKE, "all are opening")
         yield browsers
 
 
 @contextlib.contextmanager
-def resuming(server: ServerProcess, channel: str) -> Held:
+def resuming(server: ServerProcess, channel: str) -> Iterator[list[socket.socket]]:
     """The browser does not take what it missed."""
     position = server.publish_id("first", channel)
     for _ in range(10):
         server.publish("x" * 100_000, channel)
-    field = f"Last-Event-ID: {position}".encode()
-    browsers = [unread(server, channel, field) for _ in range(ALIKE)]
+    browsers = [unread(server, channel, position) for _ in range(ALIKE)]
     wait_for(lambda: server.metric("streams_opened_total") == ALIKE, "all have begun")
     assert server.metric("backlog_bytes") > ALIKE * 100_000
     yield browsers
 
 
 @contextlib.contextmanager
-def behind(server: ServerProcess, channel: str) -> Held:
+def behind(server: ServerProcess, channel: str) -> Iterator[list[socket.socket]]:
     """The browser does not take live events."""
     browsers = [unread(server, channel) for _ in range(ALIKE)]
     wait_for(lambda: server.metric("streams_opened_total") == ALIKE, "all are open")
@@ -349,7 +299,7 @@ def behind(server: ServerProcess, channel: str) -> Held:
 
 
 @contextlib.contextmanager
-def live(server: ServerProcess, channel: str) -> Held:
+def live(server: ServerProcess, channel: str) -> Iterator[list[socket.socket]]:
     """The browser has taken all."""
     streams = [server.opened(channel) for _ in range(ALIKE)]
     yield [stream.sock for stream in streams]
@@ -375,14 +325,8 @@ def redis_dies(browsers: list[socket.socket], redis: RedisProcess) -> None:
 def test_streams_that_end_leave_nothing_behind_in_any_state(
     own_redis: RedisProcess, start: Start, channel: str, hold: Any, end: Any
 ) -> None:
-    max_streams = str(ALIKE)
-    server = start(
-        "--max-streams",
-        max_streams,
-        "--heartbeat",
-        "2",  # so a browser that takes nothing is given up after 4 s, also when Redis is gone
-        redis=own_redis,
-    )
+    # A browser that takes nothing is given up after two heartbeats, also when Redis is gone.
+    server = start("--max-streams", str(ALIKE), "--heartbeat", "2", redis=own_redis)
     server.get("/healthz")
     descriptors = server.descriptors()
 
@@ -394,7 +338,7 @@ def test_streams_that_end_leave_nothing_behind_in_any_state(
     wait_for(lambda: server.metric("subscribers") <= subscribers, "their subscribers are gone")
     wait_for(lambda: server.descriptors() <= descriptors + POOL, "their descriptors are gone")
     wait_for(lambda: len(own_redis.client.client_list()) <= POOL + 2, "nor a connection to Redis")
-    assert server.threads() <= IDLE_THREADS + ALIKE
+    assert server.threads() <= kit.IDLE_THREADS + ALIKE
     assert server.metric("backlog_bytes") == 0
     for sock in browsers:
         sock.close()
@@ -433,49 +377,43 @@ def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
 # ── Floods ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.alone
-def test_five_thousand_silent_connections_disturb_nobody(start: Start, channel: str, many_files: None) -> None:
-    server = start()
-    baseline = Baseline(server, channel)
-
-    with connections(server.port, 5000) as silent:
-        baseline.publish("meanwhile")
-        baseline.newcomer()
-        wait_for(lambda: server.descriptors() < baseline.descriptors + 1100, "the oldest are ended", 5.0)
-        assert is_closed(silent[0])
-        assert server.threads() <= IDLE_THREADS + MOST_WAITING
-
-    baseline.end()
+HEAD, BODY = b"GET /stream?channel=", kit.post(b"Content-Length: 1000", body=b"{")
+FLOODS = {  # how many connections begin with these bytes, and what each of them sends every second from then on
+    "say nothing": ({b"": 5000}, b""),
+    "send slowly": ({HEAD: 1000, BODY: 200}, b"a"),
+    "count": ({request(b"GET /numbers HTTP/1.1"): kit.MOST_WAITING + 100}, b""),
+}
 
 
 @pytest.mark.alone
-def test_slow_senders_disturb_nobody_and_hold_no_more_than_their_places(
-    start: Start, channel: str, many_files: None
+@pytest.mark.parametrize("flood", FLOODS)
+def test_more_connections_than_may_wait_hold_no_more_than_their_places_and_the_oldest_go_when_they(
+    flood: str, start: Start, channel: str, many_files: None
 ) -> None:
+    begin, trickle = FLOODS[flood]
     server = start()
-    baseline = Baseline(server, channel)
+    baseline = kit.Baseline(server, channel)
     ended = threading.Event()
 
-    def trickle(socks: list[socket.socket]) -> None:
-        while not ended.wait(1.0):
+    def go_on(socks: list[socket.socket]) -> None:
+        while trickle and not ended.wait(1.0):
             for sock in socks:
                 with contextlib.suppress(OSError):
-                    sock.send(b"a")
+                    sock.send(trickle)
 
-    heads = connections(server.port, 1000, b"GET /stream?channel=")
-    bodies = connections(server.port, 200, post(b"Content-Length: 1000", body=b"{"))
-    with heads as slow_heads, bodies as slow_bodies:
-        sender = threading.Thread(target=trickle, args=([*slow_heads, *slow_bodies],))
+    with contextlib.ExitStack() as stack:
+        socks: list[socket.socket] = []
+        for sent, many in begin.items():
+            socks += stack.enter_context(connections(server.port, many, sent))
+        sender = threading.Thread(target=go_on, args=(socks,))
         sender.start()
-        try:
-            baseline.publish("meanwhile")
-            baseline.newcomer()
-            wait_for(lambda: all(map(is_closed, slow_heads[:200])), "the oldest have made room")
-            assert server.connections() <= MOST_WAITING + 2
-            assert server.threads() <= IDLE_THREADS + MOST_WAITING
-        finally:
-            ended.set()
-            sender.join()
+        stack.callback(sender.join)
+        stack.callback(ended.set)
+        baseline.publish("meanwhile")
+        baseline.newcomer()
+        wait_for(lambda: server.connections() <= kit.MOST_WAITING + 2, "the oldest have made room")
+        assert flood == "count" or kit.is_closed(socks[0])
+        assert server.threads() <= kit.IDLE_THREADS + kit.MOST_WAITING
 
     baseline.end()
 
@@ -489,11 +427,6 @@ def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(python))
 
 
-def counts(port: int) -> socket.socket:
-    """A page that counts, and so keeps a thread."""
-    return EventStream(port, "/numbers").sock
-
-
 def takes_no_answer(port: int) -> socket.socket:
     """Somebody who sends one request after another, and does not read."""
     sock = connect(port)
@@ -502,8 +435,10 @@ def takes_no_answer(port: int) -> socket.socket:
     return sock
 
 
-KEEP_THREADS = {"count": counts, "take no answer": takes_no_answer}
-kept_threads = pytest.mark.parametrize("keep", KEEP_THREADS.values(), ids=list(KEEP_THREADS))
+KEEP_THREADS: dict[str, Callable[[int], socket.socket]] = {
+    "count": lambda port: kit.EventStream(port, "/numbers").sock,
+    "take no answer": takes_no_answer,
+}
 
 
 MOST_OF_A_FLOOD = 5000  # as many as this process may have files
@@ -536,16 +471,16 @@ def flood(port: int, per_s: int) -> Iterator[list[socket.socket]]:
 def is_answered(port: int) -> bool:
     """Whether an honest request gets its answer within two seconds."""
     try:
-        answer = exchange(port, request(b"GET /position HTTP/1.1"), 2.0)
+        answer = kit.exchange(port, request(b"GET /position HTTP/1.1"), 2.0)
     except OSError:
         return False
     return answer.startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.alone
-@kept_threads
+@pytest.mark.parametrize("keep", KEEP_THREADS)
 def test_every_honest_request_is_answered_beside_a_flood_while_two_keep_a_thread(
-    start: Start, many_files: None, keep: Callable[[int], socket.socket]
+    start: Start, many_files: None, keep: str
 ) -> None:
     server = start()
     answered = []
@@ -553,7 +488,7 @@ def test_every_honest_request_is_answered_beside_a_flood_while_two_keep_a_thread
     with flood(server.port, 900) as idle:
         for enough in range(0, 2700, 300):
             # Others in place of those that were ended to make room.
-            with keep(server.port), keep(server.port):
+            with KEEP_THREADS[keep](server.port), KEEP_THREADS[keep](server.port):
                 while len(idle) < enough + 300:
                     answered.append(is_answered(server.port))
 
@@ -578,30 +513,13 @@ def test_a_stream_that_is_read_slowly_is_not_cut_by_a_flood_of_those_who_say_not
                 reader.read()  # 300 KB in a second
         events = reader.take(50)
 
-    assert first_words(events) == numbers(0, 50)
-
-
-@pytest.mark.alone
-def test_out_of_descriptors_the_server_neither_spins_nor_stops(
-    start: Start, channel: str, few_files: None, many_files: None
-) -> None:
-    server = start("--max-streams", "20")
-    baseline = Baseline(server, channel)
-    began, used = time.monotonic(), server.cpu_s()
-
-    with connections(server.port, 1000):
-        baseline.publish("meanwhile")
-        baseline.newcomer()
-        wait_for(lambda: time.monotonic() > began + 3, "the flood lasts")
-        assert server.cpu_s() - used < 0.5 * (time.monotonic() - began)
-
-    baseline.end()
+    assert kit.first_words(events) == kit.numbers(0, 50)
 
 
 @pytest.mark.alone
 def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, channel: str) -> None:
     server = start("--heartbeat", "0.5")
-    baseline = Baseline(server, channel)
+    baseline = kit.Baseline(server, channel)
     limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (baseline.descriptors, limits[1]))
     positions, used = len(baseline.stream.positions), server.cpu_s()
@@ -617,24 +535,11 @@ def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, c
 
 
 @pytest.mark.alone
-def test_connections_that_take_no_answer_are_ended(start: Start, channel: str, many_files: None) -> None:
-    server = start()
-    baseline = Baseline(server, channel)
-
-    with connections(server.port, 300, request(b"GET / HTTP/1.1") * 200):
-        wait_for(lambda: server.threads() >= 290, "all of them hold a thread")
-        baseline.publish("meanwhile")
-        baseline.newcomer()
-
-    baseline.end()
-
-
-@pytest.mark.alone
 def test_connections_that_take_no_answer_make_room_for_others(
     start: Start, channel: str, few_files: None, many_files: None
 ) -> None:
     server = start("--max-streams", "20")
-    baseline = Baseline(server, channel)
+    baseline = kit.Baseline(server, channel)
 
     with connections(server.port, 200, request(b"GET / HTTP/1.1") * 200):
         wait_for(lambda: server.threads() >= 90, "as many as may wait hold a thread")
@@ -655,7 +560,7 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
     descriptors = server.descriptors()
 
     with (
-        stopped(own_redis.process),
+        kit.stopped(own_redis.process),
         connections(server.port, 300, request(b"GET /healthz HTTP/1.1", b"Connection: close")),
         connections(server.port, 100, request(b"GET /stream HTTP/1.1")),
     ):
@@ -676,7 +581,7 @@ def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
     server = start(redis=own_redis.url_of("default", "secret"))
     asks = connections(server.port, number, request(b"GET /stream HTTP/1.1"))
 
-    with stopped(own_redis.process), asks as waiting:
+    with kit.stopped(own_redis.process), asks as waiting:
         for path in ("/metrics", "/"):
             began = time.monotonic()
             assert server.get(path).status == 200
@@ -687,28 +592,14 @@ def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
 
 
 @pytest.mark.alone
-def test_more_pages_that_count_than_may_wait_leave_the_rest_alone(start: Start, channel: str, many_files: None) -> None:
-    server = start()
-    baseline = Baseline(server, channel)
-
-    with connections(server.port, MOST_WAITING + 100, request(b"GET /numbers HTTP/1.1")):
-        baseline.publish("meanwhile")
-        baseline.newcomer()
-        wait_for(lambda: server.connections() <= MOST_WAITING + 2, "the oldest have made room")
-
-    baseline.end()
-
-
-@pytest.mark.alone
 def test_a_burst_of_channels_does_not_hold_up_the_others(start: Start, channel: str, many_files: None) -> None:
     server = start("--shared")
-    baseline = Baseline(server, channel)
+    baseline = kit.Baseline(server, channel)
     queries = [b"&".join(b"channel=%d-%d" % (number, n) for n in range(20)) for number in range(300)]
 
     with contextlib.ExitStack() as stack:
         for query in queries:
-            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), DEADLINE_S))
-            sock.sendall(request(b"GET /stream?" + query + b" HTTP/1.1"))
+            stack.enter_context(connect(server.port)).sendall(request(b"GET /stream?" + query + b" HTTP/1.1"))
         baseline.publish("meanwhile")
         wait_for(lambda: server.streams() == 301, "all of them are open")
     baseline.publish("meanwhile")
@@ -750,7 +641,7 @@ def test_pages_open_beside_nine_hundred_connections_that_send_request_after_requ
     server = start()
     command = [sys.executable, "-c", PIPELINES, str(server.port), "900"]
 
-    with running(*command) as pipelines:
+    with kit.running(*command) as pipelines:
         assert pipelines.stdout
         assert pipelines.stdout.readline() == b"all are there\n"
         for number in range(5):
@@ -784,10 +675,9 @@ def test_a_page_comes_back_beside_those_that_do_not_take_what_they_missed_having
 
     with contextlib.ExitStack() as stack:
         for position in positions:
-            browser = unread(server, slow, f"Last-Event-ID: {position}".encode())
-            stack.callback(browser.close)
+            stack.enter_context(unread(server, slow, position))
         wait_for(are_answered, "all have been answered")
-        page = Page(server.port, own, told=positions[-1])
+        page = kit.Page(server.port, own, told=positions[-1])
         wait_for(lambda: page.events, "it gets what it missed")
         server.publish("last", own)
         page.wait_for("last")

@@ -10,20 +10,8 @@ from collections.abc import Callable
 import pytest
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    EventStream,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    both_ways,
-    environment_with,
-    free_port,
-    running,
-    ssepush_command,
-    stopped,
-    wait_for,
-)
+from tests import kit
+from tests.kit import DEADLINE_S, EventStream, RedisProcess, ServerProcess, Start, both_ways, free_port, wait_for
 
 SECRET = "a secret of the tests that is long enough"
 
@@ -150,7 +138,7 @@ def test_an_event_that_arrives_during_the_replay_is_counted_once(start: Start, c
 def test_the_delivery_delay_is_that_of_each_event_with_an_id_of_ours(start: Start, channel: str) -> None:
     server = start()
     stream = server.opened(channel)
-    with stopped(server.process):
+    with kit.stopped(server.process):
         for data in ("late", "later"):
             ssepush.publish(data, channel=channel, redis_url=server.redis.url)
         published_at = time.monotonic()
@@ -258,8 +246,8 @@ def test_the_log_level_decides_whether_streams_are_logged(start: Start, channel:
 
 def test_logs_go_to_standard_error_alone(redis_process: RedisProcess) -> None:
     port = free_port()
-    command = ssepush_command("--port", str(port), "--redis-url", redis_process.url)
-    with running(*command, stderr=subprocess.PIPE, env=environment_with()) as process:
+    command = kit.ssepush_command("--port", str(port), "--redis-url", redis_process.url)
+    with kit.running(*command, stderr=subprocess.PIPE, env=kit.environment_with()) as process:
         assert process.stdout
         assert f":{port}/".encode() in process.stdout.readline()
         EventStream(port).close()

@@ -14,22 +14,8 @@ import pytest
 import redis
 
 import ssepush
-from tests.kit import (
-    DEPLOY,
-    LOOPBACK,
-    Page,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    both_ways,
-    certificate,
-    free_port,
-    needs,
-    numbers,
-    run,
-    the_line,
-    wait_for,
-)
+from tests import kit
+from tests.kit import DEPLOY, LOOPBACK, RedisProcess, Start, both_ways, free_port, numbers, run, the_line, wait_for
 
 # ── Over TLS ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -38,12 +24,12 @@ class EncryptedRedis(RedisProcess):
     """A Redis that also listens with TLS. Debian's can; the embedded Valkey is built without."""
 
     def command(self) -> list[str]:
-        pem, key = certificate(self.folder)
+        pem, key = kit.certificate(self.folder)
         port = str(free_port())
         self.tls_url = f"rediss://{LOOPBACK}:{port}/0?ssl_ca_certs={pem}"
         files = ("--tls-cert-file", str(pem), "--tls-key-file", str(key))
         _, *own = super().command()
-        return [needs("redis-server"), *own, "--tls-port", port, *files, "--tls-auth-clients", "no"]
+        return [kit.needs("redis-server"), *own, "--tls-port", port, *files, "--tls-auth-clients", "no"]
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +243,7 @@ def test_nobody_is_reset_because_redis_has_got_its_first_replica(
     snapshot_redis: RedisProcess, replica: RedisProcess, start: Start, channel: str
 ) -> None:
     server = start("--retry", "1", redis=snapshot_redis)
-    page = Page(server.port, channel)
+    page = kit.Page(server.port, channel)
     wait_for(lambda: page.last_event_id, "the page has a position")
     server.publish("before", channel)
 
@@ -330,7 +316,7 @@ def test_a_page_is_reset_when_a_lagging_replica_was_promoted_whatever_was_publis
         assert stream.next().data == "last"
 
 
-def test_a_type_that_is_nested_deeper_than_anybody_can_read_is_refused(server: ServerProcess) -> None:
+def test_a_type_that_is_nested_deeper_than_anybody_can_read_is_refused(server: kit.ServerProcess) -> None:
     nested = "[" * 982 + "]" * 982
 
     answer = server.post(f'{{"data": 1, "type": {nested}}}')
