@@ -188,7 +188,7 @@ def test_a_channel_that_the_redis_user_may_not_read_ends_the_stream_and_no_other
 def test_streams_whose_replay_redis_does_not_answer_are_told_to_come_back(
     own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
-    server = start(redis=own_redis)
+    server = start("--heartbeat", "1", redis=own_redis)
     missed = server.publish_id("missed", channel)
     own_redis.client.client_pause(20_000)  # connections are taken, and nothing is answered
 
