@@ -732,16 +732,11 @@ def run(
     *arguments: str, stdin: str | bytes = "", prefix: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """One run of the command line, to its end."""
-    return subprocess.run(
-        [*prefix, *ssepush_command(*arguments)],
-        input=stdin if isinstance(stdin, str) else stdin.decode(errors="surrogateescape"),
-        capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-        timeout=DEADLINE_S,
-        env=environment_with(**environment),
-        check=False,
-    )
+    sent = stdin.encode() if isinstance(stdin, str) else stdin
+    command = [*prefix, *ssepush_command(*arguments)]
+    environment = environment_with(**environment)
+    done = subprocess.run(command, input=sent, capture_output=True, timeout=DEADLINE_S, env=environment, check=False)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
