@@ -109,9 +109,7 @@ def restricted_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 
 @both_ways
 def test_the_deployed_redis_user_may_do_everything_that_is_needed(
-    start: Start,
-    restricted_redis: RedisProcess,
-    monkeypatch: pytest.MonkeyPatch,
+    start: Start, restricted_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@")
     monkeypatch.setenv("SSEPUSH_PREFIX", "pages:")
