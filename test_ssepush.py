@@ -555,14 +555,14 @@ def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
     own_redis: RedisProcess, start: Start, channel: str, number: signal.Signals
 ) -> None:
     server = start("--drain", "3", "--retry", "2000", redis=own_redis)
-    streams = [server.opened(channel) for _ in range(200)]
+    streams = [server.opened(channel) for _ in range(150)]
     counting = EventStream(server.port, "/numbers")
     with server.stream(f"{channel}-stalled"), connections(server.port, 1, health()) as (idle,):
         for _ in range(40):
             own_redis.publish(f"{channel}-stalled", "x" * 20_000)
         assert idle.recv(1)
         server.publish("to all", channel)
-        assert next_of_each(streams) == ["to all"] * 200
+        assert next_of_each(streams) == ["to all"] * 150
         began = time.monotonic()
 
         server.signal(number)
@@ -582,8 +582,8 @@ def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
     first = min(times)
     width = max(times) - first
     fifths = Counter(int(4.999 * (moment - first) / width) for moment in times)
-    assert width > 1.2, fifths  # 200 streams at 10 ms each
-    assert min(fifths[number] for number in range(5)) > 15, fifths
+    assert width > 1.2, fifths  # 150 streams at 10 ms each
+    assert min(fifths[number] for number in range(5)) > 10, fifths
 
 
 def test_a_drain_takes_no_new_streams(own_redis: RedisProcess, start: Start, channel: str) -> None:
