@@ -554,7 +554,7 @@ def test_a_log_that_nobody_reads_holds_up_nothing(redis_process: RedisProcess, c
 def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
     own_redis: RedisProcess, start: Start, channel: str, number: signal.Signals
 ) -> None:
-    server = start("--drain", "3", "--retry", "2000", redis=own_redis)
+    server = start("--drain", "3", redis=own_redis)
     streams = [server.opened(channel) for _ in range(150)]
     counting = EventStream(server.port, "/numbers")
     with server.stream(f"{channel}-stalled"), connections(server.port, 1, health()) as (idle,):
@@ -574,7 +574,7 @@ def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
     for stream in streams:
         assert stream.untaken == []
         assert stream.parser.comments == ["this server is going down"]
-        assert stream.comes_back_after(2000, soon=True)  # not all at once, and not away for long
+        assert stream.comes_back_after(soon=True)  # not all at once, and not away for long
         assert stream.is_whole, "HTTP clients are told that the body is whole"
     assert counting.is_whole
     assert not listens(server.port)
