@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import functools
 import hmac
-import http.client
 import importlib.util
 import io
 import itertools
@@ -195,9 +194,7 @@ def test_any_other_message_arrives_as_plain_data(name: str, server: ServerProces
 
 
 @pytest.mark.parametrize("name", POISON)
-def test_poison_is_dropped_counted_and_logged_and_the_next_arrives(
-    name: str, server: ServerProcess, channel: str
-) -> None:
+def test_poison_is_dropped_counted_and_logged_and_harms_nobody(name: str, server: ServerProcess, channel: str) -> None:
     message, reason = POISON[name]
     stream = server.stream(channel)
     before = server.dropped(reason)
@@ -615,19 +612,16 @@ def test_sigterm_is_heeded_while_visitors_come_and_go(redis_process: RedisProces
             with contextlib.suppress(OSError):
                 connect(server.port).close()
 
-    visitors = [threading.Thread(target=come_and_go) for _ in range(3)]
-    for visitor in visitors:
-        visitor.start()
-    for _ in range(5):
-        assert server.get("/healthz").status == 200
+    with ThreadPoolExecutor() as visitors, contextlib.ExitStack() as at_end:
+        at_end.callback(done.set)
+        for _ in range(3):
+            visitors.submit(come_and_go)
+        for _ in range(5):
+            assert server.get("/healthz").status == 200
 
-    server.signal(signal.SIGTERM)
-    try:
+        server.signal(signal.SIGTERM)
+
         assert server.process.wait(5.0) == 0
-    finally:
-        done.set()
-        for visitor in visitors:
-            visitor.join()
 
 
 def test_a_full_server_sends_newcomers_away_and_those_inside_notice_nothing(start: Start, channel: str) -> None:
@@ -788,18 +782,18 @@ def test_a_channels_history_is_bounded_in_bytes_too(server: ServerProcess, chann
 
 
 @both_ways
-@pytest.mark.parametrize("query", ["lastEventId=earliest", "last=100"])
-def test_redis_sends_no_more_of_a_channel_than_a_history_may_hold(own: ServerProcess, channel: str, query: str) -> None:
+def test_redis_sends_no_more_of_a_channel_than_a_history_may_hold(own: ServerProcess, channel: str) -> None:
     names = [f"{channel}-{number}" for number in range(4)]
-    for name in names * 20:
+    for name in names * 10:
         ssepush.publish("x" * 500_000, channel=name, redis_url=own.redis.url)
-    before = own.redis.client.info("stats")["total_net_output_bytes"]
+    for query in ("lastEventId=earliest", "last=100"):
+        before = own.redis.client.info("stats")["total_net_output_bytes"]
 
-    with own.stream(*names, query=query) as stream:
-        replay(stream)
-        sent = own.redis.client.info("stats")["total_net_output_bytes"] - before
+        with own.stream(*names, query=query) as stream:
+            replay(stream)
+            sent = own.redis.client.info("stats")["total_net_output_bytes"] - before
 
-        assert sent < 1.2 * 2**20 * len(names)
+            assert sent < 1.2 * 2**20 * len(names)
 
 
 @both_ways
@@ -854,7 +848,7 @@ class SwallowingProxy(WithholdingProxy):
 
     def __init__(self, redis_process: RedisProcess) -> None:
         self._has_swallowed = threading.Event()
-        self._publish = functools.partial(ssepush.publish, redis_url=redis_process.url)
+        self._redis_url = redis_process.url
         super().__init__(redis_process)
 
     def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
@@ -867,7 +861,7 @@ class SwallowingProxy(WithholdingProxy):
 
     def lose_one(self, channel: str) -> None:
         """Publish an event which does not arrive."""
-        self._publish("swallow this", channel=channel)
+        ssepush.publish("swallow this", channel=channel, redis_url=self._redis_url)
         assert self._has_swallowed.wait(DEADLINE_S)
 
 
@@ -897,9 +891,7 @@ def test_the_last_words_of_a_stream_with_a_hole_say_so(
             assert set(until(again, "last")) <= {*follows}
 
 
-def test_a_hole_on_a_channel_resets_its_followers_alone(
-    redis_process: RedisProcess, start: Start, channel: str
-) -> None:
+def test_a_hole_resets_only_who_follows_the_channel(redis_process: RedisProcess, start: Start, channel: str) -> None:
     a, b = f"{channel}-a", f"{channel}-b"
     proxy = SwallowingProxy(redis_process)
     with proxy:
@@ -1027,11 +1019,7 @@ RESETS: dict[str, tuple[Harm, str, Options]] = {
     "FLUSHALL, and events since": (lambda past: past.flush().miss(2), "data-lost", ()),
     "Redis restarted without its data": (lambda past: past.restart_redis(keep_data=False), "data-lost", ()),
     "clock set back, data lost": (lambda past: past.set_clock_ahead().flush(), "unknown-id", ()),
-    "clock set back, counter lost, history kept": (
-        lambda past: past.set_clock_ahead().forget("counter").miss(1),
-        "unknown-id",
-        (),
-    ),
+    "clock set back, counter lost": (lambda past: past.set_clock_ahead().forget("counter").miss(1), "unknown-id", ()),
     "a time that has not come": (lambda past: past.move_id(HOUR), "unknown-id", ()),
     "a time before the first": (lambda past: past.move_id(-2 * HOUR), "data-lost", ()),
     "the next id, which has not come": (lambda past: past.move_id(1), "unknown-id", ()),
@@ -1103,9 +1091,7 @@ CONTINUED: dict[str, tuple[Harm, int, Options]] = {
 
 
 @pytest.mark.parametrize("case", CONTINUED)
-def test_a_stream_that_lacks_nothing_is_not_reset(
-    own_redis: RedisProcess, start: Start, channel: str, case: str
-) -> None:
+def test_a_stream_that_lacks_nothing_goes_on(own_redis: RedisProcess, start: Start, channel: str, case: str) -> None:
     harm, missed, options = CONTINUED[case]
     server = start(*options, redis=own_redis)
     past = harm(Past(own_redis, server, channel))
@@ -1136,9 +1122,7 @@ def know_many(redis_process: RedisProcess, number: int, position: str) -> None:
 
 
 @both_ways
-def test_of_too_many_channels_the_oldest_is_forgotten_and_no_page_misses_an_event_in_silence(
-    own_redis: RedisProcess, start: Start, channel: str
-) -> None:
+def test_of_too_many_channels_the_oldest_is_forgotten(own_redis: RedisProcess, start: Start, channel: str) -> None:
     server = start("--heartbeat", "1", redis=own_redis)
     names = [f"{channel}-{number}" for number in range(20)]
     pages = [server.opened(name) for name in names]
@@ -1323,7 +1307,8 @@ def test_redis_may_want_a_user_and_a_password(own_redis: RedisProcess, start: St
         "pusher", enabled=True, passwords=["+s3 cret/é"], keys=["ssepush2:*"], channels=["mine-*"], categories=["+@all"]
     )
     own_redis.client.acl_setuser("default", enabled=True, reset_channels=True)
-    server = start(redis=f"redis://pusher:s3%20cret%2F%C3%A9@127.0.0.1:{own_redis.port}/0")
+    url = own_redis.url_of("pusher", "s3%20cret%2F%C3%A9")
+    server = start(redis=url)
     stream = server.stream("mine-1")
 
     assert server.publish("hello", "mine-1")["receivers"] == 1
@@ -1332,6 +1317,10 @@ def test_redis_may_want_a_user_and_a_password(own_redis: RedisProcess, start: St
     assert stream.next().data == "hello"
     assert forbidden.until_end() == []
     assert forbidden.parser.comments
+    with pytest.raises(ssepush.RedisAway):
+        ssepush.publish("refused", channel="theirs", redis_url=url)
+    assert own_redis.client.xlen(HISTORY + "theirs") == 0
+    assert own_redis.client.zscore(NEWEST, "theirs") is None, "its id is nobody's newest"
     assert server.publish("still here", "mine-1")["receivers"] == 1
     assert stream.next().data == "still here"
     assert "s3" not in server.output
@@ -1376,12 +1365,12 @@ def test_while_redis_is_away_streams_and_publishers_are_told_so(own: ServerProce
         assert stream.next().data == "second"
 
 
-def kill_subscribers(redis: RedisProcess) -> None:
-    assert redis.client.client_kill_filter(_type="pubsub") > 0
-
-
 @both_ways
-@pytest.mark.parametrize("harm", [RedisProcess.kill, kill_subscribers])
+@pytest.mark.parametrize(
+    "harm",
+    [RedisProcess.kill, lambda redis: redis.client.client_kill_filter(_type="pubsub")],
+    ids=["Redis is killed", "subscribers are killed"],
+)
 def test_streams_that_lose_redis_are_told_and_resume(
     own: ServerProcess, channel: str, harm: Callable[..., None]
 ) -> None:
@@ -1419,9 +1408,6 @@ def test_a_shared_subscriber_that_hangs_is_given_up(redis_process: RedisProcess,
         assert stream.until_end() == []
         assert stream.says_why(), stream.parser.comments
         assert server.stream(channel).position()
-
-
-# ── Redis: stopped, killed, in trouble ───────────────────────────────────────────────────────────────────────────────
 
 
 @both_ways
@@ -1500,18 +1486,6 @@ def test_a_subscriber_that_redis_cuts_costs_no_event(own_redis: RedisProcess, st
     assert first_words(before + rest) == [*numbers(0, published), "last"]
 
 
-def test_a_publish_that_redis_refused_is_not_in_the_history(own_redis: RedisProcess, channel: str) -> None:
-    own_redis.client.acl_setuser(
-        "u", enabled=True, passwords=["+p"], keys=["*"], categories=["+@all"], reset_channels=True
-    )
-
-    with pytest.raises(ssepush.RedisAway):
-        ssepush.publish("refused", channel=channel, redis_url=own_redis.url_of("u", "p"))
-
-    assert own_redis.client.xlen(HISTORY + channel) == 0
-    assert own_redis.client.zscore(NEWEST, channel) is None, "its id is nobody's newest"
-
-
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1541,12 +1515,7 @@ def test_head_is_answered_like_get_without_a_body(path: str, server: ServerProce
     assert server.redis.subscribers("sse") == 0
 
 
-ALLOW = {
-    "/": "GET, HEAD, OPTIONS",
-    "/stream": "GET, HEAD, OPTIONS",
-    "/numbers": "GET, HEAD, OPTIONS",
-    "/publish": "POST, OPTIONS",
-}
+ALLOW = {**dict.fromkeys(READABLE, "GET, HEAD, OPTIONS"), "/publish": "POST, OPTIONS"}
 
 
 @one_way
@@ -1568,19 +1537,13 @@ def test_a_path_names_its_methods_and_refuses_all_others(path: str, server: Serv
 
 def test_one_connection_takes_one_request_after_another(server: ServerProcess, channel: str) -> None:
     stream = server.stream(channel)
-    connection = http.client.HTTPConnection(LOOPBACK, server.port, timeout=DEADLINE_S)
-    with contextlib.closing(connection):
-        connection.connect()
-        sock = connection.sock
 
+    with connect(server.port) as sock:
         for data in ("one", "two"):
-            body = json.dumps({"data": data, "channel": channel})
-            connection.request("POST", "/publish", body, JSON)
-            response = connection.getresponse()
-            assert response.status == 200
-            assert json.loads(response.read())["receivers"] == 1
+            sock.sendall(sized(json.dumps({"data": data, "channel": channel}).encode()))
+            (answer,) = answers_in(sock.recv(65536))
+            assert (answer.status, answer.json["receivers"]) == (200, 1)
 
-        assert connection.sock is sock
     assert stream.data(2) == ["one", "two"]
 
 
@@ -1732,12 +1695,8 @@ WHERE_THE_BODY_ENDS: Refusals = {
         "a GET of a stream whose body is a request": carry(b"GET /stream HTTP/1.1"),
         "an OPTIONS whose body is a request": carry(b"OPTIONS /publish HTTP/1.1"),
     },
-    (405, "takes POST"): {
-        "a refused method whose body is a request": carry(b"PUT /publish HTTP/1.1"),
-    },
-    (404, "nothing at"): {
-        "a path that is not there, whose body is a request": carry(b"POST /nowhere HTTP/1.1"),
-    },
+    (405, "takes POST"): {"a refused method whose body is a request": carry(b"PUT /publish HTTP/1.1")},
+    (404, "nothing at"): {"a path that is not there, whose body is a request": carry(b"POST /nowhere HTTP/1.1")},
     (415, "application/json"): {
         "a refused publish whose body is a request": carry(b"POST /publish HTTP/1.1"),
         "no content type": typed(),
@@ -1818,8 +1777,13 @@ THE_REQUEST_LINE: Refusals = {
 }
 
 NO_HOSTS = [
-    *["", "localhost@evil.example", "localhost/evil.example", "localhost evil.example", "localhost, evil.example"],
-    *["localhost:1:2", "löcalhost"],
+    "",
+    "localhost@a.example",
+    "localhost/a.example",
+    "localhost:1:2",
+    "localhost a",
+    "localhost, a",
+    "löcalhost",
 ]
 THE_HOST: Refusals = {
     (400, "Host"): {
@@ -2152,22 +2116,12 @@ WHO_BELONGS: Asked = {
 }
 
 
-class Ask(NamedTuple):
-    """A request to one of GUARDED; the status of the answer, and a part of its error."""
-
-    server: str
-    line: str
-    status: int
-    error: str
-    fields: Fields
-
-
-def asks_of(*tables: Asked) -> dict[str, Ask]:
-    return {name: Ask(*key, fields) for table in tables for key, rows in table.items() for name, fields in rows.items()}
-
-
-REFUSED = asks_of(WITHOUT_THE_TOKEN, A_FOREIGN_PAGE, ANOTHER_ORIGIN_THAN_ALLOWED, DNS_REBINDING)
-ALLOWED = asks_of(WHO_BELONGS)
+ASKED = {
+    name: (*key, fields)
+    for table in (WITHOUT_THE_TOKEN, A_FOREIGN_PAGE, ANOTHER_ORIGIN_THAN_ALLOWED, DNS_REBINDING, WHO_BELONGS)
+    for key, rows in table.items()
+    for name, fields in rows.items()
+}
 
 
 def ask(server: ServerProcess, line: str, **given: str) -> Answer:
@@ -2185,28 +2139,20 @@ def ask(server: ServerProcess, line: str, **given: str) -> Answer:
     return answers_in(received)[0]
 
 
-@pytest.mark.parametrize("attack", REFUSED)
-def test_nobody_gets_in_where_they_do_not_belong(guarded: Callable[[str], ServerProcess], attack: str) -> None:
-    asked = REFUSED[attack]
-    listening = guarded("default")
-    with listening.stream("guarded", "sse") as listener:
-        answer = ask(guarded(asked.server), asked.line, **asked.fields)
-        listening.redis.publish("guarded", "sentinel")
+@pytest.mark.parametrize("who", ASKED)
+def test_who_belongs_gets_in_and_nobody_else(guarded: Callable[[str], ServerProcess], who: str) -> None:
+    name, line, status, error, fields = ASKED[who]
+    default = guarded("default")
+    with default.stream("guarded", "sse") as listener:
+        answer = ask(guarded(name), line, **fields)
+        default.redis.publish("guarded", "sentinel")
 
-        assert answer.status == asked.status
-        assert asked.line.startswith("HEAD") or asked.error in answer.error
-        assert answer.status != 401 or answer.headers["WWW-Authenticate"] == "Bearer"
-        assert answer.headers["Connection"] == "close"
-        assert listener.next().data == "sentinel", "it was published"
-
-
-@pytest.mark.parametrize("asked", ALLOWED)
-def test_who_belongs_gets_in(guarded: Callable[[str], ServerProcess], asked: str) -> None:
-    row = ALLOWED[asked]
-
-    answer = ask(guarded(row.server), row.line, **row.fields)
-
-    assert answer.status == row.status, answer
+        assert answer.status == status, answer
+        if status >= 400:
+            assert line.startswith("HEAD") or error in answer.error
+            assert answer.headers["Connection"] == "close"
+            assert status != 401 or answer.headers["WWW-Authenticate"] == "Bearer"
+            assert listener.next().data == "sentinel", "it was published"
 
 
 # server, origin: what Access-Control-Allow-Origin says to a page that reads
@@ -2417,9 +2363,7 @@ def test_secrets_and_tokens_appear_nowhere(tmp_path: Path, start: Start, channel
 
     stream = server.stream(name, query=f"token={keys[0]}")
     seen += [ask(server, f"GET /stream?channel={name}&token={key}") for key in keys[1:]]
-    seen += [server.post(EVENT, **right)]
-    seen += [server.post("x", **right)]
-    seen += [server.post(EVENT, Authorization=f"Bearer {TOKEN}x")]
+    seen += [server.post(body, Authorization=f"Bearer {TOKEN}{more}") for body in (EVENT, "x") for more in ("", "x")]
     store.kill()
     stream.until_end()
     seen += [server.post(EVENT, **right), stream.body]
@@ -2573,10 +2517,9 @@ LINES = {
 
 
 @one_way
-@pytest.mark.parametrize(("stdin", "data"), LINES.values(), ids=LINES)
-def test_publish_reads_an_event_from_each_line_of_standard_input(
-    server: ServerProcess, channel: str, stdin: str, data: list[str]
-) -> None:
+@pytest.mark.parametrize("lines", LINES)
+def test_publish_reads_an_event_from_each_line_of_stdin(server: ServerProcess, channel: str, lines: str) -> None:
+    stdin, data = LINES[lines]
     stream = server.stream(channel)
 
     done = run("publish", channel, "-", stdin=stdin, REDIS_URL=server.redis.url)
@@ -2647,9 +2590,8 @@ def test_an_output_that_cannot_be_written_is_told_in_one_line(redis_process: Red
 
 
 def test_publish_with_redis_down_exits_with_1_and_one_line() -> None:
-    done = run("publish", "sse", "hi", REDIS_URL=f"redis://:geheim@127.0.0.1:{free_port()}/0")
+    line = the_line(run("publish", "sse", "hi", REDIS_URL=f"redis://:geheim@127.0.0.1:{free_port()}/0"), 1)
 
-    line = the_line(done, 1)
     assert "not published" in line
     assert "geheim" not in line
 
@@ -2676,8 +2618,7 @@ OPTIONS = {
     "streams": ["--shared", "--heartbeat", "--retry", "--max-streams", "--max-backlog", "--max-event"],
     "who may": ["--allow-origin", "--allow-host", "SSEPUSH_PUBLISH_TOKEN", "SSEPUSH_SECRET"],
     "running it": ["--redis-url", "--drain", "--log-level", "--version"],
-    "variables": ["REDIS_URL", "SSEPUSH_HISTORY", "SSEPUSH_HISTORY_TTL"],
-    "commands": ["publish", "sign"],
+    "commands and variables": ["publish", "sign", "REDIS_URL", "SSEPUSH_HISTORY", "SSEPUSH_HISTORY_TTL"],
 }
 DEFAULTS = ["127.0.0.1", "5000", "15", "3000", "1 MiB", "4 MiB", "1000", "86400", "5"]
 
@@ -2737,7 +2678,6 @@ WRONG_ARGUMENTS = {
     "a command that is not there": (["sing"], "sing"),
     "a key for many lines": (["publish", "sse", "-", "--key", "a"], "--key"),
     "newline in the type": (["publish", "sse", "hi", "--type", "a\nb"], "type"),
-    "carriage return in the type": (["publish", "sse", "hi", "--type", "a\rb"], "type"),
     "control character in the channel": (["publish", "sse\x01", "hi"], "channel"),
     "empty channel": (["publish", "", "hi"], "channel"),
     "channel too long": (["publish", "x" * 201, "hi"], "200 bytes"),
@@ -2785,11 +2725,7 @@ CANNOT_START = {
     "a port that is taken": ("", "--port {port}", "{port}.*in use.*--port.*AirPlay"),
     "a host that is not ours": ("", "--port 0 --host 203.0.113.5", r"203\.0\.113\.5"),
     "hardly any open files": ("prlimit --nofile=64:64", "--port 0", "open files.*ulimit -n"),
-    "fewer open files than asked for": (
-        "prlimit --nofile=1024:1024",
-        "--port 0 --max-streams 1000",
-        "open files.*ulimit -n",
-    ),
+    "fewer than asked for": ("prlimit --nofile=1024:1024", "--port 0 --max-streams 1000", "open files.*ulimit -n"),
 }
 
 
@@ -2836,9 +2772,7 @@ def test_a_redis_that_wants_another_password_is_told_in_one_line(own_redis: Redi
             assert password or re.search("--redis-url|REDIS_URL|redis://", line.split("refuses:")[-1])
 
 
-def test_a_server_starts_and_waits_for_a_redis_that_is_down(
-    start: Start, own_redis: RedisProcess, channel: str
-) -> None:
+def test_a_server_waits_for_a_redis_that_is_down(start: Start, own_redis: RedisProcess, channel: str) -> None:
     own_redis.kill()
 
     server = start("--retry", "10", redis=own_redis)
