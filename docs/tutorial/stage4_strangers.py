@@ -1,4 +1,4 @@
-"""Stage 4: strangers. Stage 3 with someone at the door.
+"""Stage 4: stage 3 with someone at the door.
 
     python3 docs/tutorial/stage4_strangers.py [PORT]
 
@@ -21,7 +21,7 @@ HOSTS = ["127.0.0.1", "localhost"]  # what browsers call this server
 
 
 class HTTPError(Exception):
-    """The request is refused. Arguments: the HTTP status, and one line that says what was wrong."""
+    """The request is refused, with this status, because of this."""
 
 
 def event_of(message):
@@ -38,7 +38,7 @@ def event_of(message):
 
 
 def frame_unless_bad(message):
-    """The frame of a message; b"" if it cannot become an event, which harms nobody."""
+    """b"" if the message cannot become an event: that harms nobody."""
     try:
         return frame_of(event_of(message))
     except (ValueError, RecursionError) as error:

@@ -89,7 +89,7 @@ class Relay:
         self.waker.send(b"\0")
 
     def run(self):
-        """1. Sleep until something happens. 2. Do what it calls for, and what other threads ask for. 3. Heartbeats."""
+        """1. Sleep until something happens. 2. Do what is to be done then. 3. Now and then, heartbeats."""
         beat_at = monotonic() + HEARTBEAT_S
         while True:
             for key, _ in self.selector.select(beat_at - monotonic()):
@@ -115,7 +115,7 @@ class Relay:
             self.end(stream)
 
     def on_redis(self, stream):
-        """Pass on what its subscriber has received. If Redis is lost, the page comes back by itself."""
+        """If Redis is lost, the page comes back by itself."""
         subscriber = stream.subscriber
         try:
             received = subscriber.sock.recv(65536)

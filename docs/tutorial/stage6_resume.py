@@ -17,7 +17,6 @@ from urllib.parse import parse_qs, urlsplit
 import stage5_selector
 from stage2_redis import REDIS, Event, event_of, frame_of
 from stage3_closed_tabs import HEARTBEAT_S
-from stage4_strangers import HTTPError
 from stage5_selector import Subscriber, start
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0"))
@@ -43,7 +42,6 @@ redis.call('PUBLISH', channel, string.sub(message, 1, -2) .. ', "id": "' .. id .
 return id
 """
 
-# Answers, as JSON, what History holds.
 QUESTION_LUA = """
 local after, last = ARGV[1], ARGV[2]
 local newest_of_each, entries = {}, {}
@@ -55,7 +53,7 @@ for i = 3, #KEYS do
     end
   end
 end
-local newest = redis.call('GET', KEYS[1]) or '0000000000000000'
+local newest = redis.call('GET', KEYS[1]) or '0000000000000000'  -- older than any id
 return cjson.encode({newest = newest, newest_of_each = newest_of_each, entries = entries})
 """
 
@@ -68,24 +66,21 @@ class Since(NamedTuple):
 
 
 def question(channels, since):
-    """The command that asks what a stream missed."""
+    """The command that asks Redis what a stream missed."""
     keys = [COUNTER_KEY, NEWEST_KEY, *(HISTORY_KEY + channel for channel in channels)]
     return ["EVAL", QUESTION_LUA, len(keys), *keys, *since, *channels]
 
 
 class History(NamedTuple):
-    """What Redis answers to whoever asks what it missed."""
+    """What Redis answers to the question, as JSON."""
 
     newest: str  # id of all channels
     newest_of_each: list
-    entries: dict  # {id: (previous, frame)} of what is kept after the id that was asked for
+    entries: dict  # {id: (previous, frame)}: what is kept after the id in the question
 
 
 def replay(after, history):
-    """What was published after an id: [(id, frame)]; and why some of it may be missing, "" if nothing is.
-
-    It walks back from each channel's newest event to the one that each entry names as the one before it.
-    """
+    """What came after an id, [(id, frame)], and why some may be missing, "" if nothing is. It walks back in time."""
     if not after or after > history.newest:
         return [], "unknown-id"
     found, reason = [], ""
@@ -121,7 +116,7 @@ class Stream(stage5_selector.Stream):
 
 class Relay(stage5_selector.Relay):
     def take(self, stream, kind, text):
-        """What comes before the answer is in it. What comes after it was published later, and is for the stream."""
+        """A message that comes before the answer is in the answer. One that comes later is for the stream."""
         if kind is None:
             stream.state = LIVE
             history = History(**json.loads(text))
@@ -147,16 +142,13 @@ class Handler(stage5_selector.Handler):
         subscriber.send(*question)
 
     def since(self, query):
-        """A browser that comes back sends the id that it saw last; a page that opens a new stream has it in the URL."""
+        """A browser that comes back sends the last id that it saw; our page puts it in the URL when it opens anew."""
         event_id = self.headers.get("Last-Event-ID") or query.get("lastEventId", [""])[-1]
         if event_id:
             return Since(event_id if EVENT_ID.fullmatch(event_id) else "")
-        if "last" not in query:
-            return Since()
-        last = query["last"][-1]
-        if not re.fullmatch("[1-9][0-9]?|100", last):
-            raise HTTPError(400, "last must be a number from 1 to 100")
-        return Since("0", int(last))
+        if "last" in query:
+            return Since("0", int(query["last"][-1]))
+        return Since()
 
     def publish(self, message):
         channel = str(json.loads(message).get("channel", "sse"))
