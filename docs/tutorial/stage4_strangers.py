@@ -33,12 +33,11 @@ def event_of(message):
     for text in (event.type, event.id):
         if not isinstance(text, str | None) or re.search("[\r\n\0]", text or ""):
             raise ValueError("type and id must be text without a line break")
-    frame_of(event)  # a ValueError, too, if there is half a character in it
     return event
 
 
 def frame_unless_bad(message):
-    """b"" if the message cannot become an event: that harms nobody."""
+    """The frame of a message, or b"" if it cannot become an event."""
     try:
         return frame_of(event_of(message))
     except (ValueError, RecursionError) as error:
@@ -47,7 +46,7 @@ def frame_unless_bad(message):
 
 
 def first_words():
-    """What each stream begins with: when to come back after its end. Each browser at another time."""
+    """What each stream begins with: how long to wait after its end, in ms. Different for each browser."""
     return f"retry: {randint(2000, 4000)}\n\n".encode()
 
 
@@ -93,7 +92,7 @@ class Handler(stage3_closed_tabs.Handler):
             raise HTTPError(413, "Content-Length must be a number up to 99999")
         try:
             message = super().read_message()
-            event_of(message)
+            frame_of(event_of(message))  # a ValueError, too, if there is half a character in it
         except TimeoutError:
             raise HTTPError(408, f"nothing came for {REQUEST_S} s") from None
         except (ValueError, RecursionError) as error:
