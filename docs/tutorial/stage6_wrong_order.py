@@ -2,7 +2,7 @@
 
     python3 docs/tutorial/stage6_wrong_order.py [PORT]
 
-The requests and the setting are those of stage 6.
+Otherwise as stage 6.
 """
 
 import stage6_resume
