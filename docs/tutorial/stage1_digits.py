@@ -1,9 +1,9 @@
-"""Stage 1: the digits 1 to 6, round and round, one each half second.
+"""Stage 1: the digits 1 to 6, round and round, two each second.
 
     python3 docs/tutorial/stage1_digits.py [PORT]
 
-GET /stream is the stream of events, GET / a page that shows it.
-GET /stream?article is the same with the mistake of the article.
+GET /stream is the event stream, GET / a page that shows it.
+GET /stream?article makes the article's mistake.
 """
 
 import itertools
@@ -16,28 +16,25 @@ PAGE = Path(__file__).with_name("page.html")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. Each runs in a thread of its own, so one may go on for ever."""
+    """One request. Each runs in a thread of its own, so it may go on for ever."""
 
     def do_GET(self):
         if self.path.startswith("/stream"):
-            self.start("text/event-stream")
-            self.stream()
+            self.answer_stream()
         else:
             self.start("text/html; charset=utf-8")
-            page = PAGE.read_bytes()
-            self.wfile.write(page)
+            self.wfile.write(PAGE.read_bytes())
 
     def start(self, content_type):
-        """Send the head of the answer. It does not say how long the body is: it lasts as long as the connection."""
+        """Send the head of the answer. It names no length: the body lasts as long as the connection."""
         self.send_response(200)
         self.send_header("Content-Type", content_type)
         self.end_headers()
 
-    def stream(self):
+    def answer_stream(self):
         """The whole of server push: an answer that does not end."""
-        event_end = "\n\n"
-        if self.path == "/stream?article":
-            event_end = "\n"
+        self.start("text/event-stream")
+        event_end = "\n" if self.path == "/stream?article" else "\n\n"
         for digit in itertools.cycle("123456"):
             event = f"data: {digit}{event_end}"
             self.wfile.write(event.encode())
@@ -45,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    request_queue_size = 128  # how many browsers may knock at the same time; if left alone, 5
+    request_queue_size = 128  # how many browsers may knock at once; if left alone, 5
 
 
 def serve(handler, port):

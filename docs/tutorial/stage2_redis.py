@@ -8,6 +8,8 @@ REDIS_URL in the environment says where Redis is, if it is not on this machine.
 
 import json
 import os
+import re
+from typing import NamedTuple
 
 import redis
 import stage1_digits
@@ -16,28 +18,46 @@ REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
 REDIS = redis.Redis.from_url(REDIS_URL)
 
 
-def frame_of(message):
-    r"""The bytes of an event: b'{"data": [1, 2], "type": "greet"}' gives b'event: greet\ndata: [1, 2]\n\n'."""
+class Event(NamedTuple):
+    """What a browser gets. None: the field is not sent."""
+
+    data: str
+    type: str | None = None
+    id: str | None = None  # nobody sends any before stage 6
+
+
+def event_of(message):
+    """The event in a message: b'{"data": [1, 2], "type": "greet"}' gives Event("[1, 2]", "greet")."""
     members = json.loads(message)
-    data = json.dumps(members["data"])  # JSON holds no line break, so one data: line will do
-    frame = f"data: {data}\n\n"
-    if "type" in members:
-        frame = f"event: {members['type']}\n{frame}"
-    if "id" in members:  # nobody sends any before stage 5
-        frame = f"id: {members['id']}\n{frame}"
-    return frame.encode()
+    data = members["data"]
+    if not isinstance(data, str):
+        data = json.dumps(data)
+    return Event(data, members.get("type"), members.get("id"))
+
+
+def frame_of(event):
+    r"""The event as it goes over the wire: Event("hi", "greet") gives b"event: greet\ndata: hi\n\n"."""
+    lines = []
+    if event.type:
+        lines.append(f"event: {event.type}")
+    if event.id:
+        lines.append(f"id: {event.id}")
+    for line in re.split("\r\n|\r|\n", event.data):
+        lines.append(f"data: {line}")
+    return "\n".join([*lines, "\n"]).encode()
 
 
 class Handler(stage1_digits.Handler):
     """As in stage 1, with another stream, and a way to publish."""
 
-    def stream(self):
+    def answer_stream(self):
         """The obvious loop: wait for a message, write it to the browser, wait for the next."""
+        self.start("text/event-stream")
         pubsub = REDIS.pubsub(ignore_subscribe_messages=True)
         pubsub.subscribe("sse")
         for message in pubsub.listen():
-            frame = frame_of(message["data"])
-            self.wfile.write(frame)
+            event = event_of(message["data"])
+            self.wfile.write(frame_of(event))
 
     def do_POST(self):
         message = self.read_message()

@@ -6,17 +6,18 @@ GET /threads says how many threads this process has; the other requests are thos
 HEARTBEAT_S in the environment: after how many silent seconds a stream gets a heartbeat.
 """
 
+import json
 import os
 import socket
 import threading
-import time
+from time import monotonic
 
 import stage2_redis
 from stage1_digits import serve
-from stage2_redis import REDIS, frame_of
+from stage2_redis import REDIS, Event, event_of, frame_of
 
 HEARTBEAT_S = float(os.environ.get("HEARTBEAT_S", "15"))
-HEARTBEAT = b":\n\n"  # a line that begins with a colon is a comment, which browsers ignore
+HEARTBEAT = frame_of(Event(json.dumps({"heartbeat": HEARTBEAT_S}), "stream-position"))
 LOOK_S = 0.5  # how long a stream waits for Redis before it looks after its browser
 
 
@@ -37,26 +38,29 @@ class Handler(stage2_redis.Handler):
     def do_GET(self):
         if self.path == "/threads":
             self.start("text/plain")
-            answer = f"{threading.active_count()}\n"
-            self.wfile.write(answer.encode())
+            self.wfile.write(f"{threading.active_count()}\n".encode())
         else:
             super().do_GET()
 
-    def stream(self):
+    def answer_stream(self):
         """Wait for a message, but never for long: has the browser left? Is a heartbeat due?"""
-        beat_at = time.monotonic() + HEARTBEAT_S
+        self.start("text/event-stream")
+        beat_at = 0.0  # the first at once
         with REDIS.pubsub(ignore_subscribe_messages=True) as pubsub:  # closed at the end, however that comes
             pubsub.subscribe("sse")
             while not has_left(self.connection):
                 message = pubsub.get_message(timeout=LOOK_S)
                 if message:
-                    frame = frame_of(message["data"])
-                elif time.monotonic() > beat_at:
+                    frame = self.frame(message["data"])
+                elif monotonic() > beat_at:
                     frame = HEARTBEAT
                 else:
                     continue
                 self.wfile.write(frame)
-                beat_at = time.monotonic() + HEARTBEAT_S
+                beat_at = monotonic() + HEARTBEAT_S
+
+    def frame(self, message):
+        return frame_of(event_of(message))
 
 
 if __name__ == "__main__":
