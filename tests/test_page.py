@@ -323,10 +323,11 @@ class DeafProxy:
         self._dead = threading.Event()
 
     def _accept(self) -> None:
-        while True:
-            near, far = self._listener.accept()[0], kit.connect(self._behind)
-            for ends in ((near, far), (far, near)):
-                threading.Thread(target=self._pass_on, args=(*ends, self._dead), daemon=True).start()
+        with contextlib.suppress(OSError):  # the server has ended
+            while True:
+                near, far = self._listener.accept()[0], kit.connect(self._behind)
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(*ends, self._dead), daemon=True).start()
 
     def _pass_on(self, source: socket.socket, sink: socket.socket, dead: threading.Event) -> None:
         source.settimeout(None)
