@@ -271,18 +271,6 @@ def test_a_page_and_its_wire_say_that_they_reconnect_and_go_on_after_a_restart(
         assert "".join(page.wire()).count("data: before\n") == 1
 
 
-def test_a_page_that_is_refused_says_why(page: OpenPage, start: Start) -> None:
-    page.tab.get(f"{page.server.url}/?channel=private-room")
-    page.mentions("state", "Refused: 403, ")
-    assert "private-room" in page.text("state")
-    assert page.state() == "closed"
-    assert "then connect" in page.text("detail")
-
-    page.open_from_disk(start("--allow-origin", "https://other.example").url)
-    page.reads("state", "Refused: the server does not let a page from here see its answer")
-    assert page.state() == "closed"
-
-
 class BadGateway(QuietHandler):
     """A proxy that serves the page, and has nobody behind it to serve the stream."""
 
@@ -293,15 +281,25 @@ class BadGateway(QuietHandler):
             self.answer(200, PAGE.read_text())
 
 
-def test_a_page_comes_back_by_itself_after_a_proxys_502(page: OpenPage, start: Start) -> None:
+def test_a_page_that_is_refused_says_why_but_comes_back_by_itself_after_a_proxys_502(
+    page: OpenPage, start: Start
+) -> None:
+    page.tab.get(f"{page.server.url}/?channel=private-room")
+    page.mentions("state", "Refused: 403, ")
+    assert "private-room" in page.text("state")
+    assert page.state() == "closed"
+    assert "then connect" in page.text("detail")
+
+    page.open_from_disk(start("--allow-origin", "https://other.example").url)
+    page.reads("state", "Refused: the server does not let a page from here see its answer")
+    assert page.state() == "closed"
+
     with http.server.ThreadingHTTPServer((LOOPBACK, 0), BadGateway) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         page.tab.get(f"http://{LOOPBACK}:{proxy.server_port}/?channel={page.channel}")
         page.reads("state", f"No connection yet: {GAVE_UP}")
         proxy.shutdown()
-
     page.server = start(port=proxy.server_port)
-
     page.until(page.state, "open")
     page.publish("after")
     page.until(page.rows, ["after"])
@@ -401,13 +399,9 @@ def test_an_expired_token_closes_the_page_which_goes_on_where_it_stopped_once_co
 
 def test_a_page_may_begin_with_what_is_kept(page: OpenPage) -> None:
     page.open()
-    channel = f"channel={page.channel}"
-    for option, query in {
-        "last=10": f"last=10&{channel}",
-        "lastEventId=earliest": f"lastEventId=earliest&{channel}",
-        "": channel,
-    }.items():
+    for option in ("last=10", "lastEventId=earliest", ""):
         page.enter("begin", option)
+        query = f"{option}&channel={page.channel}".lstrip("&")
         assert page.run("return streamUrl(true)") == f"{page.server.url}/stream?{query}"
     page.until(page.state, "open")
 
@@ -503,43 +497,31 @@ LEFT_EDGES = """
 """
 
 
-def test_what_stands_in_the_place_of_the_answer_is_visibly_no_answer(page: OpenPage) -> None:
+def test_the_answer_stands_where_visibly_none_was_and_question_and_answer_beside_it(page: OpenPage) -> None:
     page.open()
     assert (page.text("data"), page.run(BORDER)) == (PLACEHOLDER, "dashed")
     assert page.is_shown("data-note")
     assert page.text("data-note") == "That only holds the place: no new_answers event has come yet."
-
     page.send("new_answers", "no JSON")
     page.mentions("data-note", "only in the list")
     assert page.text("data") == PLACEHOLDER
-
     page.publish(ANSWER, type="new_answers")
     page.reads("data", SHOWN_ANSWER)
     assert not page.is_shown("data-note")
     assert page.run(BORDER) == "none"
 
-
-def test_a_right_to_left_question_stands_right_of_its_value(page: OpenPage) -> None:
-    page.open()
-    page.publish({"question": "ما هي أفضل لغة؟", "value": "PHP"}, type="new_answers")
-    page.mentions("data", "PHP")
-
-    question, value = page.run(LEFT_EDGES)
-
-    assert question > value
-
-
-def test_question_and_answer_appear_once_they_have_come(page: OpenPage) -> None:
-    page.open()
     assert not page.is_shown("named-question")
     assert not page.is_shown("named-answer")
-
     page.send("new_question", "which one?")
     page.send("new_answer", "<i>this</i>")
-
     page.shows("named-answer")
     assert (page.text("last-question"), page.text("last-answer")) == ("which one?", "<i>this</i>")
     assert page.run(STRANGE) == "undefined,0"
+
+    page.publish({"question": "ما هي أفضل لغة؟", "value": "right to left"}, type="new_answers")
+    page.mentions("data", "right to left")
+    question, value = page.run(LEFT_EDGES)
+    assert question > value
 
 
 # ── Its list, and the wire ───────────────────────────────────────────────────────────────────────────────────────────
@@ -649,12 +631,22 @@ def test_a_burst_of_1200_events_is_counted_whole_logged_up_to_the_cap_and_can_be
     page.until(page.rows, kit.numbers(700, 1200))
 
 
-def test_the_last_id_is_shown_and_a_position_is_no_event_even_without_data(page: OpenPage) -> None:
+HIDE = """
+    Object.defineProperty(document, "hidden", {value: arguments[0], configurable: true});
+    document.dispatchEvent(new Event("visibilitychange"));
+"""
+
+
+def test_the_last_id_is_shown_and_the_title_of_a_hidden_tab_counts_but_a_position_is_no_event(page: OpenPage) -> None:
     page.open()
+    page.run(HIDE, True)
     for data in ("first", "second"):
         id_ = page.publish(data)
         page.reads("last-id", id_)
         page.mentions("log", id_)
+    wait_for(lambda: page.tab.title == "(2) ssepush", "the title counts two")
+    page.run(HIDE, False)
+    assert page.tab.title == "ssepush"
 
     page.reads("last-id", page.publish("", type="stream-position"))
     page.send("message", "an event")
@@ -662,23 +654,6 @@ def test_the_last_id_is_shown_and_a_position_is_no_event_even_without_data(page:
     page.until(page.rows, ["first", "second", "an event"])
     assert page.text("count") == "3"
     assert page.shown_rows()[-1][2] == "no ID of its own"
-
-
-HIDE = """
-    Object.defineProperty(document, "hidden", {value: arguments[0], configurable: true});
-    document.dispatchEvent(new Event("visibilitychange"));
-"""
-
-
-def test_the_title_of_a_hidden_tab_counts_what_came(page: OpenPage) -> None:
-    page.open()
-    page.run(HIDE, True)
-    page.publish("one")
-    page.publish("two")
-    wait_for(lambda: page.tab.title == "(2) ssepush", "the title counts two")
-
-    page.run(HIDE, False)
-    assert page.tab.title == "ssepush"
 
 
 def test_the_wire_shows_the_bytes_as_they_came(page: OpenPage, start: Start) -> None:
@@ -729,7 +704,9 @@ def test_the_wire_is_open_at_first_on_wide_screens_and_read_only_while_it_is_sho
 # ── Publishing, and lines to copy ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_form_holds_the_articles_event_and_says_whom_it_reached(page: OpenPage) -> None:
+def test_the_form_holds_the_articles_event_publishes_on_enter_and_says_whom_it_reached(page: OpenPage) -> None:
+    from selenium.webdriver.common.keys import Keys
+
     stream = page.listener()
     page.open()
     assert page.text("kind") == "sent as JSON"
@@ -744,6 +721,15 @@ def test_the_form_holds_the_articles_event_and_says_whom_it_reached(page: OpenPa
     page.enter("publish-channel", f"{page.channel}-empty")
     page.click_publish()
     page.mentions("answer", f"Published, but nobody is listening to {page.channel}-empty, ID ")
+
+    page.enter("publish-channel", page.channel)
+    page.enter("publish-data", "")
+    data = page.tab.find_element("id", "publish-data")
+    height = data.size["height"]
+    data.send_keys("one", Keys.SHIFT, Keys.ENTER, Keys.NULL, "two")
+    assert data.size["height"] > height
+    data.send_keys(Keys.ENTER)
+    assert stream.next().data == "one\ntwo"
 
 
 def test_what_is_published_goes_to_the_channel_that_one_listens_to_until_told_otherwise(page: OpenPage) -> None:
@@ -762,22 +748,6 @@ def test_what_is_published_goes_to_the_channel_that_one_listens_to_until_told_ot
     page.enter("publish-channel", "")
     assert page.value("publish-channel") == page.channel
     assert page.text("elsewhere") == ""
-
-
-def test_enter_publishes_and_shift_enter_starts_a_new_line(page: OpenPage) -> None:
-    from selenium.webdriver.common.keys import Keys
-
-    stream = page.listener()
-    page.open()
-    page.enter("publish-data", "")
-    data = page.tab.find_element("id", "publish-data")
-    height = data.size["height"]
-
-    data.send_keys("one", Keys.SHIFT, Keys.ENTER, Keys.NULL, "two")
-    assert data.size["height"] > height
-    data.send_keys(Keys.ENTER)
-
-    assert stream.next().data == "one\ntwo"
 
 
 WRONG = {
@@ -860,8 +830,15 @@ def test_the_lines_to_copy_publish_what_the_form_publishes(how: str, page: OpenP
     assert stream.parser.retry_ms == 4321
 
 
-def test_the_javascript_to_copy_hears_what_the_form_publishes(page: OpenPage) -> None:
+def test_one_of_the_lines_to_copy_is_shown_and_the_javascript_hears_what_the_form_publishes(page: OpenPage) -> None:
     page.open()
+    assert not page.is_shown("line")
+    page.click("#lines summary")
+    assert page.is_shown("line")
+    assert [page.line(how).split()[0] for how in WAYS_TO_COPY] == ["redis-cli", "curl", "python", "const"]
+    page.click("#lines button")
+    wait_for(lambda: re.search("Copied|Selected", page.text("lines")), "the page says that it copied")
+
     page.enter("publish-type", "it's </script>")
     page.enter("publish-data", '{"a": "b"}')
     page.run("window.heard = []; console.log = (value) => heard.push(value);")
@@ -873,18 +850,6 @@ def test_the_javascript_to_copy_hears_what_the_form_publishes(page: OpenPage) ->
     wait_for(lambda: page.run("return heard.length > 0"), "the copied code heard it")
     assert page.run("return heard") == [{"a": "b"}]
     page.run("copied.close()")
-
-
-def test_one_of_the_lines_to_copy_is_shown_and_copied(page: OpenPage) -> None:
-    page.open()
-    assert not page.is_shown("line")
-    page.click("#lines summary")
-    assert page.is_shown("line")
-    assert [page.line(how).split()[0] for how in WAYS_TO_COPY] == ["redis-cli", "curl", "python", "const"]
-
-    page.click("#lines button")
-
-    wait_for(lambda: re.search("Copied|Selected", page.text("lines")), "the page says that it copied")
 
 
 # ── For everybody ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -930,11 +895,12 @@ PLACES = """
 """
 
 
-def test_all_that_matters_is_on_a_desktops_first_screen(page: OpenPage, look: Look) -> None:
+def test_all_that_matters_is_on_a_desktops_first_screen_and_first_on_a_phone(page: OpenPage, look: Look) -> None:
     look.size(1280, 900)
     page.open()
+    page.publish(ANSWER, type="new_answers")
     page.server.redis.publish_all(page.channel, kit.numbers(0, 600))
-    page.reads("count", "600")
+    page.reads("count", "601")
 
     for _ in ("the wire beside the log", "the log alone"):
         state, answer, log, line = page.run(PLACES, "#state", "#data", ".scroll", "#publish .line")
@@ -944,16 +910,8 @@ def test_all_that_matters_is_on_a_desktops_first_screen(page: OpenPage, look: Lo
         assert page.run("return document.documentElement.scrollHeight") == 900
         page.click("#show-wire")
 
-
-def test_on_a_phone_state_answer_and_log_come_first(page: OpenPage, look: Look) -> None:
     look.size(390, 844)
-    page.open()
-    page.publish(ANSWER, type="new_answers")
-    page.reads("data", SHOWN_ANSWER)
-    wait_for(page.rows, "the row")
-
     tops = [top for top, _ in page.run(PLACES, "#state", "#data", "#log li", "#publish", "#settings")]
-
     assert tops == sorted(tops)
     assert tops[2] < 500
 
@@ -1002,18 +960,6 @@ OVERFLOW = """
       [...document.querySelectorAll("body *")].filter((at) => at.checkVisibility()
         && at.getBoundingClientRect().right > width).map((at) => at.outerHTML.slice(0, 80))];
 """
-
-
-def test_at_360_pixels_nothing_needs_scrolling_sideways(page: OpenPage, look: Look) -> None:
-    look.size(360)
-    fill(page)
-
-    assert page.run(OVERFLOW) == [0, 360, []]
-    page.enter("publish-retry", "")
-    page.enter("publish-data", "unbroken" * 40)
-    assert page.run(OVERFLOW) == [0, 360, []]
-
-
 AXE = """
     const done = arguments[0];
     axe.run(document).then(({passes, violations}) => done(passes.length < 20 ? ["did not run"]
@@ -1030,7 +976,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_axe_finds_nothing_that_keeps_anybody_out(
+def test_axe_finds_nothing_that_keeps_anybody_out_and_at_360_pixels_nothing_needs_scrolling_sideways(
     width: int, scheme: str, look: Look, axe: str, page: OpenPage
 ) -> None:
     look.size(width)
@@ -1046,6 +992,10 @@ def test_axe_finds_nothing_that_keeps_anybody_out(
     judge()
     fill(page)
     judge()
+    if width == 360:
+        assert page.run(OVERFLOW) == [0, 360, []]
+        page.enter("publish-data", "unbroken" * 40)
+        assert page.run(OVERFLOW) == [0, 360, []]
     page.enter("publish-retry", "")
     page.click_publish()
     page.mentions("answer", "Published to ")
