@@ -1059,41 +1059,30 @@ def test_in_firefox_the_page_listens_publishes_shows_the_wire_and_learns_types(f
     page.until(page.streams, 0)
 
 
-def test_in_firefox_a_page_from_disk_comes_back_to_a_restarted_server_and_misses_nothing(
+def test_in_firefox_a_page_from_disk_finds_a_server_that_starts_later_and_comes_back_to_it_and_misses_nothing(
     firefox_page: OpenPage, start: Start
 ) -> None:
-    page, publisher = firefox_page, firefox_page.server
-    page.server = start("--retry", "100")
-    page.open_from_disk(page.server.url)
+    page, publisher, port = firefox_page, firefox_page.server, free_port()
+    page.open_from_disk(f"http://{LOOPBACK}:{port}")
+    page.mentions("state", f"No connection yet: {GAVE_UP}")
+    assert page.text("start-line") == f"python ssepush.py --port {port}"
+    page.run("document.getElementById('close').click()")  # can be closed while it waits, and opened
+    assert (page.text("state"), page.text("detail")) == ("Closed", "You closed it.")
+    page.run("document.getElementById('close').click()")
+    page.mentions("state", f"No connection yet: {GAVE_UP}")
+
+    page.server = start("--retry", "100", port=port)
     page.until(page.state, "open")
+    page.until(page.streams, 2)
     page.publish("seen")
     page.until(page.rows, ["seen"])
 
     page.server.kill()
-    page.mentions("state", GAVE_UP)
+    page.mentions("state", f"Connection lost: {GAVE_UP}")
     assert re.match("Next try in about [1-5] s, lost", page.text("detail"))
     publisher.publish("missed", page.channel)
-    page.server = start("--retry", "100", port=page.server.port)
-
+    page.server = start("--retry", "100", port=port)
     page.until(page.rows, ["seen", "missed"])
     page.reads("state", "Open")
     page.publish("after")
     page.until(page.rows, ["seen", "missed", "after"])
-
-
-def test_in_firefox_a_page_from_disk_finds_a_server_that_is_started_later_and_can_be_closed_while_it_waits(
-    firefox_page: OpenPage, start: Start
-) -> None:
-    page, port = firefox_page, free_port()
-    page.open_from_disk(f"http://{LOOPBACK}:{port}")
-    page.mentions("state", f"No connection yet: {GAVE_UP}")
-    assert page.text("start-line") == f"python ssepush.py --port {port}"
-
-    page.run("document.getElementById('close').click()")
-    assert (page.text("state"), page.text("detail")) == ("Closed", "You closed it.")
-    page.run("document.getElementById('close').click()")
-    page.mentions("state", f"No connection yet: {GAVE_UP}")
-    start(port=port)
-
-    page.until(page.state, "open")
-    page.until(page.streams, 2)
