@@ -350,6 +350,10 @@ def test_heartbeats_keep_a_silent_page_open_and_a_dead_stream_is_noticed_and_goe
     other = page.listener()
     other.wait(lambda: len(other.positions) >= 6, "two seconds of heartbeats")
     assert page.run("return states") == []
+    if wire:
+        page.run("stopWire()")
+        page.until(page.streams, 2)  # EventSource and the other one
+        page.until(page.streams, 3)
 
     proxy.kill_connections()
     page.publish("lost on the way")
