@@ -59,15 +59,6 @@ def test_notifications_changes_the_page_which_can_be_loaded_again_with_the_chann
     assert article.server.get("/?channel=a&types=b").body == article.server.get("/").body
 
 
-def test_the_page_shows_named_events_each_in_its_own_place(article: OpenPage) -> None:
-    article.send("new_question", "which one?")
-    article.send("new_answer", "<b>this one</b>")
-
-    article.until(article.rows, ["which one?", "<b>this one</b>"])
-    assert article.text("last-answer") == "<b>this one</b>"
-    assert article.text("data") == PLACEHOLDER
-
-
 def test_the_page_publishes_but_from_disk_it_is_refused_and_says_so(article: OpenPage) -> None:
     stream = article.server.stream()
     article.click_publish()
