@@ -3,422 +3,317 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import ssepush
-from tests.browser import state_of, text_of
-from tests.kit import HERE, RedisProcess, ServerProcess, Start, both_ways, wait_for
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, wait_for
 from tests.messages import AS_PUBLISHED, NEW_ANSWERS, NO_EVENT_OBJECTS, POISON, publish_all
+from tests.test_examples import browser, example_for, items, wait_for_content
+from tests.test_page import MESSAGE, PLACEHOLDER, SECOND_HEARTBEATS, SHOWN_ANSWER, STRANGE, DeafProxy, OpenPage
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
-
-def listen(
-    tab: WebDriver,
-    server: ServerProcess,
-    channel: str,
-    types: Sequence[str] = ("message",),
-) -> None:
-    """Open an EventSource on a page of the server, and keep what it dispatches in `events`."""
-    script = """
-        const [channel, types, done] = arguments;
-        window.events = [];
-        window.opened = 0;
-        window.source = new EventSource("/stream?channel=" + encodeURIComponent(channel));
-        source.addEventListener("open", () => { opened += 1; done(); });
-        for (const type of types) source.addEventListener(type, (event) => {
-          if (event instanceof MessageEvent) events.push([event.type, event.data, event.lastEventId]);
-        });
-    """
-    tab.get(f"{server.url}/healthz")
-    tab.execute_async_script(script, channel, list(types))
+__all__ = ["browser"]  # a fixture
 
 
-def heard(
-    tab: WebDriver,
-    number: int,
-) -> list[list[str]]:
-    """The first events, as many, as Chromium dispatched them: `[[type, data, lastEventId], …]`."""
-
-    def enough() -> bool:
-        return bool(tab.execute_script("return events.length >= arguments[0]", number))
-
-    wait_for(enough, f"{number} events in Chromium")
-    return [list(map(str, event)) for event in tab.execute_script("return events")]
+# ── The article's page, however the server subscribes ────────────────────────────────────────────────────────────────
 
 
-MESSAGE = json.dumps({"data": NEW_ANSWERS, "type": "new_answers"})
-
-
-CHANGED = "which programming is the best? : Absolutely, PHP"
+@pytest.fixture
+def article(server: ServerProcess, tab: WebDriver) -> OpenPage:
+    """The page, which listens to the article's channel."""
+    wait_for(lambda: server.redis.subscribers("sse") == 0, "the last test's streams are gone")
+    page = OpenPage(tab, server, "sse")
+    page.open()
+    return page
 
 
 @pytest.mark.parametrize("where", ["served", "opened from disk"])
 def test_redis_cli_publish_alone_changes_the_page_and_prints_the_number_of_open_streams(
-    where: str, server: ServerProcess, tab: WebDriver
+    where: str, article: OpenPage
 ) -> None:
-    wait_for(lambda: server.redis.subscribers("sse") == 0, "the last test's streams are gone")
-    from_disk = f"{(HERE / 'index.html').as_uri()}?server=http://localhost:{server.port}"
-    others = [
-        server.stream(),
-        server.stream("other", "sse"),
-    ]
-    tab.get(f"{server.url}/" if where == "served" else from_disk)
-    assert text_of(tab, "data") == "received pushed data"
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
+    server = article.server
+    others = [server.stream(), server.stream("other", "sse")]
+    if where == "opened from disk":
+        article.open_from_disk(f"http://localhost:{server.port}")
+        article.until(article.state, "open")
+    assert article.text("data") == PLACEHOLDER
 
-    printed = server.redis.cli_publish("sse", MESSAGE)
+    assert server.redis.cli_publish("sse", MESSAGE) == server.subscribers_for(3)
 
-    assert printed == server.subscribers_for(3)
-    wait_for(lambda: text_of(tab, "data") == CHANGED, "the page changed")
+    article.reads("data", SHOWN_ANSWER)
     assert [stream.next().json for stream in others] == [NEW_ANSWERS] * 2
 
 
-def test_notifications_changes_the_page(server: ServerProcess, tab: WebDriver) -> None:
-    tab.get(f"{server.url}/")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
+def test_notifications_changes_the_page_which_can_be_loaded_again_with_the_channel_it_remembers(
+    article: OpenPage,
+) -> None:
+    article.server.get("/notifications")
 
-    server.get("/notifications")
-
-    wait_for(lambda: text_of(tab, "data") == CHANGED, "the page changed")
-
-
-def test_the_page_can_be_loaded_again_after_it_has_remembered_its_channel(server: ServerProcess) -> None:
-    assert server.get("/?channel=a&types=b").body == server.get("/").body
+    article.reads("data", SHOWN_ANSWER)
+    assert article.server.get("/?channel=a&types=b").body == article.server.get("/").body
 
 
-def test_the_page_shows_named_events_each_in_its_own_place(server: ServerProcess, tab: WebDriver) -> None:
-    tab.get(f"{server.url}/")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
-
-    server.redis.publish("sse", '{"data": "which one?", "type": "new_question"}')
-    server.redis.publish("sse", '{"data": "<b>this one</b>", "type": "new_answer"}')
-
-    wait_for(lambda: "<b>this one</b>" in text_of(tab, "log"), "the log shows it, as text")
-    assert "which one?" in text_of(tab, "log")
-    assert text_of(tab, "data") == "received pushed data"
-
-
-def test_the_page_publishes(server: ServerProcess, tab: WebDriver) -> None:
-    wait_for(lambda: server.redis.subscribers("sse") == 0, "the last test's streams are gone")
-    stream = server.stream()
-    tab.get(f"{server.url}/")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
-
-    tab.execute_script("document.getElementById('publish').requestSubmit()")
-
+def test_the_page_publishes_but_from_disk_it_is_refused_and_says_so(article: OpenPage) -> None:
+    stream = article.server.stream()
+    article.click_publish()
     assert stream.next().json == NEW_ANSWERS
-    wait_for(lambda: text_of(tab, "data") == CHANGED, "the page changed")
-    receivers = server.subscribers_for(2)
-    wait_for(lambda: f"Published to {receivers} receiver" in text_of(tab, "answer"), "the page says so")
+    article.reads("data", SHOWN_ANSWER)
+    article.mentions("answer", f"Published to {article.server.subscribers_for(2)} receiver")
+
+    article.open_from_disk(f"http://localhost:{article.server.port}")
+    article.until(article.state, "open")
+    article.click_publish()
+    article.mentions("answer", "refused")
+    assert article.text("data") == PLACEHOLDER
 
 
-def test_the_page_opened_from_disk_says_that_publishing_is_refused(server: ServerProcess, tab: WebDriver) -> None:
-    tab.get(f"{(HERE / 'index.html').as_uri()}?server=http://localhost:{server.port}")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
+def test_server_closed_closes_the_page_for_good(start: Start, tab: WebDriver, channel: str) -> None:
+    page = OpenPage(tab, start("--retry", "100", "--heartbeat", "0.2"), channel)
+    page.open()
 
-    tab.execute_script("document.getElementById('publish').requestSubmit()")
+    page.send("server_closed", "bye")
 
-    wait_for(lambda: "refused" in text_of(tab, "answer"), "the page says why")
-    assert text_of(tab, "data") == "received pushed data"
+    page.until(page.state, "closed")
+    page.until(page.streams, 0)
+    other = page.server.stream(f"{channel}-2")
+    other.wait(lambda: len(other.positions) >= 5, "many times the reconnection time went by")
+    assert page.server.metric("streams_opened_total") == 2
+    assert page.state() == "closed"
 
 
-def test_server_closed_closes_the_page_for_good(
-    start: Start,
-    tab: WebDriver,
-    channel: str,
+# ── Pages that notice a dead stream ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("example", ["minimal.html", "one-stream-for-all-tabs.html"])
+def test_the_examples_open_a_dead_stream_anew_and_miss_nothing(
+    example: str, browser: Any, start: Start, channel: str, tmp_path: Path
 ) -> None:
-    server = start("--retry", "100", "--heartbeat", "0.2")
-    tab.get(f"{server.url}/")
-    wait_for(lambda: state_of(tab) == "open", "the page is open")
+    server = start(*SECOND_HEARTBEATS)
+    proxy = DeafProxy(server.port)
+    page = tmp_path / example
+    page.write_text(example_for(server, example, channel).replace(server.url, proxy.url))
+    browser.get(page.as_uri())
+    wait_for(lambda: server.streams() == 1, "the page listens")
+    server.publish("before", channel)
+    wait_for(lambda: items(browser) == ["before"], "the first one")
 
-    server.redis.publish("sse", '{"data": "bye", "type": "server_closed"}')
+    proxy.kill_connections()
+    server.publish("lost on the way", channel)
 
-    wait_for(lambda: state_of(tab) == "closed", "the page is closed")
-    wait_for(lambda: server.redis.subscribers("sse") == 0, "its subscriber is gone")
-    other = server.stream(f"{channel}-2")
-    other.wait(lambda: len(other.parser.comments) >= 5, "many times the reconnection time went by")
-    assert server.metric("streams_opened_total") == 2
-    assert state_of(tab) == "closed"
+    wait_for(lambda: sorted(items(browser)) == ["before", "lost on the way"], "what was lost")
+    server.publish("after", channel)
+    wait_for(lambda: sorted(items(browser)) == ["after", "before", "lost on the way"], "what came later")
+    if example == "minimal.html":
+        server.publish("", channel, type="server_closed")
+        wait_for_content(browser, "p", "closed")
 
 
-def test_chromium_reads_data_exactly_as_published(
-    server: ServerProcess,
-    tab: WebDriver,
-    channel: str,
-) -> None:
-    listen(
-        tab,
-        server,
-        channel,
-        [*(f"type-{at}" for at in range(len(AS_PUBLISHED))), "end"],
-    )
+# ── Chromium's own EventSource ───────────────────────────────────────────────────────────────────────────────────────
+
+LISTEN = """
+    const [channel, types, done] = arguments;
+    window.events = [];
+    window.source = new EventSource("/stream?channel=" + encodeURIComponent(channel));
+    source.addEventListener("open", () => done());
+    for (const type of types) source.addEventListener(type, (event) => {
+      if (event instanceof MessageEvent) events.push([event.type, event.data, event.lastEventId]);
+    });
+"""
+Heard = Callable[[int], list[list[str]]]
+
+
+def listen(tab: WebDriver, server: ServerProcess, channel: str, types: Sequence[str] = ("message",)) -> Heard:
+    """Have an EventSource on a page of the server; answers what it dispatched: so many `[type, data, lastEventId]`."""
+    tab.get(f"{server.url}/healthz")
+    tab.execute_async_script(LISTEN, channel, list(types))
     wait_for(lambda: server.redis.subscribers(channel), "Chromium is subscribed")
+
+    def heard(number: int) -> list[list[str]]:
+        wait_for(lambda: tab.execute_script("return events.length") >= number, f"{number} events in Chromium")
+        return [list(map(str, event)) for event in tab.execute_script("return events")]
+
+    return heard
+
+
+def test_chromium_reads_data_exactly_as_published(server: ServerProcess, tab: WebDriver, channel: str) -> None:
+    heard = listen(tab, server, channel, [*(f"type-{at}" for at in range(len(AS_PUBLISHED))), "end"])
 
     published = publish_all(server.redis, channel)
 
-    received = heard(tab, len(published))
-    assert [event[:2] for event in received] == published
+    assert [event[:2] for event in heard(len(published))] == published
 
 
-def test_chromium_hears_any_other_message_and_no_poison(
-    server: ServerProcess,
-    tab: WebDriver,
-    channel: str,
-) -> None:
-    listen(tab, server, channel)
-    wait_for(lambda: server.redis.subscribers(channel), "Chromium is subscribed")
+def test_chromium_hears_any_other_message_and_no_poison(server: ServerProcess, tab: WebDriver, channel: str) -> None:
+    heard = listen(tab, server, channel)
 
     for message in (*NO_EVENT_OBJECTS.values(), *(message for message, _ in POISON.values()), b"good"):
         server.redis.publish(channel, message)
 
-    received = heard(tab, len(NO_EVENT_OBJECTS) + 1)
-    assert [data for _, data, _ in received] == [*(data.decode() for data in NO_EVENT_OBJECTS.values()), "good"]
+    received = [data for _, data, _ in heard(len(NO_EVENT_OBJECTS) + 1)]
+    assert received == [*(data.decode() for data in NO_EVENT_OBJECTS.values()), "good"]
 
 
 def test_chromium_gets_ten_thousand_messages_of_one_burst_in_order_and_complete(
     server: ServerProcess, tab: WebDriver, channel: str
 ) -> None:
-    listen(tab, server, channel)
-    wait_for(lambda: server.redis.subscribers(channel), "Chromium is subscribed")
+    heard = listen(tab, server, channel)
 
     with server.redis.client.pipeline(transaction=False) as pipeline:
         for number in range(10_000):
             pipeline.publish(channel, f'{{"data": {number}}}')
         pipeline.execute()
 
-    assert [data for _, data, _ in heard(tab, 10_000)] == [str(number) for number in range(10_000)]
+    assert [data for _, data, _ in heard(10_000)] == [str(number) for number in range(10_000)]
 
 
 @both_ways
-def test_chromium_comes_back_by_itself_after_redis_was_killed_and_started_again(
-    own_redis: RedisProcess, start: Start, tab: WebDriver, channel: str
+@pytest.mark.parametrize("away", ["Redis", "the server"])
+def test_chromium_comes_back_by_itself_and_gets_what_it_missed_while_one_was_away(
+    away: str, own_redis: RedisProcess, start: Start, tab: WebDriver, channel: str
 ) -> None:
     server = start("--retry", "100", redis=own_redis)
-    listen(tab, server, channel)
-    first = server.publish("first", channel)
-    assert heard(tab, 1) == [["message", "first", first["id"]]]
+    heard = listen(tab, server, channel)
+    published = [["message", "first", server.publish_id("first", channel)]]
+    assert heard(1) == published
 
-    own_redis.kill()
-    wait_for(lambda: server.refused("redis-away") >= 3, "Chromium tries again")
-    own_redis.start()
-    missed = ssepush.publish(
-        "while away",
-        None,
-        channel,
-        redis_url=own_redis.url,
-    )
+    if away == "Redis":
+        own_redis.kill()
+        wait_for(lambda: server.refused("redis-away") >= 3, "Chromium tries again")
+        own_redis.start()
+    else:
+        assert server.terminate() == 0
+    for text in ("missed 1", "missed 2"):
+        missed = ssepush.publish(text, None, channel, redis_url=own_redis.url)
+        published.append(["message", text, str(missed.id)])
+    if away == "the server":
+        server = start("--retry", "100", port=server.port, redis=own_redis)
     wait_for(lambda: own_redis.subscribers(channel), "Chromium is subscribed again")
-    second = server.publish("second", channel)
+    published.append(["message", "after", server.publish_id("after", channel)])
 
-    assert heard(tab, 3) == [
-        ["message", "first", first["id"]],
-        ["message", "while away", missed.id],
-        ["message", "second", second["id"]],
-    ]
-
-
-@both_ways
-def test_chromium_comes_back_after_a_restart_and_gets_what_it_missed(
-    start: Start, tab: WebDriver, channel: str
-) -> None:
-    server = start("--retry", "100")
-    listen(tab, server, channel)
-    ids: list[str | None] = [server.publish_id("before", channel)]
-    heard(tab, 1)
-    assert server.terminate() == 0
-
-    ids += [ssepush.publish(f"missed {n}", None, channel, redis_url=server.redis.url).id for n in range(3)]
-    again = start("--retry", "100", port=server.port)
-    wait_for(lambda: server.redis.subscribers(channel), "Chromium is subscribed again")
-    ids.append(again.publish("after", channel)["id"])
-
-    texts = ["before", "missed 0", "missed 1", "missed 2", "after"]
-    assert heard(tab, 5) == [["message", text, id_] for text, id_ in zip(texts, ids, strict=True)]
+    assert heard(4) == published
 
 
 # ── Attacks ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 MARKUP = "<img/src=x/onerror=window.__pwned=1><script>window.__pwned=1</script>"
+CLEAN = "undefined,0"
 
 
 @pytest.fixture
-def leaving(chromium: Any) -> Iterator[Any]:
-    """Chromium, which closes its stream afterwards: it keeps those of pages that one might go back to."""
-    yield chromium
+def attacked(chromium: Any, server: ServerProcess, channel: str) -> Iterator[OpenPage]:
+    """The page, which closes its stream afterwards: Chromium keeps those of pages that one might go back to."""
+    yield OpenPage(chromium, server, channel)
     chromium.execute_script("document.getElementById('close')?.click()")
 
 
-class ChromiumPage:
-    """The page in Chromium."""
-
-    def __init__(
-        self,
-        driver: Any,
-        server: ServerProcess,
-        channel: str = "sse",
-        types: str = "",
-    ) -> None:
-        self.driver = driver
-        driver.get(f"{server.url}/")
-        assert driver.title == "ssepush", driver.page_source
-        self.type("types", types)
-        self.type("channel", channel)
-
-    def type(self, id: str, text: str) -> None:
-        """Have this text in an input."""
-        script = "const [id, text] = arguments, input = document.getElementById(id); input.value = text;"
-        self.run(script + "input.dispatchEvent(new Event('change'))", id, text)
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    def text(self, id: str) -> str:
-        """What a person reads there."""
-        return str(self.run("return document.getElementById(arguments[0]).textContent", id))
-
-    def wait(self, id: str, text: str) -> None:
-        wait_for(lambda: text in self.text(id), f"{text!r} in #{id}, which holds {self.text(id)[:500]!r}")
-
-    def is_open(self) -> None:
-        wait_for(lambda: self.run("return document.getElementById('state').dataset.state") == "open", "it listens")
-
-    def is_clean(self) -> bool:
-        """Nothing that was shown became an element or ran."""
-        script = (
-            "return [typeof window.__pwned, document.querySelectorAll('img, body script:not(:last-of-type), b').length]"
-        )
-        return bool(self.run(script) == ["undefined", 0])
-
-
-SHOWN: dict[str, tuple[bytes, str, str]] = {
-    "data": (json.dumps({"data": MARKUP, "type": "new_answers"}).encode(), "log", MARKUP),
+SHOWN: dict[str, tuple[Any, str, str]] = {
+    "data": ({"data": MARKUP, "type": "new_answers"}, "log", MARKUP),
     "the question": (
-        json.dumps({"data": {"question": MARKUP, "value": f"<b>{MARKUP}"}, "type": "new_answers"}).encode(),
+        {"data": {"question": MARKUP, "value": f"<b>{MARKUP}"}, "type": "new_answers"},
         "data",
         f"{MARKUP} : <b>{MARKUP}",
     ),
-    "data that is not JSON": (MARKUP.encode(), "log", MARKUP),
-    "type": (json.dumps({"data": "x", "type": MARKUP}).encode(), "log", MARKUP),
-    "id": (json.dumps({"data": "x", "id": MARKUP}).encode(), "log", MARKUP),
-    "lines that look like fields": (
-        json.dumps({"data": f"a\n\nevent: {MARKUP}\ndata: b"}).encode(),
-        "log",
-        f"event: {MARKUP}",
-    ),
-    "the reason of a reset": (
-        json.dumps({"data": {"reason": MARKUP}, "type": "stream-reset"}).encode(),
-        "reset",
-        MARKUP,
-    ),
-    "the last word": (json.dumps({"data": MARKUP, "type": "server_closed"}).encode(), "detail", MARKUP),
+    "data that is not JSON": (MARKUP, "log", MARKUP),
+    "type": ({"data": "x", "type": MARKUP}, "log", MARKUP),
+    "type that the wire teaches": ({"data": "x", "type": f"{MARKUP}2"}, "filter", f"{MARKUP}2"),
+    "id": ({"data": "x", "id": MARKUP}, "log", MARKUP),
+    "lines that look like fields": ({"data": f"a\n\nevent: {MARKUP}\ndata: b"}, "log", f"event: {MARKUP}"),
+    "the reason of a reset": ({"data": {"reason": MARKUP}, "type": "stream-reset"}, "reset", MARKUP),
+    "the last word": ({"data": MARKUP, "type": "server_closed"}, "detail", MARKUP),
 }
 
 
-@pytest.mark.parametrize("shown", SHOWN)
-def test_whatever_is_published_the_page_shows_text(
-    leaving: Any, server: ServerProcess, channel: str, shown: str
-) -> None:
-    message, id, text = SHOWN[shown]
-    page = ChromiumPage(leaving, server, channel, MARKUP)
-    page.is_open()
+@pytest.mark.parametrize(("message", "id_", "text"), SHOWN.values(), ids=list(SHOWN))
+def test_whatever_is_published_the_page_shows_text(message: Any, id_: str, text: str, attacked: OpenPage) -> None:
+    attacked.open(MARKUP)
+    attacked.click("#show-wire")
+    wait_for(attacked.wire, "the wire is read")
 
-    assert server.redis.publish(channel, message) == 1
+    attacked.server.redis.publish(attacked.channel, message if isinstance(message, str) else json.dumps(message))
 
-    page.wait(id, text)
-    assert page.is_clean()
+    attacked.mentions(id_, text)
+    assert attacked.run(STRANGE) == CLEAN
 
 
-def test_a_channel_full_of_markup_shows_as_text(leaving: Any, server: ServerProcess) -> None:
-    page = ChromiumPage(leaving, server, MARKUP)
-    page.is_open()
+def test_channels_and_error_messages_show_as_text(attacked: OpenPage) -> None:
+    attacked.open(channel=MARKUP)
+    attacked.server.publish("x", MARKUP)
+    attacked.until(attacked.rows, ["x"])
+    assert attacked.value("channel") == MARKUP
+    assert attacked.run(STRANGE) == CLEAN
 
-    server.publish("x", MARKUP)
-
-    page.wait("log", "x")
-    assert page.run("return document.getElementById('channel').value") == MARKUP
-    assert page.is_clean()
-
-
-def test_error_messages_show_as_text(
-    leaving: Any,
-    server: ServerProcess,
-    channel: str,
-) -> None:
-    page = ChromiumPage(leaving, server, f"private-{MARKUP}")
-    page.wait("state", f"private-{MARKUP}")
-
-    page.type("publish-channel", MARKUP * 3)
-    page.run("document.getElementById('publish').requestSubmit()")
-
-    page.wait("answer", "channel must")
-    assert page.run("return document.getElementById('answer').dataset.kind") == "error"
-    assert page.is_clean()
+    attacked.enter("channel", f"private-{MARKUP}")
+    attacked.mentions("state", f"private-{MARKUP}")
+    attacked.enter("publish-channel", MARKUP * 3)
+    attacked.click_publish()
+    attacked.mentions("answer", "channel must")
+    assert attacked.attribute("answer", "data-kind") == "error"
+    assert attacked.run(STRANGE) == CLEAN
 
 
-def test_the_page_runs_no_script_but_its_own_and_cannot_be_framed(leaving: Any, server: ServerProcess) -> None:
-    headers = server.get("/").headers
-    page = ChromiumPage(leaving, server)
-    page.is_open()
+BREAK_THE_POLICY = """
+    window.violations = [];
+    addEventListener('securitypolicyviolation', (event) => violations.push(event.effectiveDirective));
+    const script = document.createElement('script');
+    script.textContent = 'window.__pwned = 1';
+    document.body.append(script);
+    document.body.insertAdjacentHTML('beforeend',
+      '<img src=/healthz onerror=window.__pwned=2><div style=color:red><iframe src=/></iframe>');
+    fetch('http://127.0.0.1:1/').catch(() => {});
+"""
 
-    page.run(
-        "window.violations = [];"
-        "addEventListener('securitypolicyviolation', (event) => violations.push(event.effectiveDirective));"
-        "const script = document.createElement('script'); script.textContent = 'window.__pwned = 1';"
-        "document.body.append(script); document.body.insertAdjacentHTML('beforeend',"
-        " '<img src=/healthz onerror=window.__pwned=2><div style=color:red><iframe src=/></iframe>');"
-        "fetch('http://127.0.0.1:1/').catch(() => {});"
-    )
+
+def test_the_page_runs_no_script_but_its_own_and_cannot_be_framed(attacked: OpenPage) -> None:
+    headers = attacked.server.get("/").headers
+    attacked.open()
+
+    attacked.run(BREAK_THE_POLICY)
+
     wanted = {"script-src-elem", "script-src-attr", "img-src", "style-src-attr", "connect-src", "frame-src"}
-    wait_for(lambda: wanted <= set(page.run("return window.violations")), "all of it is refused")
-
-    assert page.run("return typeof window.__pwned") == "undefined"
-    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
-    assert "form-action 'none'" in headers["Content-Security-Policy"]
+    wait_for(lambda: wanted <= set(attacked.run("return window.violations")), "all of it is refused")
+    assert attacked.run("return typeof window.__pwned") == "undefined"
+    for directive in ("frame-ancestors 'none'", "form-action 'none'"):
+        assert directive in headers["Content-Security-Policy"]
     assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_a_page_of_another_site_can_read_but_not_publish(
-    leaving: Any, server: ServerProcess, start: Start, channel: str
-) -> None:
-    foreign = start()
-    url = f"http://localhost:{server.port}"
+PUBLISH_FROM_ELSEWHERE = """
+    const [url, channel, done] = arguments;
+    const event = JSON.stringify({data: "attack", channel});
+    const json = {method: "POST", headers: {"Content-Type": "application/json"}, body: event};
+    const loaded = (made, tag, members) => Object.assign(document.createElement(tag), {onload: made, ...members});
+    const tries = [
+      fetch(url + "/publish", json), fetch(url + "/publish", {...json, mode: "no-cors"}),
+      fetch(url + "/publish", {method: "POST", mode: "no-cors", body: event}),
+      fetch(url + "/notifications"), fetch(url + "/notifications", {mode: "no-cors"}),
+      new Promise((made) => loaded(made, "img", {onerror: made, src: url + "/notifications"})),
+      new Promise((made) => {
+        const frame = loaded(made, "iframe", {name: "frame"}), form = document.createElement("form");
+        Object.assign(form, {method: "post", enctype: "text/plain", action: url + "/publish", target: "frame"});
+        const members = {name: '{"data": "attack", "a": "', value: '"}'};
+        form.append(Object.assign(document.createElement("input"), members));
+        document.body.append(frame, form);
+        form.submit();
+      }),
+      Promise.resolve(navigator.sendBeacon(url + "/publish", new Blob([event], {type: "text/plain"}))),
+    ];
+    Promise.allSettled(tries).then(() => fetch(url + `/stream?channel=${channel}`)).then((r) => done(r.status));
+"""
+
+
+def test_a_page_of_another_site_can_read_but_not_publish(attacked: OpenPage, start: Start) -> None:
+    server, channel = attacked.server, attacked.channel
     with server.stream(channel, "sse") as stream:
-        leaving.get(f"{foreign.url}/healthz")
+        attacked.tab.get(f"{start().url}/healthz")
 
-        done = leaving.execute_async_script(
-            """const [url, channel, done] = arguments;
-            const event = JSON.stringify({data: "attack", channel});
-            const json = {method: "POST", headers: {"Content-Type": "application/json"}, body: event};
-            const tries = [
-              fetch(url + "/publish", json), fetch(url + "/publish", {...json, mode: "no-cors"}),
-              fetch(url + "/publish", {method: "POST", mode: "no-cors", body: event}),
-              fetch(url + "/notifications"), fetch(url + "/notifications", {mode: "no-cors"}),
-              new Promise((made) => {
-                const image = new Image(); image.onerror = image.onload = made; image.src = url + "/notifications";
-              }),
-              new Promise((made) => {
-                const frame = document.createElement("iframe"); frame.name = "frame"; document.body.append(frame);
-                const form = document.createElement("form");
-                Object.assign(form, {method: "post", enctype: "text/plain", action: url + "/publish", target: "frame"});
-                const input = document.createElement("input");
-                Object.assign(input, {name: '{"data": "attack", "a": "', value: '"}'});
-                form.append(input); document.body.append(form);
-                frame.onload = made; form.submit();
-              }),
-              Promise.resolve(navigator.sendBeacon(url + "/publish", new Blob([event], {type: "text/plain"}))),
-            ];
-            Promise.allSettled(tries).then(() => fetch(url + `/stream?channel=${channel}`)).then((r) => done(r.status));
-            """,
-            url,
-            channel,
-        )
+        status = attacked.tab.execute_async_script(PUBLISH_FROM_ELSEWHERE, f"http://localhost:{server.port}", channel)
+
+        assert status == 200
         server.redis.publish(channel, "sentinel")
-
-        assert done == 200
         assert stream.next().data == "sentinel"

@@ -29,16 +29,23 @@ LOG_IN = """
 """
 RENEW = "fetch('/renew', { method: 'POST' })"  # whatever the user does in the application
 
+# What all pages of the tests' own do with what comes.
+SHOW = """<!doctype html><ol></ol><script>
+  const show = (source) => {
+    const add = (text) => {
+      document.querySelector("ol").append(Object.assign(document.createElement("li"), { textContent: text }));
+    };
+    source.addEventListener("note", (event) => add(event.data));
+    source.addEventListener("stream-reset", (event) => add(`reset: ${event.data}`));
+  };
+"""
+
 # A page whose token is part of the URL; /token gives a new one to whoever has logged in.
-TOKEN_IN_URL = """<!doctype html><ol></ol><script>
+TOKEN_IN_URL = """
   const listen = (token, lastEventId) => {
     const query = new URLSearchParams({ channel: "CHANNEL", token, lastEventId });
     const source = new EventSource(`STREAM?${query}`);
-    const show = (text) => {
-      document.querySelector("ol").append(Object.assign(document.createElement("li"), { textContent: text }));
-    };
-    source.addEventListener("note", (event) => show(event.data));
-    source.addEventListener("stream-reset", (event) => show(`reset: ${event.data}`));
+    show(source);
     source.addEventListener("token-expired", async (event) => {
       source.close();
       const answer = await fetch("/token");
@@ -47,19 +54,12 @@ TOKEN_IN_URL = """<!doctype html><ol></ol><script>
   };
   const asked = new URLSearchParams(location.search);
   listen(asked.get("token"), asked.get("position") ?? "");
-</script>
-"""
+</script>"""
 
 # A page that does nothing about tokens: the browser comes back by itself, with the cookie as it is then.
-NOTHING_BUT_COOKIE = """<!doctype html><ol></ol><script>
-  const source = new EventSource("STREAM?channel=CHANNEL", { withCredentials: true });
-  const show = (text) => {
-    document.querySelector("ol").append(Object.assign(document.createElement("li"), { textContent: text }));
-  };
-  source.addEventListener("note", (event) => show(event.data));
-  source.addEventListener("stream-reset", (event) => show(`reset: ${event.data}`));
-</script>
-"""
+NOTHING_BUT_COOKIE = """
+  show(new EventSource("STREAM?channel=CHANNEL", { withCredentials: true }));
+</script>"""
 
 
 class Deployment:
@@ -92,27 +92,21 @@ class Deployment:
         self.server.publish(text, self.channel, type="note")
 
 
-def page(text: str, server: ServerProcess, channel: str) -> str:
-    """One of the pages above, for this server and channel."""
-    return text.replace("STREAM", f"{server.url}/stream").replace("CHANNEL", channel)
-
-
 @pytest.fixture
 def deployment(start: Start, channel: str, tmp_path: Path) -> Iterator[Deployment]:
     """Everything that a page with tokens needs, on origins of its own."""
     private = f"private-{channel}"
 
-    def token() -> str:
-        return ssepush.sign(private, ttl=TTL_S, secret=SECRET)
+    def page(text: str) -> str:  # asked for after the server has started
+        return (SHOW + text).replace("STREAM", f"{server.url}/stream").replace("CHANNEL", private)
 
-    server: ServerProcess
-    pages = {  # asked for after the server has started
-        "/token": token,
-        "/url": lambda: page(TOKEN_IN_URL, server, private),
-        "/cookie": lambda: page(NOTHING_BUT_COOKIE, server, private),
+    pages = {
+        "/token": lambda: ssepush.sign(private, ttl=TTL_S, secret=SECRET),
+        "/url": lambda: page(TOKEN_IN_URL),
+        "/cookie": lambda: page(NOTHING_BUT_COOKIE),
     }
+    port = free_port()
     with Site(pages) as site:
-        port = free_port()
         origins = ["--allow-origin", f"http://{LOOPBACK}:{port}", "--allow-origin", site.url]
         server = start("--retry", "400", *origins, SSEPUSH_SECRET=SECRET)
         environment = {
@@ -129,18 +123,17 @@ def deployment(start: Start, channel: str, tmp_path: Path) -> Iterator[Deploymen
 def tabs(tab: WebDriver) -> Iterator[Any]:
     """Opens pages, each in a tab of its own; answers the tab's handle."""
     first = tab.current_window_handle
-    opened = []
 
     def open_page(url: str) -> str:
         tab.switch_to.new_window("tab")
-        opened.append(tab.current_window_handle)
         tab.get(url)
-        return str(tab.current_window_handle)
+        return tab.current_window_handle
 
     yield open_page
-    for handle in opened:
+    for handle in tab.window_handles:
         tab.switch_to.window(handle)
-        tab.close()
+        if handle != first:
+            tab.close()
     tab.switch_to.window(first)
     tab.delete_all_cookies()
 
@@ -152,10 +145,9 @@ def tabs_of_firefox(second_browser: Firefox) -> Iterator[Any]:
     opened = []
 
     def open_page(url: str) -> str:
-        handle = second_browser.open_tab()
-        opened.append(handle)
+        opened.append(second_browser.open_tab())
         second_browser.get(url)
-        return handle
+        return opened[-1]
 
     yield open_page
     for handle in opened:
@@ -185,11 +177,7 @@ class Listening(NamedTuple):
 
 @pytest.fixture
 def listening(
-    deployment: Deployment,
-    tab: WebDriver,
-    tabs: Any,
-    second_browser: Firefox,
-    tabs_of_firefox: Any,
+    deployment: Deployment, tab: WebDriver, tabs: Any, second_browser: Firefox, tabs_of_firefox: Any
 ) -> list[Listening]:
     """All three pages in Chromium, and all three in Firefox."""
     deployment.log_in(tab)
@@ -197,18 +185,15 @@ def listening(
     second_browser.execute_script(LOG_IN, deployment.user)
     found = []
     for name, url in deployment.pages().items():
-        show = functools.partial(tab.switch_to.window, tabs(url))
-        found.append(Listening(f"{name}, in Chromium", tab, show))
+        found.append(Listening(name, tab, functools.partial(tab.switch_to.window, tabs(url))))
     for name, url in deployment.pages().items():
-        show = functools.partial(second_browser.switch_to, tabs_of_firefox(url))
-        found.append(Listening(f"{name}, in Firefox", second_browser, show))
+        switch = functools.partial(second_browser.switch_to, tabs_of_firefox(url))
+        found.append(Listening(f"{name}, in Firefox", second_browser, switch))
     return found
 
 
 def test_nothing_is_lost_or_doubled_through_ten_renewals_in_chromium_and_in_firefox(
-    deployment: Deployment,
-    listening: list[Listening],
-    redis_process: RedisProcess,
+    deployment: Deployment, listening: list[Listening], redis_process: RedisProcess
 ) -> None:
     used = [page for page in listening if page.name.startswith("cookie, renewed by the page")]
     redis_process.wait_for_subscribers(deployment.channel, len(listening))
@@ -271,9 +256,7 @@ def test_a_page_whose_renewal_fails_renews_when_the_browser_has_come_back(
 
 
 def test_whoever_has_logged_out_hears_nothing_more_once_the_token_has_expired(
-    deployment: Deployment,
-    tab: WebDriver,
-    tabs: Any,
+    deployment: Deployment, tab: WebDriver, tabs: Any
 ) -> None:
     deployment.log_in(tab)
     listening = tab.current_window_handle
@@ -292,25 +275,15 @@ def test_whoever_has_logged_out_hears_nothing_more_once_the_token_has_expired(
     assert tab.get_cookie("ssepush-token") is None
 
 
-def test_no_script_can_read_the_token(deployment: Deployment, tab: WebDriver, tabs: Any) -> None:
-    tabs(deployment.app)
-    deployment.log_in(tab)
-
-    cookie = tab.get_cookie("ssepush-token")
-
-    assert cookie is not None
-    assert cookie["httpOnly"]
-    assert cookie["sameSite"] == "Lax"
-    assert "ssepush-token" not in tab.execute_script("return document.cookie")
-
-
-def test_notes_reach_the_one_to_whom_they_are_written_and_nobody_else(
-    deployment: Deployment,
-    tab: WebDriver,
-    tabs: Any,
+def test_no_script_can_read_the_token_and_notes_reach_the_one_to_whom_they_are_written_and_nobody_else(
+    deployment: Deployment, tab: WebDriver, tabs: Any
 ) -> None:
     tabs(deployment.app)
     deployment.log_in(tab)
+    cookie = tab.get_cookie("ssepush-token")
+    assert cookie is not None
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Lax")
+    assert "ssepush-token" not in tab.execute_script("return document.cookie")
     me = deployment.user
     wait_for(lambda: deployment.server.streams() == 1, "the page listens")
 
