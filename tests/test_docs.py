@@ -205,8 +205,9 @@ def known_options() -> set[str]:
 
 
 def test_every_option_that_is_named_is_one() -> None:
-    alone = [code for code in codes(BLOCK.sub("", PROSE)) if code.startswith("--")]
-    in_commands = [arguments for _, text in blocks_of(*PAGES) for arguments in COMMAND.findall(text)]
+    pages = [page for page in PAGES if page.stem != "inside"]  # which adds one, as the tutorial's tests do
+    alone = [code for page in pages for code in codes(BLOCK.sub("", page.read_text())) if code.startswith("--")]
+    in_commands = [arguments for _, text in blocks_of(*pages) for arguments in COMMAND.findall(text)]
 
     named = set(re.findall("(?<!\\S)--[a-z][a-z-]+", " ".join([*alone, *in_commands])))
 
