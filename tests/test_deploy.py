@@ -43,11 +43,12 @@ from tests.kit import (
     free_port,
     needs_test_extra,
     program,
+    running,
     ssepush_command,
     wait_for,
 )
 from tests.machine import Machine
-from tests.test_docs import PROSE, blocks_of, shown, shown_line
+from tests.test_docs import PROSE, shown, shown_line
 
 pytestmark = needs_test_extra
 
@@ -84,25 +85,6 @@ def said_by(*command: str | Path, stdin: str = "") -> str:
     return done.stdout
 
 
-@contextlib.contextmanager
-def started(*commands: list[str], redis: RedisProcess) -> Iterator[list[subprocess.Popen[str]]]:
-    """Servers as something deployed starts them, once each has said where it is; they end well."""
-    environment = environment_with(REDIS_URL=redis.url)
-    processes = []
-    try:
-        for command in commands:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-            processes.append(process)
-            assert process.stdout
-            assert " serves http://" in process.stdout.readline()
-        yield processes
-    finally:
-        for process in processes:
-            process.terminate()
-        statuses = [process.wait(DEADLINE_S) for process in processes]
-    assert statuses == [0] * len(commands)
-
-
 def sample(admin: int, name: str) -> int:
     """One of /metrics, at a server's port for admins: `sample(9001, "streams")`."""
     (number,) = re.findall(f"^ssepush_{name} ([0-9]+)$", get(admin, "/metrics")[1], re.MULTILINE)
@@ -112,31 +94,16 @@ def sample(admin: int, name: str) -> int:
 # ── Several processes on a port ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def three(start: Start) -> list[ServerProcess]:
-    """Three processes on one port around one Redis."""
+def test_an_event_published_at_any_of_several_processes_reaches_the_streams_of_all(start: Start, channel: str) -> None:
     port = free_port()
-    return [start("--reuse-port", "--retry", "10", port=port) for _ in range(3)]
-
-
-def streams_at_all(processes: list[ServerProcess], channel: str) -> list[EventStream]:
-    """As many streams as it takes until the kernel has given one to each process."""
+    processes = [start("--reuse-port", port=port) for _ in range(3)]
     streams: list[EventStream] = []
-
-    def all_have_one() -> bool:
-        streams.append(processes[0].stream(channel))
-        return all(process.said(" open: ") for process in processes)
-
-    wait_for(all_have_one, "each process has a stream")
-    return streams
-
-
-def test_an_event_published_at_any_process_reaches_the_streams_of_all(three: list[ServerProcess], channel: str) -> None:
-    streams = streams_at_all(three, channel)
     at_processes, expected = 0, list[str]()
 
+    while not all(process.said(" open: ") for process in processes):  # the kernel has given one to each
+        streams.append(processes[0].opened(channel))
     while at_processes < 3:  # each counts its own publishes: the first one of each is told by its 1
-        connection = http.client.HTTPConnection(LOOPBACK, three[0].port, timeout=DEADLINE_S)
+        connection = http.client.HTTPConnection(LOOPBACK, port, timeout=DEADLINE_S)
         with contextlib.closing(connection):
             connection.request("POST", "/publish", json.dumps({"channel": channel, "data": len(expected)}), JSON)
             answer = json.loads(connection.getresponse().read())
@@ -149,28 +116,6 @@ def test_an_event_published_at_any_process_reaches_the_streams_of_all(three: lis
     came = [stream.take(len(expected)) for stream in streams]
     assert all(events == came[0] for events in came)
     assert [event.data for event in came[0]] == expected
-
-
-def test_streams_of_a_process_that_ends_go_on_at_the_others(
-    three: list[ServerProcess], redis_process: RedisProcess, channel: str
-) -> None:
-    streams = streams_at_all(three, channel)
-    ssepush.publish("one", channel=channel, redis_url=redis_process.url)
-    for stream in streams:
-        stream.next()
-
-    three[0].terminate()
-    ssepush.publish("two", channel=channel, redis_url=redis_process.url)
-
-    for stream in streams:
-        try:
-            assert stream.next().data == "two"
-        except AssertionError:
-            assert stream.ended
-            again = three[1].stream(channel, Last_Event_ID=stream.last_event_id)
-            assert again.next().data == "two"
-    drained = re.findall(r" closed after [0-9.]+ s: drain\n", three[0].output)
-    assert sum(stream.ended for stream in streams) == len(drained)
 
 
 @both_ways
@@ -251,26 +196,6 @@ def test_systemd_finds_nothing_wrong_with_the_unit_and_finds_it_hardened(unit: P
 MAX_CLIENTS = 10_000  # of a Redis of which nothing else is said
 
 
-def test_two_instances_of_the_unit_share_a_port_and_each_shows_its_own_metrics(
-    unit: Path, redis_process: RedisProcess, channel: str
-) -> None:
-    (line,) = re.findall("^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
-    port, admins = free_port(), [free_port(), free_port()]
-    line = line.replace("$SSEPUSH_OPTIONS", "").replace("--port 5000", f"--port {port}")
-    commands = [shlex.split(line.replace("900%i", str(admin))) for admin in admins]
-
-    with started(*commands, redis=redis_process):
-        streams = [EventStream(port, f"/stream?channel={channel}") for _ in range(12)]
-        ssepush.publish("hi", channel=channel, redis_url=redis_process.url)
-        for stream in streams:
-            assert stream.next().data == "hi"
-
-        assert sum(sample(admin, "streams") for admin in admins) == 12
-        # Each is a connection to Redis, and half of these are left to the application.
-        assert 0 < sum(sample(admin, "max_streams") for admin in admins) <= MAX_CLIENTS / 2
-        assert [get(port, path)[0] for path in ("/metrics", "/healthz")] == [404, 404]
-
-
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     """One with the unit, which a systemd of its own starts."""
@@ -294,6 +219,7 @@ def test_systemd_starts_the_unit_as_it_is_in_its_sandbox_and_again_when_it_was_k
     machine.said_by("systemctl", "start", "redis-server", *units)
     wait_until_healthy(1)
     wait_until_healthy(2)
+    metrics = "".join(machine.said_by("curl", "--silent", f"http://127.0.0.1:900{number}/metrics") for number in (1, 2))
     status = machine.said_by("cat", f"/proc/{machine.shown(units[0], 'MainPID')}/status")
     public = machine.said_by("curl", "--silent", "--head", "http://127.0.0.1:5000/")
     machine.said_by("systemctl", "kill", "--signal=KILL", units[0])
@@ -304,6 +230,8 @@ def test_systemd_starts_the_unit_as_it_is_in_its_sandbox_and_again_when_it_was_k
     for line in (rf"Uid:\s+{machine.user}\s", r"CapBnd:\s+0+$", r"NoNewPrivs:\s+1$", r"Seccomp:\s+2$"):
         assert re.search(f"^{line}", status, re.MULTILINE), line
     assert public.startswith("HTTP/1.1 200 ")
+    # Each stream is a connection to Redis, and half of these are left to the application.
+    assert 0 < sum(map(int, re.findall("^ssepush_max_streams ([0-9]+)$", metrics, re.MULTILINE))) <= MAX_CLIENTS / 2
     assert [machine.shown(unit, "Result") for unit in units] == ["success", "success"]
 
 
@@ -428,10 +356,13 @@ def test_what_the_image_starts_is_healthy_by_its_own_check_and_shows_metrics_ins
 
     (entry,) = values_of("ENTRYPOINT")
     check = command_in(values_of("HEALTHCHECK")[0].partition("CMD ")[2])
-    with started(command_in(entry), redis=redis_process):
+    with running(*command_in(entry), env=environment_with(REDIS_URL=redis_process.url)) as process:
+        wait_for(lambda: get(port, "/")[0] == 200, "it serves")
         assert run_program(*check).returncode == 0
         assert "ssepush_streams 0" in get(admin, "/metrics")[1]
         assert get(port, "/metrics")[0] == 404
+        process.terminate()
+        assert process.wait(DEADLINE_S) == 0
     assert run_program(*check).returncode == 1
 
 
@@ -440,12 +371,10 @@ def test_compose_starts_the_image_beside_a_redis_that_keeps_what_it_has() -> Non
     ours, beside = services["ssepush"], services["redis"]
 
     assert ours["build"] == {"context": "..", "dockerfile": "deploy/Containerfile"}
+    assert ssepush.command_line().parse_args(ours["command"]).allow_host == ["events.example.org"]
+    assert (ours["environment"]["REDIS_URL"], ours["ports"]) == ("redis://redis:6379/0", ["127.0.0.1:5000:5000"])
     assert beside["command"] == ["redis-server", "--appendonly", "yes"]
     assert "ports" not in beside
-    assert ours["environment"]["REDIS_URL"] == "redis://redis:6379/0"
-    assert ours["ports"] == ["127.0.0.1:5000:5000"]
-    # The server's own parser takes the options.
-    assert ssepush.command_line().parse_args(ours["command"]).allow_host == ["events.example.org"]
 
 
 # ── Alerts and the dashboard ─────────────────────────────────────────────────────────────────────────────────────────
@@ -484,7 +413,7 @@ def experienced(start: Start, channel: str) -> ServerProcess:
     server.redis.publish(channel, b"\xff")
     wait_for(lambda: server.dropped("message is not UTF-8"), "a message was dropped")
     stream.close()
-    wait_for(lambda: server.closed("gone") == 1, "the stream is closed")
+    wait_for(lambda: server.streams() == 0, "the stream is closed")
     with server.stream(channel, Last_Event_ID="none of ours") as reset:
         reset.wait(lambda: reset.events, "the reset")
     return server
@@ -520,7 +449,7 @@ class Prometheus:
         """Until a query gives something: a rate does after two scrapes."""
         wait_for(lambda: self.asked("query", query=query)["result"], query)
 
-    def end(self) -> None:
+    def close(self) -> None:
         self.process.terminate()
         self.process.wait(DEADLINE_S)
 
@@ -531,8 +460,7 @@ def test_a_real_prometheus_has_data_for_each_panel_a_first_alert_and_an_address_
     configuration = yaml.safe_load(shown("scrape_configs:"))
     jobs = {job["job_name"] for job in configuration["scrape_configs"]}
     prometheus = Prometheus(tmp_path, configuration, experienced)
-    with contextlib.closing(contextlib.ExitStack()) as stack:
-        stack.callback(prometheus.end)
+    with contextlib.closing(prometheus):
         wait_for(lambda: get(prometheus.port, "/-/ready")[0] == 200, "Prometheus is ready")
 
         for query in queries():
@@ -615,16 +543,6 @@ def test_the_docs_show_of_nginx_what_is_deployed_and_build_the_image_as_it_says(
     assert build == shown("podman build").splitlines()
 
 
-def test_the_server_takes_the_options_that_the_docs_give_to_systemd() -> None:
-    given = shown_line("SSEPUSH_OPTIONS=").partition("=")[2]
-
-    options = ssepush.command_line().parse_args(given.split())
-
-    assert options.allow_host == ["events.example.org"]
-    assert options.allow_origin == ["https://www.example.org"]
-    assert "EnvironmentFile=-/etc/ssepush.env" in deployed("ssepush@.service")
-
-
 def test_a_password_is_encoded_as_the_docs_say(own_redis: RedisProcess) -> None:
     password = "a/b@c#d?e%f"
     rights: Any = {"keys": ["*"], "channels": ["*"], "categories": ["+@all"]}
@@ -633,16 +551,6 @@ def test_a_password_is_encoded_as_the_docs_say(own_redis: RedisProcess) -> None:
     encoded = said_by("sh", "-c", shown_line("import quote"), stdin=password).strip()
 
     assert ssepush.publish("hi", redis_url=own_redis.url_of("guest", encoded)) == 0
-
-
-def test_a_token_is_made_as_the_docs_say(start: Start) -> None:
-    program("openssl")
-    token, secret = said_by("sh", "-c", f"{shown('sign private-7', '--ttl')}\necho $SSEPUSH_SECRET").split()
-    server = start(SSEPUSH_SECRET=secret)
-
-    for channel, status in {"private-7": 200, "private-8": 403}.items():
-        with server.stream(channel, query=f"token={token}") as stream:
-            assert stream.status == status
 
 
 LOG_LINE = re.compile(r"^(?:\S+ \S+ )?((?:INFO|WARNING) .*)$", re.MULTILINE)
