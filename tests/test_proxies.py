@@ -264,21 +264,16 @@ def test_no_log_of_a_proxy_shows_a_token(deployment: Deployment, proxies: dict[s
         assert token not in proxy.logs(), name
 
 
-def test_whose_page_may_publish_through_nginx_is_known_by_its_origin_and_nobody_is_local(start: Start) -> None:
+def test_whose_page_may_publish_through_nginx_is_known_by_its_origin(start: Start) -> None:
     bearer = {"Authorization": f"Bearer {TOKEN}"}
     server = start(SSEPUSH_PUBLISH_TOKEN=TOKEN)
-    without_token = start()
-    with (
-        proxies_before(server.port, "nginx", changes=[("publish|", "")]) as before,
-        proxies_before(without_token.port, "nginx", changes=[("publish|", "")]) as before_open,
-    ):
+    with proxies_before(server.port, "nginx", changes=[("publish|", "")]) as before:
         proxy = before["nginx"]
 
         assert status_of_publish(proxy, **bearer, Origin=proxy.url) == 200
         assert status_of_publish(proxy, **bearer, Origin=f"https://{LOOPBACK}") == 403
         assert status_of_publish(proxy, **bearer, Origin="https://evil.example") == 403
         assert status_of_publish(proxy, Origin=proxy.url) == 401
-        assert status_of_publish(before_open["nginx"], Host="localhost") == 403
 
 
 # ── In browsers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -420,6 +415,7 @@ def apache(directive: str) -> list[Change]:
     return swap("ProxyPreserveHost On", f"ProxyPreserveHost On\n{directive}")
 
 
+ALLOW = "Access-Control-Allow-Origin"
 GZIP = nginx("gzip on; gzip_types *; gzip_proxied any; gzip_min_length 0;")
 OLD_HTTP = swap('proxy_http_version 1.1;\n    proxy_set_header Connection "";')
 PUBLISH = swap("publish|")
@@ -427,7 +423,6 @@ HAPROXY_PUBLISH = swap("path /publish ", "path ")
 NO_HEADER = swap("proxy_set_header X-Forwarded-For $remote_addr;")
 FORGED = [*PUBLISH, *NO_HEADER, *nginx("proxy_set_header Host localhost;")]
 NO_LOCALHOST = swap("location / {", "if ($host = localhost) { return 403; }\nlocation / {")
-ORIGIN_FIELD = "Access-Control-Allow-Origin"
 
 CASES: dict[str, Case] = {
     "nginx": Case("nginx"),
@@ -438,7 +433,6 @@ CASES: dict[str, Case] = {
     "nginx, with a token": Case("nginx", PUBLISH, server="token"),
     "haproxy, with a token": Case("haproxy", HAPROXY_PUBLISH, server="token"),
     "nginx that compresses": Case("nginx", [*GZIP, *PUBLISH], server="token"),
-    "nginx over HTTP/1.0": Case("nginx", [*OLD_HTTP, *PUBLISH], server="token"),
     "nginx that compresses over HTTP/1.0": Case("nginx", [*OLD_HTTP, *GZIP, *PUBLISH], server="token"),
     "Apache that compresses": Case("Apache", apache("SetOutputFilter DEFLATE")),
     "heartbeats within the read timeout": Case("nginx", swap("proxy_read_timeout 60s", "proxy_read_timeout 2s")),
@@ -449,18 +443,14 @@ CASES: dict[str, Case] = {
     ),
     "nginx's read timeout": Case("nginx", swap("read_timeout 60s", "read_timeout 2s"), "of silence", "slow"),
     "haproxy's read timeout": Case("haproxy", swap("server 60s", "server 2s"), "of silence", "slow"),
-    "Apache's read timeout": Case("Apache", swap("ProxyTimeout 60", "ProxyTimeout 2"), "of silence", "slow"),
     "nginx drops Last-Event-ID": Case(
         "nginx", swap("proxy_read_timeout", 'proxy_set_header Last-Event-ID "";\n proxy_read_timeout'), "Last-Event-ID"
     ),
-    "haproxy drops Last-Event-ID": Case("haproxy", haproxy("http-request del-header Last-Event-ID"), "Last-Event-ID"),
-    "Apache drops Last-Event-ID": Case("Apache", apache("RequestHeader unset Last-Event-ID"), "Last-Event-ID"),
-    "nginx hides the origin": Case("nginx", nginx(f"proxy_hide_header {ORIGIN_FIELD};"), f"{ORIGIN_FIELD} is nothing"),
-    "nginx adds the origin": Case("nginx", nginx(f"add_header {ORIGIN_FIELD} *;"), "comes twice"),
+    "nginx hides the origin": Case("nginx", nginx(f"proxy_hide_header {ALLOW};"), "is nothing"),
+    "nginx adds the origin": Case("nginx", nginx(f"add_header {ALLOW} *;"), "comes twice"),
     "haproxy says another origin": Case(
-        "haproxy", haproxy(f"http-response set-header {ORIGIN_FIELD} https://a.example"), "is https://a.example"
+        "haproxy", haproxy(f"http-response set-header {ALLOW} https://a.example"), "is https://a.example"
     ),
-    "Apache adds the origin": Case("Apache", apache(f"Header add {ORIGIN_FIELD} *"), "comes twice"),
     "ssepush allows another origin": Case("nginx", (), f"--allow-origin {ORIGIN}", "other origin"),
     "ssepush allows another host": Case("haproxy", (), "--allow-host 127.0.0.1", "other host"),
     "nginx passes another host": Case("nginx", swap("$http_host", "ssepush.internal"), "for Host ssepush.internal"),
@@ -468,13 +458,8 @@ CASES: dict[str, Case] = {
         "Apache", swap("ProxyPreserveHost On"), "for Host 127.0.0.1", "other host", host="localhost"
     ),
     "nginx speaks HTTP/1.1 alone": Case("nginx", swap("ssl http2", "ssl"), "HTTP/1.1 only"),
-    "haproxy speaks HTTP/1.1 alone": Case("haproxy", swap("alpn h2,http/1.1", "alpn http/1.1"), "HTTP/1.1 only"),
-    "Apache speaks HTTP/1.1 alone": Case("Apache", swap("h2 http/1.1", "http/1.1"), "HTTP/1.1 only"),
     "metrics are open at nginx": Case("nginx", swap("metrics|"), "read /metrics"),
-    "healthz is open at nginx": Case("nginx", swap("|healthz"), "read /healthz"),
-    "metrics are open at haproxy": Case("haproxy", swap("/metrics /healthz", "/healthz"), "read /metrics"),
     "healthz is open at haproxy": Case("haproxy", swap("/metrics /healthz", "/metrics"), "read /healthz"),
-    "metrics are open at Apache": Case("Apache", swap("metrics|"), "read /metrics"),
     "whoever claims to be local may publish": Case("nginx", [*PUBLISH, *NO_HEADER], "strangers may publish"),
     "whoever claims to ask for localhost may publish": Case("nginx", FORGED, "ask for localhost", host="0.0.0.0"),
     "whoever claims to ask for 127.0.0.1 may publish": Case(
@@ -559,19 +544,15 @@ def test_each_fault_is_named_with_its_mend_and_no_other(reports: Mapping[str, tu
     assert shape(shown("WRONG Last-Event-ID")) == shape(reports["nginx drops Last-Event-ID"][1])
 
 
-WRONG_ARGUMENTS: dict[str, list[str]] = {
-    "no URL": [],
-    "no scheme": ["events.example.org"],
-    "not HTTP": ["ftp://events.example.org"],
-    "no origin": ["https://events.example.org", "--origin", "www.example.org"],
-    "no time": ["https://events.example.org", "--wait", "0"],
-    "unknown option": ["https://events.example.org", "--nonsense"],
-}
+HOST = "https://events.example.org"
+WRONG_ARGUMENTS = ("", "events.example.org", "ftp://events.example.org", "--nonsense", "--wait 0", "--origin www.a.org")
 
 
-@pytest.mark.parametrize("what", WRONG_ARGUMENTS)
-def test_what_cannot_be_understood_ends_with_status_2(what: str) -> None:
-    done = subprocess.run([sys.executable, CHECK, *WRONG_ARGUMENTS[what]], capture_output=True, text=True)
+@pytest.mark.parametrize("wrong", WRONG_ARGUMENTS)
+def test_what_cannot_be_understood_ends_with_status_2(wrong: str) -> None:
+    url = [HOST] if wrong.startswith("--") else []
+
+    done = subprocess.run([sys.executable, CHECK, *url, *wrong.split()], capture_output=True, text=True)
 
     assert done.returncode == 2
     assert "usage" in done.stderr

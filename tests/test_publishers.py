@@ -7,8 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -205,31 +205,10 @@ def test_a_script_is_told_that_redis_is_away() -> None:
 
 # ── Threads, forks, and a Redis that was restarted ───────────────────────────────────────────────────────────────────
 
-FORKS = """
-import os, ssepush
-
-def publish(number):
-    for done in range(number):
-        ssepush.publish(done, channel="forked")
-
-publish(1)  # the connection that the workers must not share
-workers = []
-for _ in range(4):
-    worker = os.fork()
-    if not worker:
-        publish(50)
-        os._exit(0)
-    workers.append(worker)
-publish(50)
-assert not any(os.waitpid(worker, 0)[1] for worker in workers)
-"""
-
-FORKS_WHILE_ALL_ARE_IN_USE = """
+FORKS_WHILE_ALL_CONNECTIONS_ARE_IN_USE = """
 import os, sys, threading
 import redis
 import ssepush
-
-url = os.environ["REDIS_URL"]
 
 def files():
     return len(os.listdir("/proc/self/fd"))
@@ -245,7 +224,7 @@ def end(threads):
         thread.join()
 
 ssepush.publish("first", channel="forked")
-redis.Redis.from_url(url).client_pause(1000)
+redis.Redis.from_url(os.environ["REDIS_URL"]).client_pause(1000)
 idle = files()
 parents = begin("parent")
 while files() < idle + 31:  # with the one that is there already, as many as there may be
@@ -256,45 +235,34 @@ if not child:
     os._exit(0)
 _, status = os.waitpid(child, 0)
 end(parents)
+end(begin("after"))
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
-FORKED = {
-    "with a connection": (FORKS, ["0", *map(str, range(50)), *[str(number) for number in range(50)] * 4]),
-    "while all connections are in use": (FORKS_WHILE_ALL_ARE_IN_USE, ["first", *["parent", "child"] * 40]),
-}
 
-
-@pytest.mark.parametrize("when", FORKED)
 def test_a_process_that_is_forked_has_connections_of_its_own(
-    when: str, own_redis: RedisProcess, start: Start, tmp_path: Path
+    own_redis: RedisProcess, start: Start, tmp_path: Path
 ) -> None:
-    code, expected = FORKED[when]
     place = Place(start(redis=own_redis), own_redis, tmp_path)
     with place.server.opened("forked") as stream:
-        place.run(sys.executable, "-c", code)
+        place.run(sys.executable, "-c", FORKS_WHILE_ALL_CONNECTIONS_ARE_IN_USE)
 
-        events = stream.take(len(expected))
+        events = stream.take(121)
 
-    assert len({event.id for event in events}) == len(expected)
-    assert sorted(event.data for event in events) == sorted(expected)
+    assert len({event.id for event in events}) == 121
+    assert sorted(event.data for event in events) == sorted(["first", *["parent", "child", "after"] * 40])
 
 
 def test_more_threads_than_pooled_connections_can_publish_at_once(server: ServerProcess, channel: str) -> None:
     stream = server.stream(channel)
-    published: list[ssepush.Published] = []
 
-    def publish(thread: int) -> None:
-        for number in range(10):
-            published.append(ssepush.publish([thread, number], channel=channel, redis_url=server.redis.url))
+    def publish(thread: int) -> list[ssepush.Published]:
+        return [ssepush.publish([thread, number], channel=channel, redis_url=server.redis.url) for number in range(10)]
 
-    threads = [threading.Thread(target=publish, args=(thread,)) for thread in range(40)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(DEADLINE_S)
-
+    with ThreadPoolExecutor(40) as pool:
+        published = [event for events in pool.map(publish, range(40)) for event in events]
     events = stream.take(400)
+
     assert {event.id for event in events} == {event.id for event in published}
     assert set(published) == {1}
     of_threads: dict[Any, list[Any]] = {}
