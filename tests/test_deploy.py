@@ -302,50 +302,41 @@ def values_of(name: str) -> list[str]:
     return re.findall(f"^{name} (.*)$", deployed("Containerfile"), re.MULTILINE)
 
 
-def test_the_steps_of_the_build_install_this_version_with_its_page_for_nobody_in_particular(tmp_path: Path) -> None:
-    source = tmp_path / "src"
-    source.mkdir()
-    installed = tmp_path / "opt" / "ssepush"
-    first_copy, second_copy = values_of("COPY")
-    for name in first_copy.split()[:-1]:
-        shutil.copy(HERE / name, source)
-
-    for step in values_of("RUN"):
-        command = step.replace("/opt/ssepush", str(installed)).split()
-        subprocess.run(command, check=True, cwd=source, capture_output=True, timeout=120)
-
-    measure = "import ssepush; print(len(ssepush.page_and_policy()[0]))"
-    page_bytes = said_by(installed / "bin" / "python3", "-I", "-c", measure)
-    assert said_by(installed / "bin" / "ssepush", "--version") == f"ssepush {ssepush.__version__}\n"
-    assert int(page_bytes) == (HERE / "index.html").stat().st_size
-    base = "docker.io/library/python:3.13-slim"
-    assert values_of("FROM") == [f"{base} AS build", base]
-    assert second_copy == "--from=build /opt/ssepush /opt/ssepush"
-    assert values_of("USER") == ["65534:65534"]
-
-
-def test_what_the_image_starts_is_healthy_by_its_own_check_and_shows_metrics_inside_alone(
-    redis_process: RedisProcess,
+def test_the_image_has_this_version_for_nobody_in_particular_healthy_by_its_own_check_with_metrics_inside_alone(
+    redis_process: RedisProcess, tmp_path: Path
 ) -> None:
+    source, installed = tmp_path / "src", str(tmp_path / "opt")
+    source.mkdir()
     port, admin = free_port(), free_port()
 
     def command_in(text: str) -> list[str]:
-        """The command, with programs and ports of this machine."""
-        words = ", ".join(json.dumps(word) for word in ssepush_command())
-        text = text.replace('"/opt/ssepush/bin/ssepush"', words).replace("/opt/ssepush/bin/python3", sys.executable)
-        text = text.replace('"5000"', f'"{port}"').replace(":9000", f":{admin}").replace("0.0.0.0", LOOPBACK)
-        return [str(word) for word in json.loads(text)]
+        """The command, with paths and ports of this machine."""
+        for old, new in {"/opt/ssepush": installed, '"5000"': f'"{port}"', ":9000": f":{admin}"}.items():
+            text = text.replace(old, new)
+        return [str(word) for word in json.loads(text.replace("0.0.0.0", LOOPBACK))]
 
-    (entry,) = values_of("ENTRYPOINT")
+    first_copy, second_copy = values_of("COPY")
+    for name in first_copy.split()[:-1]:
+        shutil.copy(HERE / name, source)
+    for step in values_of("RUN"):
+        command = step.replace("/opt/ssepush", installed).split()
+        subprocess.run(command, check=True, cwd=source, capture_output=True, timeout=120)
     check = command_in(values_of("HEALTHCHECK")[0].partition("CMD ")[2])
-    with running(*command_in(entry), env=environment_with(REDIS_URL=redis_process.url)) as process:
-        wait_for(lambda: get(port, "/")[0] == 200, "it serves")
+    entry = command_in(values_of("ENTRYPOINT")[0])
+    with running(*entry, env=environment_with(REDIS_URL=redis_process.url)) as process:
+        wait_for(lambda: get(port, "/")[1] == (HERE / "index.html").read_text(), "it serves the page")
         assert run_program(*check).returncode == 0
         assert "ssepush_streams 0" in get(admin, "/metrics")[1]
         assert get(port, "/metrics")[0] == 404
         process.terminate()
         assert process.wait(DEADLINE_S) == 0
+
     assert run_program(*check).returncode == 1
+    assert said_by(entry[0], "--version") == f"ssepush {ssepush.__version__}\n"
+    base = "docker.io/library/python:3.13-slim"
+    assert values_of("FROM") == [f"{base} AS build", base]
+    assert second_copy == "--from=build /opt/ssepush /opt/ssepush"
+    assert values_of("USER") == ["65534:65534"]
 
 
 def test_compose_starts_the_image_beside_a_redis_that_keeps_what_it_has() -> None:
