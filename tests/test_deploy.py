@@ -25,38 +25,17 @@ import redis
 import yaml
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    DEPLOY,
-    HERE,
-    JSON,
-    LOOPBACK,
-    EventStream,
-    Page,
-    Publisher,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    assert_whole,
-    both_ways,
-    environment_with,
-    free_port,
-    needs_test_extra,
-    program,
-    running,
-    ssepush_command,
-    wait_for,
-)
+from tests import kit
 from tests.machine import Machine
 from tests.test_docs import PROSE, shown, shown_line
 
-pytestmark = needs_test_extra
+pytestmark = kit.needs_test_extra
 
 
 def get(port: int, path: str) -> tuple[int, str]:
     """The status and the body; 0 if nobody is there."""
     try:
-        response = urllib.request.urlopen(f"http://{LOOPBACK}:{port}{path}", timeout=DEADLINE_S)
+        response = urllib.request.urlopen(f"http://{kit.LOOPBACK}:{port}{path}", timeout=kit.DEADLINE_S)
     except urllib.error.HTTPError as error:
         response = error
     except OSError:
@@ -67,14 +46,14 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 def deployed(name: str) -> str:
     """The text of a file of deploy/."""
-    return (DEPLOY / name).read_text()
+    return (kit.DEPLOY / name).read_text()
 
 
 def run_program(*command: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """One run of a program, to its end, in the project's folder and with the python3 of the tests."""
-    environment = environment_with(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    environment = kit.environment_with(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, timeout=DEADLINE_S, cwd=HERE, env=environment
+        command, input=stdin, capture_output=True, text=True, timeout=kit.DEADLINE_S, cwd=kit.HERE, env=environment
     )
 
 
@@ -94,18 +73,20 @@ def sample(admin: int, name: str) -> int:
 # ── Several processes on a port ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_event_published_at_any_of_several_processes_reaches_the_streams_of_all(start: Start, channel: str) -> None:
-    port = free_port()
+def test_an_event_published_at_any_of_several_processes_reaches_the_streams_of_all(
+    start: kit.Start, channel: str
+) -> None:
+    port = kit.free_port()
     processes = [start("--reuse-port", port=port) for _ in range(3)]
-    streams: list[EventStream] = []
+    streams: list[kit.EventStream] = []
     at_processes, expected = 0, list[str]()
 
     while not all(process.said(" open: ") for process in processes):  # the kernel has given one to each
         streams.append(processes[0].opened(channel))
     while at_processes < 3:  # each counts its own publishes: the first one of each is told by its 1
-        connection = http.client.HTTPConnection(LOOPBACK, port, timeout=DEADLINE_S)
+        connection = http.client.HTTPConnection(kit.LOOPBACK, port, timeout=kit.DEADLINE_S)
         with contextlib.closing(connection):
-            connection.request("POST", "/publish", json.dumps({"channel": channel, "data": len(expected)}), JSON)
+            connection.request("POST", "/publish", json.dumps({"channel": channel, "data": len(expected)}), kit.JSON)
             answer = json.loads(connection.getresponse().read())
             connection.request("GET", "/metrics")
             at_processes += b'publishes_total{status="ok"} 1\n' in connection.getresponse().read()
@@ -118,44 +99,44 @@ def test_an_event_published_at_any_of_several_processes_reaches_the_streams_of_a
     assert [event.data for event in came[0]] == expected
 
 
-@both_ways
+@kit.both_ways
 def test_a_rolling_restart_of_two_processes_on_one_port_loses_nothing(
-    own_redis: RedisProcess, start: Start, channel: str
+    own_redis: kit.RedisProcess, start: kit.Start, channel: str
 ) -> None:
-    names, port = [f"{channel}-{letter}" for letter in "ab"], free_port()
+    names, port = [f"{channel}-{letter}" for letter in "ab"], kit.free_port()
     options = ("--reuse-port", "--history", "100000", "--retry", "300", "--drain", "2")
     server = start(*options, port=port, redis=own_redis)
-    pages = [Page(port, *names[: 1 + number % 2]) for number in range(40)]
-    wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
-    publishers = [Publisher(port, str(number), *names, pause=0.002) for number in range(2)]
+    pages = [kit.Page(port, *names[: 1 + number % 2]) for number in range(40)]
+    kit.wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
+    publishers = [kit.Publisher(port, str(number), *names, pause=0.002) for number in range(2)]
 
     for _ in range(2):
         streams = {page: page.streams for page in pages}
         before, server = server, start(*options, port=port, redis=own_redis)
         assert before.terminate() == 0
-        wait_for(lambda: all(page.streams > had for page, had in streams.items()), "all pages came back")  # noqa: B023
-    wait_for(lambda: sum(len(publisher.acknowledged) for publisher in publishers) > 200, "enough was published")
+        kit.wait_for(lambda: all(page.streams > had for page, had in streams.items()), "all pages came back")  # noqa: B023
+    kit.wait_for(lambda: sum(len(publisher.acknowledged) for publisher in publishers) > 200, "enough was published")
     for publisher in publishers:
         publisher.stop()
     for name in reversed(names):
-        wait_for(lambda: server.post({"data": "last", "channel": name}).status == 200, "the last event")  # noqa: B023
+        kit.wait_for(lambda: server.post({"data": "last", "channel": name}).status == 200, "the last event")  # noqa: B023
     for page in pages:
         page.wait_for("last")
 
     assert sum(len(publisher.unsure) for publisher in publishers) < 10
     for page in pages:
-        assert_whole(page, publishers)
+        kit.assert_whole(page, publishers)
         assert not any(event.type == "stream-reset" for event in page.events)
 
 
-def test_the_admins_address_says_that_a_server_drains_as_long_as_it_does(start: Start, channel: str) -> None:
-    admin = free_port()
-    server = start("--shared", "--admin", f"{LOOPBACK}:{admin}")
+def test_the_admins_address_says_that_a_server_drains_as_long_as_it_does(start: kit.Start, channel: str) -> None:
+    admin = kit.free_port()
+    server = start("--shared", "--admin", f"{kit.LOOPBACK}:{admin}")
     streams = [server.opened(channel) for _ in range(100)]  # of which one ends each hundredth of a second
     ready, _ = get(admin, "/healthz")
 
     server.signal(signal.SIGTERM)
-    wait_for(lambda: get(admin, "/healthz")[0] == 503, "it is not ready any more")
+    kit.wait_for(lambda: get(admin, "/healthz")[0] == 503, "it is not ready any more")
     status, body = get(admin, "/healthz")
     left = sample(admin, "streams")
     ended = server.process.poll()
@@ -174,7 +155,7 @@ def test_the_admins_address_says_that_a_server_drains_as_long_as_it_does(start: 
 def unit(tmp_path: Path) -> Path:
     """The unit, with a program that is there."""
     command = tmp_path / "ssepush"
-    command.write_text(f'#!/bin/sh\nexec {shlex.join(ssepush_command())} "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {shlex.join(kit.ssepush_command())} "$@"\n')
     command.chmod(0o755)
     unit = tmp_path / "ssepush@.service"
     unit.write_text(deployed("ssepush@.service").replace("/opt/ssepush/bin/ssepush ", f"{command} "))
@@ -182,7 +163,7 @@ def unit(tmp_path: Path) -> Path:
 
 
 def test_systemd_finds_nothing_wrong_with_the_unit_and_finds_it_hardened(unit: Path) -> None:
-    analyze = program("systemd-analyze")
+    analyze = kit.program("systemd-analyze")
     instance = unit.with_name("ssepush@1.service")
     instance.write_text(unit.read_text())
 
@@ -214,7 +195,7 @@ def test_systemd_starts_the_unit_as_it_is_in_its_sandbox_and_again_when_it_was_k
 
     def wait_until_healthy(number: int) -> None:
         ask = ("curl", "--silent", "--fail", f"http://127.0.0.1:900{number}/healthz")
-        wait_for(lambda: machine.run(*ask).returncode == 0, f"instance {number} answers")
+        kit.wait_for(lambda: machine.run(*ask).returncode == 0, f"instance {number} answers")
 
     machine.said_by("systemctl", "start", "redis-server", *units)
     wait_until_healthy(1)
@@ -223,7 +204,7 @@ def test_systemd_starts_the_unit_as_it_is_in_its_sandbox_and_again_when_it_was_k
     status = machine.said_by("cat", f"/proc/{machine.shown(units[0], 'MainPID')}/status")
     public = machine.said_by("curl", "--silent", "--head", "http://127.0.0.1:5000/")
     machine.said_by("systemctl", "kill", "--signal=KILL", units[0])
-    wait_for(lambda: machine.shown(units[0], "NRestarts") == "1", "the first is started again")
+    kit.wait_for(lambda: machine.shown(units[0], "NRestarts") == "1", "the first is started again")
     wait_until_healthy(1)
     machine.said_by("systemctl", "stop", *units)
 
@@ -253,18 +234,18 @@ CHANNEL_NAMED = (
 def test_the_channels_of_the_docs_are_those_that_the_deployed_user_may_read(tmp_path: Path) -> None:
     users = tmp_path / "users.acl"
     users.write_text(deployed("redis.acl"))
-    restricted = RedisProcess(tmp_path, "--aclfile", str(users))
+    restricted = kit.RedisProcess(tmp_path, "--aclfile", str(users))
     user = redis.Redis.from_url(restricted.url_of("ssepush", "CHANGE-ME"), protocol=2)
     pubsub: Any = user.pubsub()  # type: ignore[no-untyped-call]
 
     def is_refused(channel: str) -> bool:
         pubsub.subscribe(channel)
         try:
-            return bool(pubsub.get_message(timeout=DEADLINE_S)["type"] != "subscribe")
+            return bool(pubsub.get_message(timeout=kit.DEADLINE_S)["type"] != "subscribe")
         except redis.exceptions.NoPermissionError:
             return True
 
-    examples = [file.read_text() for file in (HERE / "examples").glob("*.*")]
+    examples = [file.read_text() for file in (kit.HERE / "examples").glob("*.*")]
     text = re.sub(r"\{[^{}]*\}", "x", "\n".join([PROSE, *examples]))  # as if a program had filled it in
     named = [set(re.findall(pattern, text)) - {"NAME"} for pattern in CHANNEL_NAMED]
     with contextlib.closing(user), contextlib.closing(pubsub):
@@ -277,7 +258,9 @@ def test_the_channels_of_the_docs_are_those_that_the_deployed_user_may_read(tmp_
     assert set(re.findall("^user ssepush .*$", PROSE, re.MULTILINE)) == {deployed("redis.acl").strip()}
 
 
-def test_strangers_read_celerys_tasks_on_a_shared_redis_without_rights(start: Start, own_redis: RedisProcess) -> None:
+def test_strangers_read_celerys_tasks_on_a_shared_redis_without_rights(
+    start: kit.Start, own_redis: kit.RedisProcess
+) -> None:
     celery = pytest.importorskip("celery")
     stranger = start(redis=own_redis).opened(CELERY_CHANNEL)
 
@@ -303,33 +286,33 @@ def values_of(name: str) -> list[str]:
 
 
 def test_the_image_has_this_version_for_nobody_in_particular_healthy_by_its_own_check_with_metrics_inside_alone(
-    redis_process: RedisProcess, tmp_path: Path
+    redis_process: kit.RedisProcess, tmp_path: Path
 ) -> None:
     source, installed = tmp_path / "src", str(tmp_path / "opt")
     source.mkdir()
-    port, admin = free_port(), free_port()
+    port, admin = kit.free_port(), kit.free_port()
 
     def command_in(text: str) -> list[str]:
         """The command, with paths and ports of this machine."""
         for old, new in {"/opt/ssepush": installed, '"5000"': f'"{port}"', ":9000": f":{admin}"}.items():
             text = text.replace(old, new)
-        return [str(word) for word in json.loads(text.replace("0.0.0.0", LOOPBACK))]
+        return [str(word) for word in json.loads(text.replace("0.0.0.0", kit.LOOPBACK))]
 
     first_copy, second_copy = values_of("COPY")
     for name in first_copy.split()[:-1]:
-        shutil.copy(HERE / name, source)
+        shutil.copy(kit.HERE / name, source)
     for step in values_of("RUN"):
         command = step.replace("/opt/ssepush", installed).split()
         subprocess.run(command, check=True, cwd=source, capture_output=True, timeout=120)
     check = command_in(values_of("HEALTHCHECK")[0].partition("CMD ")[2])
     entry = command_in(values_of("ENTRYPOINT")[0])
-    with running(*entry, env=environment_with(REDIS_URL=redis_process.url)) as process:
-        wait_for(lambda: get(port, "/")[1] == (HERE / "index.html").read_text(), "it serves the page")
+    with kit.running(*entry, env=kit.environment_with(REDIS_URL=redis_process.url)) as process:
+        kit.wait_for(lambda: get(port, "/")[1] == (kit.HERE / "index.html").read_text(), "it serves the page")
         assert run_program(*check).returncode == 0
         assert "ssepush_streams 0" in get(admin, "/metrics")[1]
         assert get(port, "/metrics")[0] == 404
         process.terminate()
-        assert process.wait(DEADLINE_S) == 0
+        assert process.wait(kit.DEADLINE_S) == 0
 
     assert run_program(*check).returncode == 1
     assert said_by(entry[0], "--version") == f"ssepush {ssepush.__version__}\n"
@@ -367,16 +350,16 @@ def alerts() -> str:
 
 def promtool(*arguments: str | Path, stdin: str = "") -> str:
     """What it prints when it finds nothing wrong."""
-    return said_by(program("promtool"), *arguments, stdin=stdin)
+    return said_by(kit.program("promtool"), *arguments, stdin=stdin)
 
 
 def test_each_alert_fires_alone_when_it_should_and_none_for_a_quiet_server() -> None:
-    assert "11 rules found" in promtool("check", "rules", DEPLOY / "alerts.yml")
-    promtool("test", "rules", HERE / "tests" / "alerts_test.yml")
+    assert "11 rules found" in promtool("check", "rules", kit.DEPLOY / "alerts.yml")
+    promtool("test", "rules", kit.HERE / "tests" / "alerts_test.yml")
 
 
 @pytest.fixture
-def experienced(start: Start, channel: str) -> ServerProcess:
+def experienced(start: kit.Start, channel: str) -> kit.ServerProcess:
     """A server that has seen of everything something."""
     server = start("--max-streams", "1")
     stream = server.opened(channel)
@@ -384,9 +367,9 @@ def experienced(start: Start, channel: str) -> ServerProcess:
     stream.next()
     server.stream(channel).until_end()  # it is full
     server.redis.publish(channel, b"\xff")
-    wait_for(lambda: server.dropped("message is not UTF-8"), "a message was dropped")
+    kit.wait_for(lambda: server.dropped("message is not UTF-8"), "a message was dropped")
     stream.close()
-    wait_for(lambda: server.streams() == 0, "the stream is closed")
+    kit.wait_for(lambda: server.streams() == 0, "the stream is closed")
     with server.stream(channel, Last_Event_ID="none of ours") as reset:
         reset.wait(lambda: reset.events, "the reset")
     return server
@@ -397,9 +380,9 @@ def prometheus(folder: Path, configuration: dict[str, Any], scraped: int) -> Ite
     """Asks the API of a real one, with the deployed alerts, that scrapes a port in place of those configured."""
     configuration["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "300ms")
     for job in configuration["scrape_configs"]:
-        job["static_configs"] = [{"targets": [f"{LOOPBACK}:{scraped}"]}]
-    shutil.copy(DEPLOY / "alerts.yml", folder)
-    file, port = folder / "prometheus.yml", free_port()
+        job["static_configs"] = [{"targets": [f"{kit.LOOPBACK}:{scraped}"]}]
+    shutil.copy(kit.DEPLOY / "alerts.yml", folder)
+    file, port = folder / "prometheus.yml", kit.free_port()
     file.write_text(json.dumps(configuration))
     promtool("check", "config", file)
 
@@ -408,21 +391,21 @@ def prometheus(folder: Path, configuration: dict[str, Any], scraped: int) -> Ite
         assert answer["status"] == "success", answer
         return answer["data"]
 
-    options = (f"--config.file={file}", f"--storage.tsdb.path={folder}", f"--web.listen-address={LOOPBACK}:{port}")
-    with running(program("prometheus"), *options, stderr=subprocess.DEVNULL):
-        wait_for(lambda: get(port, "/-/ready")[0] == 200, "Prometheus is ready")
+    options = (f"--config.file={file}", f"--storage.tsdb.path={folder}", f"--web.listen-address={kit.LOOPBACK}:{port}")
+    with kit.running(kit.program("prometheus"), *options, stderr=subprocess.DEVNULL):
+        kit.wait_for(lambda: get(port, "/-/ready")[0] == 200, "Prometheus is ready")
         yield asked
 
 
 def test_a_real_prometheus_has_data_for_each_panel_a_first_alert_and_an_address_for_each_probe(
-    experienced: ServerProcess, tmp_path: Path
+    experienced: kit.ServerProcess, tmp_path: Path
 ) -> None:
     configuration = yaml.safe_load(shown("scrape_configs:"))
     jobs = {job["job_name"] for job in configuration["scrape_configs"]}
 
     with prometheus(tmp_path, configuration, experienced.port) as asked:
         for query in [*queries(), 'ALERTS{alertname="SsepushDropsMessages"}']:
-            wait_for(lambda: asked(f"query?query={quote(query)}")["result"], query)  # noqa: B023
+            kit.wait_for(lambda: asked(f"query?query={quote(query)}")["result"], query)  # noqa: B023
         targets = {target["scrapePool"]: target for target in asked("targets")["activeTargets"]}
 
     probe, instance = targets["ssepush-healthz"], targets["ssepush"]["labels"]["instance"]
@@ -433,7 +416,7 @@ def test_a_real_prometheus_has_data_for_each_panel_a_first_alert_and_an_address_
 
 
 def test_alerts_ask_for_what_is_exported_from_the_start_so_that_the_first_is_an_increase(
-    start: Start, experienced: ServerProcess
+    start: kit.Start, experienced: kit.ServerProcess
 ) -> None:
     fresh, later = (get(server.port, "/metrics")[1] for server in (start(), experienced))
     names = set(re.findall(r"\bssepush_[a-z0-9_]+", " ".join([*queries(), alerts()])))
@@ -445,7 +428,7 @@ def test_alerts_ask_for_what_is_exported_from_the_start_so_that_the_first_is_an_
     for name, label, values in waited_for:
         for value in values.split("|"):
             assert f'{name}{{{label}="{value}"}} 0\n' in fresh
-    complaints = run_program(program("promtool"), "check", "metrics", stdin=later).stderr.splitlines()
+    complaints = run_program(kit.program("promtool"), "check", "metrics", stdin=later).stderr.splitlines()
     assert [line for line in complaints if "no help text" not in line] == []
 
 
@@ -454,9 +437,9 @@ def test_alerts_ask_for_what_is_exported_from_the_start_so_that_the_first_is_an_
 OF_1_X = "1764000000000-1764000000000000"  # an id, as pages have it that come from there
 
 
-@both_ways
+@kit.both_ways
 def test_a_page_that_1_x_has_served_is_reset_once_and_the_keys_of_1_x_are_left_alone(
-    start: Start, own_redis: RedisProcess, channel: str
+    start: kit.Start, own_redis: kit.RedisProcess, channel: str
 ) -> None:
     keys = ("ssepush:counter", f"ssepush:history:{channel}")
     own_redis.client.hset(keys[0], "newest", OF_1_X)
@@ -493,7 +476,7 @@ def test_the_docs_show_of_nginx_what_is_deployed_and_build_the_image_as_it_says(
     assert build == shown("podman build").splitlines()
 
 
-def test_a_password_is_encoded_as_the_docs_say(own_redis: RedisProcess) -> None:
+def test_a_password_is_encoded_as_the_docs_say(own_redis: kit.RedisProcess) -> None:
     password = "a/b@c#d?e%f"
     rights: Any = {"keys": ["*"], "channels": ["*"], "categories": ["+@all"]}
     own_redis.client.acl_setuser("guest", enabled=True, passwords=[f"+{password}"], **rights)
@@ -506,13 +489,13 @@ def test_a_password_is_encoded_as_the_docs_say(own_redis: RedisProcess) -> None:
 LOG_LINE = re.compile(r"^(?:\S+ \S+ )?((?:INFO|WARNING) .*)$", re.MULTILINE)
 
 
-def test_what_the_docs_say_of_the_log_is_what_it_says(start: Start) -> None:
+def test_what_the_docs_say_of_the_log_is_what_it_says(start: kit.Start) -> None:
     server = start()
     stream = server.opened("orders", "sse")
     server.redis.publish("sse", b"\xff")
-    wait_for(lambda: server.said("dropped"), "what was dropped is in the log")
+    kit.wait_for(lambda: server.said("dropped"), "what was dropped is in the log")
     stream.close()
-    wait_for(lambda: server.said("closed after"), "so is the end of the stream")
+    kit.wait_for(lambda: server.said("closed after"), "so is the end of the stream")
 
     def shapes(log: str) -> set[str]:
         return {re.sub("[0-9.,]+", "", line) for line in LOG_LINE.findall(log)}

@@ -22,36 +22,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ssepush
+from tests import kit
 from tests.browser import text_of
 from tests.engines import Browser, Site
-from tests.kit import (
-    DEADLINE_S,
-    DEPLOY,
-    HERE,
-    EventStream,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    environment_with,
-    one_way,
-    program,
-    run,
-    running,
-    ssepush_command,
-    wait_for,
-)
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
-DOCS = HERE / "docs"
-EXAMPLES = HERE / "examples"
-README = HERE / "README.md"
-CHANGES = HERE / "CHANGELOG.md"
+DOCS = kit.HERE / "docs"
+EXAMPLES = kit.HERE / "examples"
+README = kit.HERE / "README.md"
+CHANGES = kit.HERE / "CHANGELOG.md"
 TRANSLATIONS = sorted(DOCS.glob("README.*.md"))
 PAGES = [README, *(page for page in sorted(DOCS.glob("*.md")) if page not in TRANSLATIONS)]
 ALL_PAGES = [*PAGES, CHANGES, *TRANSLATIONS, *sorted(DOCS.glob("*/*.md"))]
-SOURCE = (HERE / "ssepush.py").read_text()
+SOURCE = (kit.HERE / "ssepush.py").read_text()
 
 
 # ── Reading the documentation ────────────────────────────────────────────────────────────────────────────────────────
@@ -126,7 +111,7 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", ALL_PAGES, ids=[str(page.relative_to(HERE)) for page in ALL_PAGES])
+@pytest.mark.parametrize("page", ALL_PAGES, ids=[str(page.relative_to(kit.HERE)) for page in ALL_PAGES])
 def test_every_link_leads_somewhere(page: Path) -> None:
     def is_broken(link: str) -> bool:
         target, anchor = target_of(page, link), link.partition("#")[2]
@@ -197,8 +182,8 @@ COMMAND = re.compile(r"^(?!podman build).*?(?:[ /(]|^)ssepush(?:\.py)? ([^|&)\n]
 def test_every_option_that_is_named_is_one_and_every_command_can_be_understood() -> None:
     pages = [page for page in PAGES if page.stem != "inside"]  # which adds one, as the tutorial's tests do
     named = [code.split()[0] for page in pages for code in codes(BLOCK.sub("", page.read_text())) if code[:2] == "--"]
-    helps = [run(*command, "--help").stdout for command in ((), ("publish",), ("sign",))]
-    others = [file.read_text() for file in (DEPLOY / "check.py", *(HERE / "bench").glob("*.py"))]
+    helps = [kit.run(*command, "--help").stdout for command in ((), ("publish",), ("sign",))]
+    others = [file.read_text() for file in (kit.DEPLOY / "check.py", *(kit.HERE / "bench").glob("*.py"))]
 
     assert set(named) <= set(re.findall("--[a-z][a-z-]+", " ".join([*helps, *others])))
     for language, text in blocks_of(*pages):
@@ -208,13 +193,13 @@ def test_every_option_that_is_named_is_one_and_every_command_can_be_understood()
 
 def test_every_variable_that_is_named_is_one() -> None:
     name = r"\bSSEPUSH_[A-Z_]*[A-Z]\b"
-    known = run("--help").stdout + (DEPLOY / "ssepush@.service").read_text()
+    known = kit.run("--help").stdout + (kit.DEPLOY / "ssepush@.service").read_text()
 
     assert set(re.findall(name, PROSE)) <= set(re.findall(name, known))
 
 
-@one_way
-def test_every_metric_that_is_named_is_one(server: ServerProcess) -> None:
+@kit.one_way
+def test_every_metric_that_is_named_is_one(server: kit.ServerProcess) -> None:
     text = server.get("/metrics").body.decode() + "ssepush_messages_dropped_total "  # with the first of its kind
 
     known = set(re.findall(r"\bssepush_\w+", text))
@@ -243,39 +228,39 @@ def definition_of(name: str) -> str:
     return f"{name}({ast.unparse(function.args)})"
 
 
-def paths(server: ServerProcess) -> set[str]:
+def paths(server: kit.ServerProcess) -> set[str]:
     """Those at which there is something."""
     return {path for path in re.findall('"(/[a-z]*)"', SOURCE) if server.get(path, "OPTIONS").status != 404}
 
 
-def parameters(server: ServerProcess) -> set[str]:
+def parameters(server: kit.ServerProcess) -> set[str]:
     """Those of /stream: a near miss is told them."""
     refused = server.get("/stream?channels=a")
     assert refused.status == 400
     return set(refused.error.removesuffix(" meant?").partition("is one of ")[2].split(", "))
 
 
-def members(server: ServerProcess) -> set[str]:
+def members(server: kit.ServerProcess) -> set[str]:
     """Those that /publish takes."""
     maybe = {"data", "channel", "type", "event", "retry", "key", "id", "previous"}
     return {name for name in maybe if b"unknown" not in server.post({"data": 1, "channel": "members", name: []}).body}
 
 
-def statuses(server: ServerProcess) -> set[str]:
+def statuses(server: kit.ServerProcess) -> set[str]:
     return set(re.findall(r"HTTPError\((\d+)", SOURCE))
 
 
-def events(server: ServerProcess) -> set[str]:
+def events(server: kit.ServerProcess) -> set[str]:
     """The types of those that come from ssepush itself."""
     return set(re.findall(r'"((?:stream|token)-(?:position|reset|expired))"', SOURCE))
 
 
-def reasons(metric: str) -> Callable[[ServerProcess], set[str]]:
+def reasons(metric: str) -> Callable[[kit.ServerProcess], set[str]]:
     """The reasons that a counter distinguishes."""
     return lambda server: set(re.findall(f'ssepush_{metric}{{reason="(.*)"}}', server.get("/metrics").body.decode()))
 
 
-LISTED: dict[str, Callable[[ServerProcess], set[str]]] = {
+LISTED: dict[str, Callable[[kit.ServerProcess], set[str]]] = {
     "requests": paths,
     "parameters of /stream": parameters,
     "members of /publish": members,
@@ -287,9 +272,9 @@ LISTED: dict[str, Callable[[ServerProcess], set[str]]] = {
 }
 
 
-@one_way
+@kit.one_way
 @pytest.mark.parametrize("what", LISTED)
-def test_what_there_is_is_listed_and_nothing_else_beside_it(what: str, server: ServerProcess) -> None:
+def test_what_there_is_is_listed_and_nothing_else_beside_it(what: str, server: kit.ServerProcess) -> None:
     there_is = LISTED[what](server)
     listings = [{name for row in table for name in named_in(row[0])} for table in tables()]
 
@@ -306,10 +291,10 @@ ON_THE_WIRE = [
 ]
 
 
-@one_way
+@kit.one_way
 @pytest.mark.parametrize(("message", "wire"), ON_THE_WIRE, ids=str)
 def test_a_message_goes_over_the_wire_as_is_said(
-    message: str, wire: list[str], server: ServerProcess, channel: str
+    message: str, wire: list[str], server: kit.ServerProcess, channel: str
 ) -> None:
     stream = server.opened(channel)
     before = len(stream.body)
@@ -320,11 +305,11 @@ def test_a_message_goes_over_the_wire_as_is_said(
     assert stream.body[before:].decode().splitlines() == [*wire, ""]
 
 
-def history_off(start: Start) -> EventStream:
+def history_off(start: kit.Start) -> kit.EventStream:
     return start("--history", "0").stream(query="lastEventId=1795542364019268")
 
 
-def too_large(start: Start) -> EventStream:
+def too_large(start: kit.Start) -> kit.EventStream:
     server = start("--max-event", "1000")
     stream = server.opened()
     server.redis.publish("sse", "x" * 2**21)
@@ -332,15 +317,17 @@ def too_large(start: Start) -> EventStream:
 
 
 @pytest.mark.parametrize("provoke", [history_off, too_large])
-def test_a_stream_is_reset_for_this_reason_too(provoke: Callable[[Start], EventStream], start: Start) -> None:
+def test_a_stream_is_reset_for_this_reason_too(
+    provoke: Callable[[kit.Start], kit.EventStream], start: kit.Start
+) -> None:
     event = provoke(start).next()
 
     assert (event.type, event.json) == ("stream-reset", {"reason": provoke.__name__.replace("_", "-")})
 
 
-def test_publish_that_is_interrupted_ends_with_the_status_that_is_listed(redis_process: RedisProcess) -> None:
-    command = ssepush_command("publish", "a", "-", "--redis-url", redis_process.url)
-    with running(*command, stdin=subprocess.PIPE, env=environment_with()) as process:
+def test_publish_that_is_interrupted_ends_with_the_status_that_is_listed(redis_process: kit.RedisProcess) -> None:
+    command = kit.ssepush_command("publish", "a", "-", "--redis-url", redis_process.url)
+    with kit.running(*command, stdin=subprocess.PIPE, env=kit.environment_with()) as process:
         assert process.stdin
         assert process.stdout
         process.stdin.write(b"one line\n")
@@ -349,7 +336,7 @@ def test_publish_that_is_interrupted_ends_with_the_status_that_is_listed(redis_p
 
         process.send_signal(signal.SIGINT)
 
-        assert process.wait(DEADLINE_S) == 130
+        assert process.wait(kit.DEADLINE_S) == 130
 
 
 # ── Code that is shown: on the command line, and in Python ───────────────────────────────────────────────────────────
@@ -357,7 +344,7 @@ def test_publish_that_is_interrupted_ends_with_the_status_that_is_listed(redis_p
 
 def test_all_code_that_is_shown_can_be_read_by_its_language(tmp_path: Path) -> None:
     """Shell, Python, JSON, and JavaScript, also in pages: whatever else is not run."""
-    node = program("node")
+    node = kit.program("node")
     script = tmp_path / "script.mjs"
 
     for language, text in blocks_of(*PAGES):
@@ -382,38 +369,38 @@ def names_in(python: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def own_server(start: Start, own_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> ServerProcess:
+def own_server(start: kit.Start, own_redis: kit.RedisProcess, monkeypatch: pytest.MonkeyPatch) -> kit.ServerProcess:
     """A server that nobody else uses, so that examples may use the channels that they name."""
     monkeypatch.setenv("REDIS_URL", own_redis.url)
     return start("--retry", "500", redis=own_redis)
 
 
-def here(text: str, server: ServerProcess) -> str:
+def here(text: str, server: kit.ServerProcess) -> str:
     """An example, with the addresses and programs that it has in the test."""
-    ssepush_here = shlex.join(ssepush_command())
+    ssepush_here = shlex.join(kit.ssepush_command())
     text = text.replace("http://127.0.0.1:5000", server.url).replace("$SSEPUSH/", f"{server.url}/")
     text = text.replace("redis-cli ", f"redis-cli -p {server.redis.port} ")
     text = text.replace(".venv/bin/python ssepush.py", ssepush_here)
     return re.sub("^ssepush ", f"{ssepush_here} ", text)
 
 
-def shell(line: str, server: ServerProcess) -> str:
+def shell(line: str, server: kit.ServerProcess) -> str:
     """What a shell prints that runs this line of an example."""
     for name in ("redis-cli", "curl"):
-        program(name)
+        kit.program(name)
     command = ["sh", "-ec", here(line, server)]
-    environment = environment_with(REDIS_URL=server.redis.url)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment, check=False)
+    environment = kit.environment_with(REDIS_URL=server.redis.url)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=kit.DEADLINE_S, env=environment, check=False)
     assert done.returncode == 0, done
     return done.stdout
 
 
 @contextlib.contextmanager
-def reading(line: str, server: ServerProcess, **environment: str) -> Iterator[Iterable[bytes]]:
+def reading(line: str, server: kit.ServerProcess, **environment: str) -> Iterator[Iterable[bytes]]:
     """The lines that a shell prints while it runs this line of an example, which does not end by itself."""
     for name in ("redis-cli", "curl"):
-        program(name)
-    with running("sh", "-c", f"exec {here(line, server)}", env=environment_with(**environment)) as process:
+        kit.program(name)
+    with kit.running("sh", "-c", f"exec {here(line, server)}", env=kit.environment_with(**environment)) as process:
         assert process.stdout
         yield process.stdout
 
@@ -423,12 +410,12 @@ def until(lines: Iterable[bytes], text: bytes) -> list[bytes]:
     return list(itertools.takewhile(lambda line: text not in line, lines))
 
 
-def wait_until_open(server: ServerProcess) -> None:
+def wait_until_open(server: kit.ServerProcess) -> None:
     """Until Redis has confirmed a page's first stream: whatever is published from then on is for it."""
-    wait_for(lambda: server.metric("streams_opened_total"), "the page's stream is open")
+    kit.wait_for(lambda: server.metric("streams_opened_total"), "the page's stream is open")
 
 
-def test_the_server_prints_what_is_shown(own_server: ServerProcess) -> None:
+def test_the_server_prints_what_is_shown(own_server: kit.ServerProcess) -> None:
     printed = shown(" serves http").replace(" (embedded: its data ends with it)", "")
 
     printed = printed.replace("http://127.0.0.1:5000", own_server.url)
@@ -438,7 +425,7 @@ def test_the_server_prints_what_is_shown(own_server: ServerProcess) -> None:
     assert printed in own_server.output
 
 
-def test_the_lines_of_the_article_do_what_is_said(own_server: ServerProcess) -> None:
+def test_the_lines_of_the_article_do_what_is_said(own_server: kit.ServerProcess) -> None:
     lines = shown("redis-cli subscribe sse", "/notifications", "redis-cli publish sse")
     (notify,) = re.findall(r"^curl .*/notifications.*$", lines, re.MULTILINE)
     (subscribe,) = re.findall(r"^redis-cli subscribe .*$", lines, re.MULTILINE)
@@ -447,7 +434,7 @@ def test_the_lines_of_the_article_do_what_is_said(own_server: ServerProcess) -> 
 
     notified = json.loads(shell(notify, own_server))
     with reading(subscribe, own_server) as seen:
-        wait_for(lambda: own_server.redis.subscribers("sse") == 2, "redis-cli has subscribed")
+        kit.wait_for(lambda: own_server.redis.subscribers("sse") == 2, "redis-cli has subscribed")
         reached = shell(publish, own_server).strip()
         assert b"message\n" in until(seen, b'{"data"')
 
@@ -458,7 +445,7 @@ def test_the_lines_of_the_article_do_what_is_said(own_server: ServerProcess) -> 
         assert event.json["value"] == "Absolutely, PHP"
 
 
-def test_readmes_lines_publish(own_server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readmes_lines_publish(own_server: kit.ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     stream = own_server.opened()
 
     names_in(shown("ssepush.publish(", pages=[README]))
@@ -469,7 +456,7 @@ def test_readmes_lines_publish(own_server: ServerProcess, capsys: pytest.Capture
     assert capsys.readouterr().out.startswith("1 ")
 
 
-def test_a_key_makes_publishing_again_safe(own_server: ServerProcess) -> None:
+def test_a_key_makes_publishing_again_safe(own_server: kit.ServerProcess) -> None:
     stream = own_server.opened("orders")
     names = names_in(shown("def publish_surely"))
     by_command, by_curl = shown_line("ssepush publish", "--key"), shown_line("curl", '"key"')
@@ -490,11 +477,11 @@ def test_a_key_makes_publishing_again_safe(own_server: ServerProcess) -> None:
     assert events[2].data == "last"
 
 
-def test_a_private_channel_opens_as_is_shown(start: Start, own_redis: RedisProcess) -> None:
+def test_a_private_channel_opens_as_is_shown(start: kit.Start, own_redis: kit.RedisProcess) -> None:
     lines = shown("export SSEPUSH_SECRET", "sign private-7", "curl -N")
     (export,) = re.findall("^export .*$", lines, re.MULTILINE)
     (listen,) = re.findall("^curl -N .*$", lines, re.MULTILINE)
-    program("openssl")
+    kit.program("openssl")
     secret = subprocess.check_output(["sh", "-ec", f'{export}; printf %s "$SSEPUSH_SECRET"'], text=True)
     server = start(redis=own_redis, SSEPUSH_SECRET=secret)
 
@@ -533,7 +520,7 @@ def has_closed_one(tab: Browser) -> bool:
 
 
 def test_readmes_page_shows_what_is_published_and_loads_anew_when_it_is_reset(
-    own_server: ServerProcess, tab: WebDriver, tmp_path: Path
+    own_server: kit.ServerProcess, tab: WebDriver, tmp_path: Path
 ) -> None:
     page = tmp_path / "page.html"
     page.write_text(here(shown("<!doctype html>", 'id="data"', pages=[README]), own_server))
@@ -541,14 +528,14 @@ def test_readmes_page_shows_what_is_published_and_loads_anew_when_it_is_reset(
     wait_until_open(own_server)
 
     own_server.publish({"question": "tea?", "value": "yes"}, type="new_answers")
-    wait_for(lambda: text_of(tab, "data") == "tea? : yes", "the page shows it")
+    kit.wait_for(lambda: text_of(tab, "data") == "tea? : yes", "the page shows it")
     own_server.publish("", type="stream-reset")
 
-    wait_for(lambda: text_of(tab, "data") == "received pushed data", "the page was loaded anew")
+    kit.wait_for(lambda: text_of(tab, "data") == "received pushed data", "the page was loaded anew")
 
 
 def test_a_script_hears_the_events_of_all_its_channels_until_it_is_sent_away(
-    own_server: ServerProcess, tab: WebDriver
+    own_server: kit.ServerProcess, tab: WebDriver
 ) -> None:
     listen = shown("channel=orders&channel=news")
     leave = shown_line('source.addEventListener("server_closed"', "close()")
@@ -558,15 +545,15 @@ def test_a_script_hears_the_events_of_all_its_channels_until_it_is_sent_away(
     own_server.publish({"item": "tea"}, "orders", type="order_placed")
     own_server.publish({"item": "unheard of"}, "orders", type="other")
     own_server.redis.publish("news", "plain")
-    wait_for(lambda: "plain" in told(tab), "the last event is shown")
+    kit.wait_for(lambda: "plain" in told(tab), "the last event is shown")
     shell(shown_line("redis-cli publish sse", "server_closed").replace("publish sse", "publish news"), own_server)
 
-    wait_for(lambda: has_closed_one(tab), "the page has left")
+    kit.wait_for(lambda: has_closed_one(tab), "the page has left")
     assert told(tab) == [{"item": "tea"}, "plain"]
 
 
 def test_a_page_that_is_rendered_with_its_position_misses_nothing(
-    own_server: ServerProcess, tab: WebDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_server: kit.ServerProcess, tab: WebDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("flask")
     code = shown("ssepush.position()", "Flask").replace("/stream?", f"{own_server.url}/stream?")
@@ -576,7 +563,7 @@ def test_a_page_that_is_rendered_with_its_position_misses_nothing(
     page.write_text(client.get("/orders").text)
     own_server.publish({"number": 1, "state": "eaten"}, "orders", type="order_changed")
     tab.get(page.as_uri())
-    wait_for(lambda: text_of(tab, "order-1") == "eaten", "the page has what came before its stream")
+    kit.wait_for(lambda: text_of(tab, "order-1") == "eaten", "the page has what came before its stream")
     monkeypatch.setenv("SSEPUSH_HISTORY", "0")
     without = client.get("/orders").text
 
@@ -589,7 +576,7 @@ SECRET = "a secret of more than sixteen bytes"
 
 
 def test_the_cookie_of_whoever_is_logged_in_is_renewed_by_any_answer_and_goes_at_logout(
-    start: Start, own_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+    start: kit.Start, own_redis: kit.RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a page makes of it is tested with examples/flask_app.py, which does the same."""
     pytest.importorskip("flask")
@@ -614,7 +601,7 @@ FROM = {'{ lastEventId: "earliest" }': ["one", "two", "three"], "{ last: 2 }": [
 
 @pytest.mark.parametrize("begin", FROM)
 def test_a_token_in_the_url_that_is_renewed_loses_nothing_also_where_the_first_has_expired(
-    begin: str, own_redis: RedisProcess, start: Start, tab: WebDriver
+    begin: str, own_redis: kit.RedisProcess, start: kit.Start, tab: WebDriver
 ) -> None:
     server = start("--retry", "500", redis=own_redis, SSEPUSH_SECRET=SECRET)
     published = ["one", "two", "three"]
@@ -632,8 +619,8 @@ def test_a_token_in_the_url_that_is_renewed_loses_nothing_also_where_the_first_h
     expired = ssepush.sign("private-7", ttl=-60, secret=SECRET)
     with Site({"/": lambda: "", "/token": token}) as site:
         run_script(tab, site.url, f'{listen}; listen("{expired}", {begin})')
-        wait_for(lambda: server.closed("expired") >= 3, "three tokens have expired")
-        wait_for(lambda: told(tab)[-1:] == published[-1:], "the page has what came meanwhile")
+        kit.wait_for(lambda: server.closed("expired") >= 3, "three tokens have expired")
+        kit.wait_for(lambda: told(tab)[-1:] == published[-1:], "the page has what came meanwhile")
 
         assert told(tab) == [*FROM[begin], *published[3:]]
     assert server.refused("expired") == 1

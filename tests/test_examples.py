@@ -13,27 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import kit
 from tests.engines import Browser, Firefox, Site
-from tests.kit import (
-    HERE,
-    LOOPBACK,
-    Publisher,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    environment_with,
-    free_port,
-    listens,
-    wait_for,
-)
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
-EXAMPLES = HERE / "examples"
+EXAMPLES = kit.HERE / "examples"
 
 
-def example_for(server: ServerProcess, name: str, channel: str) -> str:
+def example_for(server: kit.ServerProcess, name: str, channel: str) -> str:
     """An example's text, with this server and channel instead of those that it names."""
     text = (EXAMPLES / name).read_text()
     documented = "http://127.0.0.1:5000/stream?channel=sse"
@@ -53,24 +42,24 @@ def content(browser: Browser, selector: str) -> str:
 
 def wait_for_content(browser: Browser, selector: str, text: str) -> None:
     """Until this stands there."""
-    wait_for(lambda: content(browser, selector) == text, f"{selector} says {text}")
+    kit.wait_for(lambda: content(browser, selector) == text, f"{selector} says {text}")
 
 
 @contextlib.contextmanager
 def running_app(name: str, folder: Path, port: int, **environment: str) -> Iterator[str]:
     """An application of the examples, as its first lines say how to start it; its URL."""
-    variables = environment_with(PYTHONPATH=str(HERE), PORT=str(port), **environment)
+    variables = kit.environment_with(PYTHONPATH=str(kit.HERE), PORT=str(port), **environment)
     log = folder / f"{name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen([sys.executable, EXAMPLES / name], env=variables, stdout=output, stderr=output)
 
     def ready() -> bool:
         assert process.poll() is None, log.read_text()
-        return listens(port)
+        return kit.listens(port)
 
     try:
-        wait_for(ready, f"{name} takes connections")
-        yield f"http://{LOOPBACK}:{port}"
+        kit.wait_for(ready, f"{name} takes connections")
+        yield f"http://{kit.LOOPBACK}:{port}"
     finally:
         process.kill()
         process.wait()
@@ -83,8 +72,8 @@ def running_app(name: str, folder: Path, port: int, **environment: str) -> Itera
 def test_the_minimal_page_opened_from_disk_shows_what_comes_and_what_it_missed(
     browser: Any,
     request: pytest.FixtureRequest,
-    start: Start,
-    redis_process: RedisProcess,
+    start: kit.Start,
+    redis_process: kit.RedisProcess,
     channel: str,
     tmp_path: Path,
 ) -> None:
@@ -98,16 +87,16 @@ def test_the_minimal_page_opened_from_disk_shows_what_comes_and_what_it_missed(
 
     server.publish("<b>plain</b>", channel)
     server.publish({"value": "PHP"}, channel, type="new_answers")
-    wait_for(lambda: items(browser) == ["PHP", "<b>plain</b>"], "both are shown, the newest first")
+    kit.wait_for(lambda: items(browser) == ["PHP", "<b>plain</b>"], "both are shown, the newest first")
 
     server.kill()
     wait_for_content(browser, "p", "waiting …")
     start().publish("missed", channel)
     back = start("--retry", "100", port=server.port)
-    wait_for(lambda: items(browser)[:1] == ["missed"], "what was missed is shown")
+    kit.wait_for(lambda: items(browser)[:1] == ["missed"], "what was missed is shown")
 
     back.publish("", channel, type="stream-reset")
-    wait_for(lambda: items(browser) == [], "the page was loaded anew")
+    kit.wait_for(lambda: items(browser) == [], "the page was loaded anew")
     wait_for_content(browser, "p", "open")
 
     back.publish("", channel, type="server_closed")
@@ -156,7 +145,7 @@ class Tabs:
 
     def leader(self) -> str:
         """The handle of the one tab that holds the stream."""
-        found = wait_for(lambda: [handle for handle in self.handles if self.in_tab(handle, LEADS)], "a tab leads")
+        found = kit.wait_for(lambda: [handle for handle in self.handles if self.in_tab(handle, LEADS)], "a tab leads")
         assert len(found) == 1
         return str(found[0])
 
@@ -187,7 +176,7 @@ def tabs_of(chromium: WebDriver) -> Iterator[Callable[[str], Tabs]]:
 
 @pytest.mark.alone
 def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_while_leaders_are_closed(
-    tabs_of: Callable[[str], Tabs], start: Start, redis_process: RedisProcess, channel: str
+    tabs_of: Callable[[str], Tabs], start: kit.Start, redis_process: kit.RedisProcess, channel: str
 ) -> None:
     server = start("--history", str(EVENTS))
     page = example_for(server, "one-stream-for-all-tabs.html", channel)
@@ -195,13 +184,13 @@ def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_whil
         tabs = tabs_of(site.url)
         for _ in range(TABS):
             tabs.open()
-        wait_for(lambda: server.streams() == 1, "the leader's stream is open")
-        publisher = Publisher(server.port, "event", channel, pause=0.008)
+        kit.wait_for(lambda: server.streams() == 1, "the leader's stream is open")
+        publisher = kit.Publisher(server.port, "event", channel, pause=0.008)
 
         joined = ""
         left: list[list[str]] = []
         for moment in sorted(random.sample(range(EVENTS // 10, EVENTS), CLOSED_LEADERS)):
-            wait_for(lambda: len(publisher.acknowledged) >= moment, f"{moment} events")  # noqa: B023
+            kit.wait_for(lambda: len(publisher.acknowledged) >= moment, f"{moment} events")  # noqa: B023
             leader = tabs.leader()
             redis_process.wait_for_subscribers(channel, 1)
             left.append(list(tabs.arrivals(leader)))
@@ -209,13 +198,13 @@ def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_whil
             if len(left) == CLOSED_LEADERS // 2:
                 redis_process.wait_for_subscribers(channel, 1)  # the next one has taken over
                 joined = tabs.open()
-        wait_for(lambda: len(publisher.acknowledged) >= EVENTS, "all events")
+        kit.wait_for(lambda: len(publisher.acknowledged) >= EVENTS, "all events")
         publisher.stop()
 
         published_at = {text: place_us / 1000 for place_us, _, text in publisher.acknowledged}
         texts = list(published_at)
         for handle in tabs.handles:
-            wait_for(lambda: texts[-1] in tabs.arrivals(handle), "the tab has the last event")  # noqa: B023
+            kit.wait_for(lambda: texts[-1] in tabs.arrivals(handle), "the tab has the last event")  # noqa: B023
             arrivals = tabs.arrivals(handle)
             assert list(arrivals) == (texts[-len(arrivals) :] if handle == joined else texts)
             assert all(at - published_at[text] < TAKEOVER_MS for text, at in arrivals.items())
@@ -236,15 +225,15 @@ def words(browser: Browser) -> list[int]:
 
 
 def wait_for_words(browser: Browser, number: int) -> None:
-    wait_for(lambda: len(words(browser)) >= number, f"{number} words of the answer")
+    kit.wait_for(lambda: len(words(browser)) >= number, f"{number} words of the answer")
 
 
 def test_an_answer_is_whole_on_two_devices_though_it_was_reloaded_and_the_server_killed_in_the_middle(
-    tab: WebDriver, second_browser: Firefox, start: Start, tmp_path: Path
+    tab: WebDriver, second_browser: Firefox, start: kit.Start, tmp_path: Path
 ) -> None:
     server = start("--retry", "100", SSEPUSH_HISTORY="5000")
     environment = {"STREAM_URL": f"{server.url}/stream", "REDIS_URL": server.redis.url, "SSEPUSH_HISTORY": "5000"}
-    with running_app("llm_stream.py", tmp_path, free_port(), WORDS_PER_S="75", **environment) as url:
+    with running_app("llm_stream.py", tmp_path, kit.free_port(), WORDS_PER_S="75", **environment) as url:
         tab.get(url)
         question = tab.find_element("name", "question")
         question.clear()

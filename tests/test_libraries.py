@@ -17,22 +17,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from tests import kit
 from tests.engines import Browser, QuietHandler, firefox, webkit
-from tests.kit import (
-    DEADLINE_S,
-    HERE,
-    LOOPBACK,
-    Parser,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    environment_with,
-    free_port,
-    needs_test_extra,
-    program,
-    running,
-    wait_for,
-)
 from tests.messages import AS_PUBLISHED, as_read
 from tests.proxies import proxies_before
 
@@ -57,7 +43,7 @@ NPM_PACKAGES = (
 def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all the packages of the npm registry that are run here."""
     folder = tmp_path_factory.mktemp("npm")
-    command = [program("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), *NPM_PACKAGES]
+    command = [kit.program("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), *NPM_PACKAGES]
     installed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert installed.returncode == 0, installed.stderr
     return folder
@@ -88,7 +74,7 @@ class Documented(NamedTuple):
 
 def documented() -> list[Documented]:
     """The rows of the table, each with the code below the heading of its name."""
-    text = (HERE / "docs" / "clients.md").read_text()
+    text = (kit.HERE / "docs" / "clients.md").read_text()
     code_of = {}
     for section in re.split("^#+ ", text, flags=re.MULTILINE):
         block = re.search(r"^```(\w+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
@@ -157,7 +143,7 @@ def exact_for(row: Documented) -> list[str]:
 class Clients:
     """All clients of docs/clients.md, each with a channel of its own."""
 
-    def __init__(self, server: ServerProcess, folder: Path, site: str) -> None:
+    def __init__(self, server: kit.ServerProcess, folder: Path, site: str) -> None:
         """folder: with node_modules, and what of it is at the site."""
         self._server_url = server.url
         self._folder = folder
@@ -199,9 +185,9 @@ class Clients:
         is_python = row.language == "python"
         path = self._folder / f"{self.channel_of[row]}{'.py' if is_python else '.mjs'}"
         path.write_text((PYTHON_SHOWS if is_python else NODE_SHOWS) + self._code(row))
-        command = [sys.executable if is_python else program("node"), str(path)]
+        command = [sys.executable if is_python else kit.program("node"), str(path)]
         log = self._stack.enter_context(path.with_suffix(".log").open("wb"))
-        started = running(*command, cwd=self._folder, env=environment_with(), stderr=log)
+        started = kit.running(*command, cwd=self._folder, env=kit.environment_with(), stderr=log)
         process = self._stack.enter_context(started)
         heard: list[str] = []
 
@@ -220,7 +206,7 @@ class Clients:
         (self._folder / name).write_text(f"{shows}<script>{script}</script>\n{self._code(row)}")
         return name
 
-    def publish(self, server: ServerProcess, text: str, *to: Documented) -> None:
+    def publish(self, server: kit.ServerProcess, text: str, *to: Documented) -> None:
         """Publish it to these clients, or to all."""
         for row in to or self.rows:
             server.publish(channel=self.channel_of[row], **message_for(row.name, text))
@@ -229,7 +215,7 @@ class Clients:
         """Those that have not heard it."""
         return {row for row, heard in self.heard.items() if text not in heard()}
 
-    def who_are_away(self, redis: RedisProcess) -> set[str]:
+    def who_are_away(self, redis: kit.RedisProcess) -> set[str]:
         """Those that have no stream open."""
         return {row.name for row, channel in self.channel_of.items() if redis.subscribers(channel) != 1}
 
@@ -250,7 +236,7 @@ def site_before(server_port: int, folder: Path) -> Iterator[str]:
         ("retry: 2000", "retry: 300"),
     ]
     with proxies_before(server_port, "nginx", changes=changes) as proxies:
-        yield f"http://{LOOPBACK}:{proxies['nginx'].port}"
+        yield f"http://{kit.LOOPBACK}:{proxies['nginx'].port}"
 
 
 @contextlib.contextmanager
@@ -265,7 +251,7 @@ def answering_502(port: int) -> Iterator[set[str]]:
 
         do_OPTIONS = do_GET
 
-    with http.server.ThreadingHTTPServer((LOOPBACK, port), Handler) as proxy:
+    with http.server.ThreadingHTTPServer((kit.LOOPBACK, port), Handler) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         yield asked
         proxy.shutdown()
@@ -287,7 +273,7 @@ AWAY_S = 1.5  # longer than the time after which most come back for the first ti
 def settled(condition: Callable[[], Any]) -> None:
     """Wait until the condition holds, or the time is over: the table says what has to be."""
     with contextlib.suppress(AssertionError):
-        wait_for(condition, "")
+        kit.wait_for(condition, "")
 
 
 def verdict_on(row: Documented, heard: list[str]) -> Verdict:
@@ -298,16 +284,16 @@ def verdict_on(row: Documented, heard: list[str]) -> Verdict:
     return Verdict(*("yes" if texts == expected else "no" for texts, expected in zip(got, asked, strict=True)))
 
 
-@needs_test_extra
+@kit.needs_test_extra
 def test_each_client_does_what_the_table_in_the_docs_says(
-    browsers: dict[str, Browser], npm_folder: Path, own_redis: RedisProcess, start: Start
+    browsers: dict[str, Browser], npm_folder: Path, own_redis: kit.RedisProcess, start: kit.Start
 ) -> None:
-    port = free_port()
+    port = kit.free_port()
     elsewhere = start(redis=own_redis)  # publishes while the other one is away
 
-    def back(origin: str) -> ServerProcess:
+    def back(origin: str) -> kit.ServerProcess:
         options = ["--retry", "300", "--allow-origin", "*", "--allow-origin", origin]
-        return ServerProcess(own_redis, *options, port=port)
+        return kit.ServerProcess(own_redis, *options, port=port)
 
     with site_before(port, npm_folder) as site, contextlib.ExitStack() as stack:
         server = back(site)
@@ -348,9 +334,9 @@ def test_each_client_does_what_the_table_in_the_docs_says(
     assert found == {(row.name, row.place): row.verdict for row in clients.rows}
 
 
-@needs_test_extra
+@kit.needs_test_extra
 def test_fetch_event_source_stops_when_it_is_refused(
-    chromium: WebDriver, npm_folder: Path, own_redis: RedisProcess, start: Start
+    chromium: WebDriver, npm_folder: Path, own_redis: kit.RedisProcess, start: kit.Start
 ) -> None:
     """By the code of the docs; left to itself, it would try again."""
     server = start(redis=own_redis)
@@ -360,7 +346,7 @@ def test_fetch_event_source_stops_when_it_is_refused(
         (row,) = [row for row in clients.rows if "fetch-event-source" in row.name]
         clients.channel_of[row] = "private-7"
         chromium.get(f"{site}/{clients.write_frame(row, note)}")
-        wait_for(lambda: chromium.title == "a token is missing", "it has stopped")
+        kit.wait_for(lambda: chromium.title == "a token is missing", "it has stopped")
 
     assert server.refused("forbidden") == 1
 
@@ -368,30 +354,17 @@ def test_fetch_event_source_stops_when_it_is_refused(
 # ── curl ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_curl_shows_each_event_as_it_comes(server: ServerProcess, channel: str) -> None:
-    with running(program("curl"), "-sN", f"{server.url}/stream?channel={channel}") as curl:
-        assert curl.stdout
-        parser = Parser()
-        while not parser.retry_ms:
-            parser.feed(curl.stdout.readline())
-
-        for number in range(3):
-            server.redis.publish_event(channel, data=f"第 {number}", type="greet")
-            while not parser.events or parser.events[-1].data != f"第 {number}":
-                parser.feed(curl.stdout.readline())
-
-    assert [event.data for event in parser.events if event.type == "greet"] == ["第 0", "第 1", "第 2"]
-
-
 @pytest.mark.parametrize("size", [100, 900_000])
-def test_curl_publishes_small_and_large_bodies(size: int, server: ServerProcess, channel: str, tmp_path: Path) -> None:
+def test_curl_publishes_small_and_large_bodies(
+    size: int, server: kit.ServerProcess, channel: str, tmp_path: Path
+) -> None:
     stream = server.stream(channel)
     body = tmp_path / "body.json"
     body.write_text(json.dumps({"data": "x" * size, "channel": channel}))
-    command = [program("curl"), "-s", f"{server.url}/publish", "-H", "Content-Type: application/json"]
+    command = [kit.program("curl"), "-s", f"{server.url}/publish", "-H", "Content-Type: application/json"]
     command += ["-H", "Expect: 100-continue", "--expect100-timeout", "60", "--data-binary", f"@{body}"]
 
-    answer = json.loads(subprocess.check_output(command, timeout=DEADLINE_S))
+    answer = json.loads(subprocess.check_output(command, timeout=kit.DEADLINE_S))
 
     assert (answer["state"], answer["receivers"]) == ("ok", 1)
     assert stream.next().data == "x" * size

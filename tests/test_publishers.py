@@ -15,44 +15,33 @@ from typing import Any
 import pytest
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    HERE,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    environment_with,
-    free_port,
-    one_way,
-    program,
-    ssepush_command,
-)
+from tests import kit
 from tests.test_docs import names_in, shown
 
 
 class Place:
     """Where a program publishes: a server, a Redis that it may use besides, and a folder of its own."""
 
-    def __init__(self, server: ServerProcess, redis: RedisProcess, folder: Path) -> None:
+    def __init__(self, server: kit.ServerProcess, redis: kit.RedisProcess, folder: Path) -> None:
         self.server = server
         self.redis = redis
         self.folder = folder
         self.started: list[subprocess.Popen[bytes]] = []
-        self.environment = environment_with(
+        self.environment = kit.environment_with(
             REDIS_URL=server.redis.url,
             SSEPUSH=server.url,
             CELERY_BROKER_URL=redis.url,
-            PYTHONPATH=f"{HERE}:{folder}",
+            PYTHONPATH=f"{kit.HERE}:{folder}",
             PATH=f"{folder}:{os.environ['PATH']}",
         )
         command = folder / "ssepush"  # as pip makes it
-        command.write_text(f'#!/bin/sh\nexec {shlex.join(ssepush_command())} "$@"\n')
+        command.write_text(f'#!/bin/sh\nexec {shlex.join(kit.ssepush_command())} "$@"\n')
         command.chmod(0o755)
 
     def run(self, *command: str) -> str:
         """What a program that ends well prints."""
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=DEADLINE_S, env=self.environment, cwd=self.folder
+            command, capture_output=True, text=True, timeout=kit.DEADLINE_S, env=self.environment, cwd=self.folder
         )
         assert done.returncode == 0, done
         return done.stdout
@@ -64,12 +53,12 @@ class Place:
     def end(self) -> None:
         for process in self.started:
             process.terminate()
-            process.wait(DEADLINE_S)
+            process.wait(kit.DEADLINE_S)
 
 
 @pytest.fixture
 def place(
-    server: ServerProcess, own_redis: RedisProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: kit.ServerProcess, own_redis: kit.RedisProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Place]:
     monkeypatch.setenv("REDIS_URL", server.redis.url)  # as a deployed app's is
     place = Place(server, own_redis, tmp_path)
@@ -140,7 +129,7 @@ def script(place: Place) -> None:
 
 def shell(place: Place) -> None:
     for name in ("redis-cli", "curl"):
-        program(name)
+        kit.program(name)
     printed = place.run("sh", "-ec", shown("ssepush publish ops", "redis-cli", "curl"))
     assert '"receivers": 1' in printed.splitlines()[-1]
 
@@ -148,7 +137,7 @@ def shell(place: Place) -> None:
 def php(place: Place) -> None:
     connect = f'$redis = new Redis(); $redis->connect("127.0.0.1", {place.server.redis.port});'
     example = shown("file_get_contents(", "$redis->publish").replace("127.0.0.1:5000", f"127.0.0.1:{place.server.port}")
-    place.run(program("php"), "-r", connect + example)
+    place.run(kit.program("php"), "-r", connect + example)
 
 
 def flask_sse(place: Place) -> None:
@@ -178,7 +167,7 @@ PUBLISHERS: dict[Callable[[Place], None], tuple[str, list[tuple[str, str]]]] = {
 }
 
 
-@one_way
+@kit.one_way
 @pytest.mark.parametrize("publisher", PUBLISHERS)
 def test_a_program_publishes_as_the_docs_say(publisher: Callable[[Place], None], place: Place) -> None:
     channel, expected = PUBLISHERS[publisher]
@@ -194,10 +183,10 @@ def test_a_program_publishes_as_the_docs_say(publisher: Callable[[Place], None],
 
 
 def test_a_script_is_told_that_redis_is_away() -> None:
-    environment = environment_with(REDIS_URL=f"redis://127.0.0.1:{free_port()}/0", PYTHONPATH=str(HERE))
+    environment = kit.environment_with(REDIS_URL=f"redis://127.0.0.1:{kit.free_port()}/0", PYTHONPATH=str(kit.HERE))
     command = [sys.executable, "-c", shown("except ssepush.RedisAway", "sys.exit")]
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=kit.DEADLINE_S, env=environment)
 
     assert done.returncode == 1
     assert re.fullmatch(r"nobody was told: [^\n]+\n", done.stderr)
@@ -241,7 +230,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def test_a_process_that_is_forked_has_connections_of_its_own(
-    own_redis: RedisProcess, start: Start, tmp_path: Path
+    own_redis: kit.RedisProcess, start: kit.Start, tmp_path: Path
 ) -> None:
     place = Place(start(redis=own_redis), own_redis, tmp_path)
     with place.server.opened("forked") as stream:
@@ -253,7 +242,7 @@ def test_a_process_that_is_forked_has_connections_of_its_own(
     assert sorted(event.data for event in events) == sorted(["first", *["parent", "child", "after"] * 40])
 
 
-def test_more_threads_than_pooled_connections_can_publish_at_once(server: ServerProcess, channel: str) -> None:
+def test_more_threads_than_pooled_connections_can_publish_at_once(server: kit.ServerProcess, channel: str) -> None:
     stream = server.stream(channel)
 
     def publish(thread: int) -> list[ssepush.Published]:
@@ -272,7 +261,7 @@ def test_more_threads_than_pooled_connections_can_publish_at_once(server: Server
     assert of_threads == {thread: list(range(10)) for thread in range(40)}
 
 
-def test_publish_works_again_after_redis_was_restarted(own_redis: RedisProcess) -> None:
+def test_publish_works_again_after_redis_was_restarted(own_redis: kit.RedisProcess) -> None:
     ssepush.publish("before", redis_url=own_redis.url)
 
     own_redis.kill()
