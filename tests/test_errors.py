@@ -18,22 +18,17 @@ import ssepush
 
 left = 3
 
-def fail(fails):
-    global left
-    if left and fails:
-        left -= 1
-        raise MemoryError
+def failing(function):
+    def fails(*arguments):
+        global left
+        if left and "fault" in repr(arguments):
+            left -= 1
+            raise MemoryError
+        return function(*arguments)
+    return fails
 
-def failing_event_of(message, event_of=ssepush.event_of):
-    fail(b"fault" in message)
-    return event_of(message)
-
-def failing_replay(after, history, replay=ssepush.replay):
-    fail(any(b"fault" in entry.frame for entry in history.entries.values()))
-    return replay(after, history)
-
-ssepush.event_of = failing_event_of
-ssepush.replay = failing_replay
+ssepush.event_of = failing(ssepush.event_of)
+ssepush.replay = failing(ssepush.replay)
 ssepush.main(sys.argv[2:])
 """
 EVENTS = [*numbers(0, 5), "fault", *numbers(5, 10), "last"]
