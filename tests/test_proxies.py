@@ -356,18 +356,14 @@ def swap(old: str, new: str = "") -> list[Change]:
     return [(old, new)]
 
 
-def nginx(directive: str) -> list[Change]:
-    return swap("location = /stream {", f"location = /stream {{ {directive}")
+def adding(mark: str) -> Callable[[str], list[Change]]:
+    """What adds a directive behind this line of a recipe."""
+    return lambda directive: swap(mark, f"{mark}\n {directive}")
 
 
-def haproxy(directive: str) -> list[Change]:
-    return swap("option forwardfor", f"option forwardfor\n {directive}")
-
-
-def apache(directive: str) -> list[Change]:
-    return swap("ProxyPreserveHost On", f"ProxyPreserveHost On\n{directive}")
-
-
+nginx = adding("location = /stream {")
+haproxy = adding("option forwardfor")
+apache = adding("ProxyPreserveHost On")
 ALLOW = "Access-Control-Allow-Origin"
 GZIP = nginx("gzip on; gzip_types *; gzip_proxied any; gzip_min_length 0;")
 OLD_HTTP = swap('proxy_http_version 1.1;\n    proxy_set_header Connection "";')

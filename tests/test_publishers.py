@@ -123,8 +123,13 @@ def celery(place: Place) -> None:
 
 
 def script(place: Place) -> None:
-    printed = place.run(sys.executable, "-c", shown("except ssepush.RedisAway", "sys.exit"))
-    assert re.fullmatch("event [0-9]{16} reached 1 subscribers\n", printed)
+    """And is told when Redis is away."""
+    command = [sys.executable, "-c", shown("except ssepush.RedisAway", "sys.exit")]
+    nowhere = {**place.environment, "REDIS_URL": f"redis://127.0.0.1:{kit.free_port()}/0"}
+    away = subprocess.run(command, capture_output=True, text=True, timeout=kit.DEADLINE_S, env=nowhere)
+    assert away.returncode == 1
+    assert re.fullmatch(r"nobody was told: [^\n]+\n", away.stderr)
+    assert re.fullmatch("event [0-9]{16} reached 1 subscribers\n", place.run(*command))
 
 
 def shell(place: Place) -> None:
@@ -180,16 +185,6 @@ def test_a_program_publishes_as_the_docs_say(publisher: Callable[[Place], None],
         assert (event.type, event.data) == (type_, data or event.data)
     if publisher is flask_sse:
         assert (events[-1].id, stream.parser.retry_ms) == ("seven", 4321)
-
-
-def test_a_script_is_told_that_redis_is_away() -> None:
-    environment = kit.environment_with(REDIS_URL=f"redis://127.0.0.1:{kit.free_port()}/0", PYTHONPATH=str(kit.HERE))
-    command = [sys.executable, "-c", shown("except ssepush.RedisAway", "sys.exit")]
-
-    done = subprocess.run(command, capture_output=True, text=True, timeout=kit.DEADLINE_S, env=environment)
-
-    assert done.returncode == 1
-    assert re.fullmatch(r"nobody was told: [^\n]+\n", done.stderr)
 
 
 # ── Threads, forks, and a Redis that was restarted ───────────────────────────────────────────────────────────────────
