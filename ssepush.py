@@ -117,20 +117,19 @@ REDIS_S = 5.0  # for Redis to answer
 
 def number(low: float, high: float) -> Callable[[str], Any]:
     """An argparse type: a whole number if low is one."""
-    kind = type(low)
-    pattern = "[0-9]{1,18}" if kind is int else r"[0-9]{1,9}(\.[0-9]{1,9})?"
 
     def value(text: str) -> float:
-        if re.fullmatch(pattern, text):
-            given = kind(text)
-            if low <= given <= high:
+        with suppress(ValueError):
+            given: float = type(low)(text)
+            is_plain = re.fullmatch("[0-9.]{1,20}", text)  # Python takes more: " 5", "+5", "5_0"
+            if is_plain and low <= given <= high:
                 return given
         raise argparse.ArgumentTypeError(f"must be a number from {low} to {high}, not {text!r}")
 
     return value
 
 
-SECONDS = number(1, 31_536_000)
+YEAR_S = 31_536_000
 
 
 def admin_address(text: str) -> str:
@@ -140,8 +139,13 @@ def admin_address(text: str) -> str:
     return text
 
 
-def option(default: Any, help: str, **how: Any) -> Any:
-    """A field of Settings, and the option of the command line that sets it. how: for argparse's add_argument."""
+def option(default: Any, help: str, *limits: float, **how: Any) -> Any:
+    """A field of Settings, and the option of the command line that sets it.
+
+    limits: of a number, low and high; how: for argparse's add_argument.
+    """
+    if limits:
+        how["type"] = number(*limits)
     return field(default=default, metadata={"help": help, **how})
 
 
@@ -155,26 +159,24 @@ class Settings:
     """What the command line chose: each field is an option, `redis_url` is --redis-url."""
 
     host: str = option("127.0.0.1", "address to listen on (127.0.0.1)")
-    port: int = option(5000, "port to listen on; 0: any free one (5000)", type=number(0, 65535))
+    port: int = option(5000, "port to listen on; 0: any free one (5000)", 0, 65535)
     redis_url: str = option(
         "", "redis://, rediss://, unix://, redis+sentinel:// … (REDIS_URL; else local, or embedded)"
     )
     prefix: str = option("", "before every channel on Redis; pages do without (SSEPUSH_PREFIX)", type=str)
-    history: int = option(1000, "events kept per channel; 0: none (1000)", type=number(0, 100_000))
-    history_ttl: int = option(86400, "seconds for which they are kept (86400)", type=SECONDS)
+    history: int = option(1000, "events kept per channel; 0: none (1000)", 0, 100_000)
+    history_ttl: int = option(86400, "seconds for which they are kept (86400)", 1, YEAR_S)
     shared: bool = option(False, "one Redis subscriber for all streams instead of one each", action="store_true")
-    heartbeat: float = option(15.0, "seconds of silence after which something is sent (15)", type=number(0.1, 3600))
-    retry: int = option(3000, "ms until browsers reconnect, spread by ±50%% (3000)", type=number(1, 3_600_000))
-    max_streams: int = option(0, "open streams (what open files and Redis's clients allow)", type=number(1, 1_000_000))
-    max_backlog: int = option(
-        2**22, "bytes a stream may have unsent, or may have missed (4 MiB)", type=number(1024, 2**30)
-    )
-    max_event: int = option(MAX_EVENT_BYTES, "bytes of the largest event (1 MiB)", type=number(16, 2**28))
+    heartbeat: float = option(15.0, "seconds of silence after which something is sent (15)", 0.1, 3600)
+    retry: int = option(3000, "ms until browsers reconnect, spread by ±50%% (3000)", 1, 3_600_000)
+    max_streams: int = option(0, "open streams (what open files and Redis's clients allow)", 1, 1_000_000)
+    max_backlog: int = option(2**22, "bytes a stream may have unsent, or may have missed (4 MiB)", 1024, 2**30)
+    max_event: int = option(MAX_EVENT_BYTES, "bytes of the largest event (1 MiB)", 16, 2**28)
     allow_origin: list[str] = repeatable("repeatable: who else may read, and publish")
     allow_host: list[str] = repeatable("repeatable: what the Host header may say")
     admin: str = option("", "HOST:PORT for /metrics and /healthz of this process, and only there", type=admin_address)
     reuse_port: bool = option(False, "let several processes listen on the port", action="store_true")
-    drain: float = option(5.0, "seconds to close all streams in when told to stop (5)", type=number(0.0, 3600))
+    drain: float = option(5.0, "seconds to close all streams in when told to stop (5)", 0.0, 3600)
     log_level: str = option("info", "(info)", choices=("debug", "info", "warning", "error"))
 
 
@@ -1048,7 +1050,7 @@ class Relay:
         is_new = not stream.ends
         if is_new:
             self._stop_feeding(stream, reason, why)
-        if reason in ("gone", "slow"):
+        if reason in ("gone", "slow") or (stream.backlog and reason == "drain"):
             self._close_stream(stream)
         elif is_new:
             self._say_goodbye(stream, why if reason == "redis-refused" else "")
@@ -1419,10 +1421,12 @@ class Unanswered(RedisAway):
     reason = "unanswered"
 
 
-def away(error: RedisError) -> RedisAway:
-    """What an error of redis-py means to our callers, if nothing was done."""
+def away(error: RedisError, was_asked: bool) -> RedisAway:
+    """What an error of redis-py means to our callers. was_asked: a command was sent, or a part of it."""
     if isinstance(error, ResponseError | redis.AuthenticationError):
         return RedisRefused(error)
+    if was_asked and not isinstance(error, BusyLoadingError):
+        return Unanswered(f"Redis did not answer: {error}")
     return RedisAway(error)
 
 
@@ -1439,19 +1443,16 @@ def pool_of(options: Mapping[str, Any]) -> Any:
 
 def ask(pool: Any, *words: Word) -> Any:
     """Redis's answer to a command, which is sent once. RedisAway, RedisRefused, Unanswered."""
+    connection = None
     try:
         connection = pool.get_connection(*A_COMMAND)
-    except RedisError as error:
-        raise away(error) from error
-    try:
         connection.send_command(*words)
         return connection.read_response()
-    except (ResponseError, BusyLoadingError, redis.AuthenticationError) as error:
-        raise away(error) from error
     except RedisError as error:
-        raise Unanswered(f"Redis did not answer: {error}") from error
+        raise away(error, was_asked=bool(connection)) from error
     finally:
-        pool.release(connection)
+        if connection:
+            pool.release(connection)
 
 
 REDIS_URL = re.compile(
@@ -1510,7 +1511,8 @@ def options_of(url: str) -> tuple[str, dict[str, Any], Masters | None]:
         pool_of(options)
         return address, options, masters
     except (TypeError, ValueError, AttributeError, RedisError):
-        raise ValueError(", ".join([WRONG_URL, *parse_qs(query[1:])])) from None
+        parameters = [name for name in parse_qs(query[1:]) if name not in login]
+        raise ValueError(", ".join([WRONG_URL, *parameters])) from None
 
 
 def masters_of(kind: str, hosts: str, name: str, options: dict[str, Any]) -> Masters:
@@ -1540,7 +1542,6 @@ class Masters:
 
     def __init__(self, nodes: list[Any], name: str) -> None:
         """name: the master's, as Sentinels know it; "" for a cluster."""
-        self.is_cluster = not name
         self._nodes = nodes
         self._name = name
         self._known: Address | None = None
@@ -1556,32 +1557,32 @@ class Masters:
         return self._known
 
     def _ask(self) -> Address | None:
-        """The one that most of the nodes name that answer. Who is silent is asked last from now on."""
+        """The one that most of the nodes name that answer. Who names nobody is asked last from now on."""
         named: Counter[Address] = Counter()
-        for node in self._nodes:
-            try:
-                named.update(self._named_by(node))
-            except RedisAway:
-                self._nodes = [*(other for other in self._nodes if other is not node), node]
-            for master, votes in named.items():
-                if votes > len(self._nodes) / 2:
+        for node in tuple(self._nodes):
+            master = self._named_by(node)
+            if master:
+                named[master] += 1
+                if named[master] > len(self._nodes) / 2:
                     return master
+            else:
+                self._nodes = [*(other for other in self._nodes if other is not node), node]
         return max(named, key=named.__getitem__, default=None)
 
-    def _named_by(self, node: Any) -> list[Address]:
-        """Whom it takes for the master, if it knows one. RedisAway."""
-        if not self.is_cluster:
-            found = ask(node, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)
-            if not found:
-                return []
-            host, port = found
-            return [(host.decode(), int(port))]
-        for first, last, master, *_ in ask(node, "CLUSTER", "SLOTS"):
-            if first <= CLUSTER_SLOT <= last:
-                host, port, *_ = master
-                own = str(node.connection_kwargs["host"])  # a node may not know its own
-                return [(host.decode() if host else own, port)]
-        return []
+    def _named_by(self, node: Any) -> Address | None:
+        """Whom it takes for the master, if it answers, and knows one."""
+        found = None
+        with suppress(RedisAway):
+            if self._name:
+                found = ask(node, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)
+            else:
+                slots = ask(node, "CLUSTER", "SLOTS")
+                found = next((master for first, last, master, *_ in slots if first <= CLUSTER_SLOT <= last), None)
+        if not found:
+            return None
+        host, port, *_ = found
+        own = str(node.connection_kwargs["host"])  # a node of a cluster may not know its own
+        return (host.decode() if host else own, int(port))
 
 
 class Connections:
@@ -1590,15 +1591,14 @@ class Connections:
     def __init__(self, url: str) -> None:
         """ValueError: the URL is wrong."""
         self.address, self._options, self.masters = options_of(url)
+        self._prefix = CLUSTER_PREFIX if "+cluster:" in self.address else "ssepush2:"
         self._pool = pool_of(self._options)
         self._without_socket: list[Any] = []  # which a subscriber has taken
         self.are_quick = True  # to make
 
     def key(self, name: str) -> str:
         """What Redis calls a key of ours."""
-        if self.masters and self.masters.is_cluster:
-            return name.replace("ssepush2:", CLUSTER_PREFIX, 1)
-        return name
+        return self._prefix + name.removeprefix("ssepush2:")
 
     def _current(self) -> Any:
         """The pool: another one once Redis has failed over. RedisAway."""
@@ -1622,14 +1622,6 @@ class Connections:
         finally:
             pool.disconnect()
 
-    def answers(self) -> bool:
-        """Whether Redis answers within a second, on a new connection."""
-        try:
-            self.ping()
-        except RedisAway:
-            return False
-        return True
-
     def subscriber(self, shared: bool) -> Subscriber:
         """A new subscriber, of nothing yet. RedisAway."""
         began_at = monotonic()
@@ -1642,7 +1634,7 @@ class Connections:
                 connection = pool.connection_class(**options)
             connection.connect()
         except RedisError as error:
-            raise away(error) from error
+            raise away(error, was_asked=False) from error
         finally:
             self.are_quick = monotonic() < began_at + QUICK_S
         # redis-py has no public name for its socket. Each reply to the login was read, so nothing is buffered.
@@ -1745,15 +1737,7 @@ def fields_of(lines: str) -> dict[str, str]:
 
 
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[?::1\]?")
-PROXY_HEADERS = {
-    "forwarded",
-    "via",
-    "x-forwarded-for",
-    "x-forwarded-host",
-    "x-forwarded-port",
-    "x-forwarded-proto",
-    "x-real-ip",
-}
+PROXY_FIELD = re.compile("forwarded|via|x-real-ip|x-forwarded-.*")
 ADMIN = {"/healthz", "/metrics"}  # with --admin they are only there
 PRIVATE = ADMIN | {"/", "/publish", "/notifications"}  # pages of other origins may not read the answer
 COOKIE = re.compile(r"(?:^|;)\s*ssepush-token=([^;]*)")
@@ -1890,7 +1874,7 @@ class Request:
             if not hmac.compare_digest(given, b"Bearer " + token):
                 raise HTTPError(401, "publishing needs Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
             return
-        behind_proxy = self.settings.allow_host or self.fields.keys() & PROXY_HEADERS
+        behind_proxy = self.settings.allow_host or any(map(PROXY_FIELD.fullmatch, self.fields))
         if behind_proxy or not self.is_local():  # a proxy asks for us by a local name, whoever asked it
             raise HTTPError(403, "publishing over HTTP is off: set SSEPUSH_PUBLISH_TOKEN in the server's environment")
 
@@ -2013,6 +1997,14 @@ NOT_GIVEN = {  # members of what is published, beside data
 Route = tuple[str, Callable[[Any], None]]  # methods, the one that the path is for first; and who answers
 
 
+class StreamRefused(Exception):
+    """No stream is opened now, for a key of REASONS."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(REASONS[reason])
+        self.reason = reason
+
+
 @functools.lru_cache(maxsize=1000)  # one tuple for all streams that follow the same: memory
 def encoded(prefix: str, channels: tuple[str, ...]) -> tuple[bytes, ...]:
     """Channels as Redis knows them."""
@@ -2039,14 +2031,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     server: Listener
 
-    def setup(self) -> None:
-        """Before the first request."""
-        super().setup()
-        self.app = self.server.app
-        self.settings = self.app.settings
-
     def handle_one_request(self) -> None:
         """Read a request and answer it. The connection then closes, unless the answer says that it stays."""
+        self.app = self.server.app
+        self.settings = self.app.settings
         self.asked = Request(self.settings)
         self.has_body = False  # that is still to be read
         self.close_connection = True
@@ -2292,14 +2280,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(opening)
             return
         position = position_of(since.after)
-        reason = "expired" if left_s <= 0 else self.app.closed_for()
-        if reason:
-            self._refuse_stream(opening, position, reason)
-            return
         try:
+            if left_s <= 0:
+                raise StreamRefused("expired")
             subscriber = self.app.subscriber()
-        except RedisAway as error:
-            self._refuse_stream(opening, position, error.reason, str(error))
+        except (StreamRefused, RedisAway) as error:
+            self._refuse_stream(opening, position, error)
             return
         channels = encoded(self.app.redis.prefix, tuple(names))
         stream = Stream(
@@ -2316,13 +2302,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
         self.app.relay.call(self.app.relay.open, stream)
 
-    def _refuse_stream(self, opening: bytes, position: str, reason: str, why: str = "") -> None:
+    def _refuse_stream(self, opening: bytes, position: str, error: StreamRefused | RedisAway) -> None:
         """Say when to come back. Not by an error status, after which EventSource never does."""
-        relay = self.app.relay
-        relay.count(f'streams_refused_total{{reason="{reason}"}}')  # before its browser can ask
-        log.warning("a stream was refused: %s", why or REASONS[reason])
-        told = why if reason == "redis-refused" else ""
-        words = last_words(reason, False, position, self.settings.retry, told)
+        self.app.relay.count(f'streams_refused_total{{reason="{error.reason}"}}')  # before its browser can ask
+        log.warning("a stream was refused: %s", error)
+        told = str(error) if isinstance(error, RedisRefused) else ""
+        words = last_words(error.reason, False, position, self.settings.retry, told)
         self.wfile.write(opening + self._body(words, b""))
 
     routes: ClassVar[dict[str, Route]] = {
@@ -2342,15 +2327,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 STOP_S = 0.1  # after which an accepting thread notices that it is to stop
 MAX_WAITING = 1000  # connections that are not streams, and that are waited for: each has a thread
 STREAM_REQUEST = re.compile(rb"GET /stream[ ?].*\r\n\r\n", re.DOTALL)
-
-
-def has_asked_for_stream(sock: socket.socket) -> bool:
-    """Whether the whole head of a request for a stream has arrived, and is still to be read."""
-    try:
-        head = sock.recv(MAX_HEAD_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except OSError:  # nothing has come yet
-        return False
-    return bool(STREAM_REQUEST.match(head))
 
 
 class Listener(http.server.ThreadingHTTPServer):
@@ -2379,10 +2355,6 @@ class Listener(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         socketserver.TCPServer.server_bind(self)
 
-    def accept(self) -> None:
-        """The accept thread, until `stop`."""
-        self.serve_forever(STOP_S)
-
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of descriptors the connection stays in the queue: make room, and pause rather than spin."""
         try:
@@ -2397,7 +2369,10 @@ class Listener(http.server.ThreadingHTTPServer):
 
         If ten thousand pages that come back had threads, these would spend most of their time waiting for each other.
         """
-        if self.app.redis.connections.are_quick and has_asked_for_stream(request):
+        head = b""
+        with suppress(OSError):  # nothing has come yet
+            head = request.recv(MAX_HEAD_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        if STREAM_REQUEST.match(head) and self.app.redis.connections.are_quick:
             self.process_request_thread(request, client_address)
             return
         request.settimeout(SILENT_S)
@@ -2551,16 +2526,12 @@ class Server:
             address = (host.strip("[]"), int(port))
             self.listeners.append(Listener(self, address, is_admin=True))
 
-    def closed_for(self) -> str:
-        """Why no new stream is taken, as a key of REASONS; "" if one is."""
-        if self.stopping.is_set():
-            return "drain"
-        if len(self.relay.streams) >= self.settings.max_streams:
-            return "full"
-        return ""
-
     def subscriber(self) -> Subscriber:
-        """A new stream's own subscriber; with --shared that of all, a new one if it was lost. RedisAway."""
+        """A new stream's own; with --shared that of all, a new one if it was lost. StreamRefused, RedisAway."""
+        if self.stopping.is_set():
+            raise StreamRefused("drain")
+        if len(self.relay.streams) >= self.settings.max_streams:
+            raise StreamRefused("full")
         connect = self.redis.connections.subscriber
         if not self.settings.shared:
             return connect(shared=False)
@@ -2603,8 +2574,11 @@ class Server:
         self.relay.call(alive.set)
         with self._pinging:
             if monotonic() > self._pinged_at + 1.0:
-                self._answers = self.redis.connections.answers()
                 self._pinged_at = monotonic()
+                self._answers = False
+                with suppress(RedisAway):
+                    self.redis.connections.ping()
+                    self._answers = True
         if not self._answers:
             raise HTTPError(503, "Redis does not answer")
         if not alive.wait(1.0):
@@ -2624,16 +2598,15 @@ class Server:
             "start_time_seconds": self._started_at,
             f'build_info{{version="{__version__}"}}': 1,
         }
-        text, typed = "", ""
-        for name in sorted(samples):
-            family = re.sub("(_sum|_count)?({.*)?$", "", name)
-            if family != typed:
-                kind = "counter" if family.endswith("_total") else "gauge"
-                if family == "delivery_delay_seconds":
-                    kind = "summary"
-                text += f"# HELP ssepush_{family} {HELP[family]}\n# TYPE ssepush_{family} {kind}\n"
-                typed = family
-            text += f"ssepush_{name} {samples[name]}\n"
+        text = ""
+        for family, told in HELP.items():
+            kind = "counter" if family.endswith("_total") else "gauge"
+            if family == "delivery_delay_seconds":
+                kind = "summary"
+            text += f"# HELP ssepush_{family} {told}\n# TYPE ssepush_{family} {kind}\n"
+            for name, value in samples.items():
+                if re.fullmatch(family + "(_sum|_count)?({.*})?", name):
+                    text += f"ssepush_{name} {value}\n"
         return text.encode()
 
     def run(self) -> None:
@@ -2642,13 +2615,12 @@ class Server:
         sys.setswitchinterval(0.0005)
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        accepts = [listener.accept for listener in self.listeners]
-        threads = []
-        for target in (self.relay.run, self._watch, self._follow, *accepts):
-            thread = Thread(target=target, daemon=True)
-            thread.start()
-            threads.append(thread)
-        relay, *_ = threads
+        relay = Thread(target=self.relay.run, daemon=True)
+        relay.start()
+        for listener in self.listeners:
+            Thread(target=listener.serve_forever, args=[STOP_S], daemon=True).start()
+        for target in (self._watch, self._follow):
+            Thread(target=target, daemon=True).start()
         signal.sigwait(signals)
         until = monotonic() + 0.9 * self.settings.drain
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
@@ -2690,7 +2662,7 @@ def command_line() -> Parser:
     publisher.add_argument("--key", help="publish only once with this key")
     signer = commands.add_parser("sign", help="sign CHANNEL …: print a token for private channels")
     signer.add_argument("channels", metavar="CHANNEL", nargs="+")
-    signer.add_argument("--ttl", type=SECONDS, default=3600, help="seconds for which it is valid (3600)")
+    signer.add_argument("--ttl", type=number(1, YEAR_S), default=3600, help="seconds for which it is valid (3600)")
     for setting in dataclasses.fields(Settings):
         name = "--" + setting.name.replace("_", "-")
         how = {**setting.metadata, "default": argparse.SUPPRESS}  # a subcommand's own would hide what stands before it
@@ -2707,10 +2679,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_command(parser, arguments)
     except ValueError as error:
         parser.exit(2, f"ssepush: {error}\n")
-    except Unanswered as error:
-        parser.exit(1, f"ssepush: it may or may not have been published: {error}\n")
     except RedisAway as error:
-        parser.exit(1, f"ssepush: it was not published: {error} (REDIS_URL says where Redis is)\n")
+        was = "may or may not have been" if isinstance(error, Unanswered) else "was not"
+        parser.exit(1, f"ssepush: it {was} published: {error} (REDIS_URL says where Redis is)\n")
     except KeyboardInterrupt:
         parser.exit(130)
     except OSError as error:  # whoever read our output has left, or its disk is full
@@ -2763,56 +2734,49 @@ def publish_lines(options: Any, redis: Redis) -> None:
             print("ssepush: published before, as", receivers.id, file=sys.stderr)
 
 
+MAX_LINES = 1000  # of the log, that wait to be written
+
+
 class LogWriter(logging.Handler):
     """Writes the log to standard error from a thread of its own: whoever reads it may be slow, or have stopped."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: dict[str, str] = {}  # to be written: message, and the line
-        self.times: Counter[str] = Counter()  # how often: of ten thousand alike one line is enough
+        self.lines: deque[str] = deque()  # to be written
         self.dropped = 0
-        self.turn = threading.Lock()
         self.has_lines = threading.Event()
         self.ending = threading.Event()
-        Thread(target=self._write, daemon=True).start()
+        self.thread = Thread(target=self._write, daemon=True)
+        self.thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Any thread, which must not wait: what is too much is dropped."""
-        message = record.getMessage()
-        with self.turn:
-            if len(self.lines) < 1000:
-                self.lines.setdefault(message, self.format(record))
-                self.times[message] += 1
-            else:
-                self.dropped += 1
+        if len(self.lines) < MAX_LINES:
+            self.lines.append(self.format(record))
+        else:
+            self.dropped += 1
         self.has_lines.set()
 
     def _write(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # they are the main thread's
-        while self.has_lines.wait():
+        while self.lines or not self.ending.is_set():
+            self.has_lines.wait()
             self.ending.wait(0.05)  # for more to come: each time that this thread wakes up, others wait for it
-            with self.turn:
-                lines, self.lines = self.lines, {}
-                times, self.times = self.times, Counter()
-                dropped, self.dropped = self.dropped, 0
+            self.has_lines.clear()
             text = ""
-            for message, line in lines.items():
-                text += line if times[message] == 1 else f"{line} ({times[message]} times)"
-                text += "\n"
-            if dropped:
-                text += f"{dropped} lines were dropped\n"
+            while self.lines:
+                text += self.lines.popleft() + "\n"
+            if self.dropped:
+                text += f"{self.dropped} lines were dropped\n"
+                self.dropped = 0
             with suppress(OSError):
                 os.write(2, text.encode())  # not by sys.stderr, for whose lock Python waits when it exits
-            with self.turn:
-                if not self.lines:
-                    self.has_lines.clear()
 
     def flush(self) -> None:
         """At exit: wait a moment for the last lines."""
         self.ending.set()
-        until = monotonic() + 0.1
-        while self.has_lines.is_set() and monotonic() < until:
-            sleep(0.005)
+        self.has_lines.set()
+        self.thread.join(0.1)
 
 
 def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:

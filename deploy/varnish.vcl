@@ -5,13 +5,13 @@ vcl 4.1;
 backend ssepush {
     .host = "127.0.0.1";
     .port = "5000";
-    # Both longer than --heartbeat (15 s), which is what keeps a silent stream open here.
+    # Both longer than --heartbeat (15 s): heartbeats keep a silent stream open.
     .first_byte_timeout = 60s;
     .between_bytes_timeout = 60s;
 }
 
 sub vcl_recv {
-    # Not for strangers. Set SSEPUSH_PUBLISH_TOKEN before you take /publish out of this list.
+    # Not for strangers. Set SSEPUSH_PUBLISH_TOKEN before you take /publish off this list.
     if (req.url ~ "^/(publish|notifications|metrics|healthz)(\?|$)") {
         return (synth(403));
     }
@@ -24,8 +24,8 @@ sub vcl_backend_response {
 }
 
 sub vcl_backend_error {
-    # While ssepush is away, an error status would end a browser's EventSource for good. What it gets instead is a stream
-    # that says "come back in 2 s" and ends. That holds no secret, so pages of every origin may read it.
+    # While ssepush is away, an error status would end a browser's EventSource for good. So it gets a stream that says
+    # "come back in 2 s", and ends. Pages of any origin may read that: it holds no secret.
     if (bereq.url ~ "^/stream(\?|$)") {
         set beresp.status = 200;
         set beresp.http.Content-Type = "text/event-stream";

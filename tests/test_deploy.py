@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-import redis
 import yaml
 
 import ssepush
@@ -219,58 +218,48 @@ def test_systemd_starts_the_unit_as_it_is_in_its_sandbox_and_again_when_it_was_k
 # ── Redis's rights ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+PREFIX = "pages:"  # of deploy/
+
+
+def test_everything_that_is_deployed_has_the_same_prefix_and_the_docs_show_the_same_rights() -> None:
+    rights = deployed("redis.acl").strip()
+    files = [deployed(name) for name in ("ssepush@.service", "compose.yml", "Containerfile", "redis.acl")]
+
+    prefixes = [set(re.findall(r"(?:SSEPUSH_PREFIX(?:=|: \")|&)([\w:]+)", text)) for text in files]
+
+    assert prefixes == [{PREFIX}] * len(files)
+    assert set(re.findall("^user ssepush .*$", PROSE, re.MULTILINE)) == {rights}
+
+
 CELERY_CHANNEL = "/0.celeryev/task.sent"
 
-# How the docs and the examples name a channel that somebody may try.
-CHANNEL_NAMED = (
-    r"[?&]channel=([^&\s\"'`)]+)",  # in a URL
-    r'\bchannel"?\s*(?:=|:|=>)\s*f?"([^"]+)"',  # in a program, or in JSON
-    r"\b(?:redis-cli|ssepush|ssepush\.py)(?: -u \S+)? (?:publish|sign) ([a-z][\w:-]*)",
-    r'->publish\("([^"]+)"',
-    r'"(private-[^"]+)"',
-)
 
-
-def test_the_channels_of_the_docs_are_those_that_the_deployed_user_may_read(tmp_path: Path) -> None:
-    users = tmp_path / "users.acl"
-    users.write_text(deployed("redis.acl"))
-    restricted = kit.RedisProcess(tmp_path, "--aclfile", str(users))
-    user = redis.Redis.from_url(restricted.url_of("ssepush", "CHANGE-ME"), protocol=2)
-    pubsub: Any = user.pubsub()  # type: ignore[no-untyped-call]
-
-    def is_refused(channel: str) -> bool:
-        pubsub.subscribe(channel)
-        try:
-            return bool(pubsub.get_message(timeout=kit.DEADLINE_S)["type"] != "subscribe")
-        except redis.exceptions.NoPermissionError:
-            return True
-
-    examples = [file.read_text() for file in (kit.HERE / "examples").glob("*.*")]
-    text = re.sub(r"\{[^{}]*\}", "x", "\n".join([PROSE, *examples]))  # as if a program had filled it in
-    named = [set(re.findall(pattern, text)) - {"NAME"} for pattern in CHANNEL_NAMED]
-    with contextlib.closing(user), contextlib.closing(pubsub):
-        refused = {channel for channel in set.union(*named) if is_refused(channel)}
-    restricted.kill()
-
-    assert all(named), named
-    # The docs show this one as what strangers must not read.
-    assert refused == {CELERY_CHANNEL}
-    assert set(re.findall("^user ssepush .*$", PROSE, re.MULTILINE)) == {deployed("redis.acl").strip()}
-
-
-def test_strangers_read_celerys_tasks_on_a_shared_redis_without_rights(
-    start: kit.Start, own_redis: kit.RedisProcess
+def test_strangers_read_celerys_tasks_on_a_shared_redis_and_with_the_deployed_rights_and_prefix_nothing(
+    start: kit.Start, own_redis: kit.RedisProcess, tmp_path: Path
 ) -> None:
     celery = pytest.importorskip("celery")
+    users = tmp_path / "restricted" / "users.acl"
+    users.parent.mkdir()
+    users.write_text(deployed("redis.acl"))
+    restricted = kit.RedisProcess(users.parent, "--aclfile", str(users))
+    url = restricted.url_of("ssepush", "CHANGE-ME")
     stranger = start(redis=own_redis).opened(CELERY_CHANNEL)
+    behind_prefix = start("--prefix", PREFIX, redis=url)
+    nothing = behind_prefix.opened(CELERY_CHANNEL)
+    refused = start(redis=url).stream(CELERY_CHANNEL)
 
-    app = celery.Celery("shop", broker=own_redis.url)
-    app.conf.update(task_send_sent_event=True, broker_connection_retry_on_startup=False)
-    app.send_task("shop.charge", args=["4111 1111 1111 1111"])
-    app.close()
+    for broker in (own_redis, restricted):
+        app = celery.Celery("shop", broker=broker.url)
+        app.conf.update(task_send_sent_event=True, broker_connection_retry_on_startup=False)
+        app.send_task("shop.charge", args=["4111 1111 1111 1111"])
+        app.close()
+    behind_prefix.publish("the prefix, and this name", CELERY_CHANNEL)
 
     message = json.loads(stranger.next().data)
     assert b"4111 1111 1111 1111" in base64.b64decode(message["body"])
+    assert nothing.next().data == "the prefix, and this name"
+    assert refused.until_end() == []
+    restricted.kill()
 
 
 # ── Containers: there is no registry of images here, so their steps are run without one ─────────────────────────────
@@ -400,7 +389,7 @@ def prometheus(folder: Path, configuration: dict[str, Any], scraped: int) -> Ite
 def test_a_real_prometheus_has_data_for_each_panel_a_first_alert_and_an_address_for_each_probe(
     experienced: kit.ServerProcess, tmp_path: Path
 ) -> None:
-    configuration = yaml.safe_load(shown("scrape_configs:"))
+    configuration = yaml.safe_load(deployed("prometheus.yml"))
     jobs = {job["job_name"] for job in configuration["scrape_configs"]}
 
     with prometheus(tmp_path, configuration, experienced.port) as asked:
@@ -462,18 +451,8 @@ def test_a_page_that_1_x_has_served_is_reset_once_and_the_keys_of_1_x_are_left_a
 # ── What the docs show of it ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def settings_of(text: str) -> list[str]:
-    """A configuration without comments, indentation and empty lines."""
-    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines()]
-    return [line for line in lines if line]
-
-
-def test_the_docs_show_of_nginx_what_is_deployed_and_build_the_image_as_it_says() -> None:
-    excerpt = "\n".join(settings_of(shown("location @away", "proxy_pass")))
-    build = re.findall("^# +(podman .*)$", deployed("Containerfile"), re.MULTILINE)
-
-    assert excerpt in "\n".join(settings_of(deployed("nginx.conf")))
-    assert build == shown("podman build").splitlines()
+def test_the_docs_build_the_image_as_it_says() -> None:
+    assert re.findall("^# +(podman .*)$", deployed("Containerfile"), re.MULTILINE) == shown("podman build").splitlines()
 
 
 def test_a_password_is_encoded_as_the_docs_say(own_redis: kit.RedisProcess) -> None:

@@ -234,8 +234,8 @@ def parameters(server: kit.ServerProcess) -> set[str]:
 
 
 def members(server: kit.ServerProcess) -> set[str]:
-    """Those that /publish takes."""
-    maybe = {"data", "channel", "type", "event", "retry", "key", "id", "previous"}
+    """Those that /publish takes, but for another name of one of them."""
+    maybe = {"data", "channel", "type", "retry", "key", "id", "previous"}
     return {name for name in maybe if b"unknown" not in server.post({"data": 1, "channel": "members", name: []}).body}
 
 

@@ -209,15 +209,28 @@ def restricted_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 
 
 @both_ways
-def test_the_deployed_redis_user_may_do_everything_that_is_needed(start: Start, restricted_redis: RedisProcess) -> None:
+def test_the_deployed_redis_user_may_do_everything_that_is_needed(
+    start: Start,
+    restricted_redis: RedisProcess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     url = restricted_redis.url.replace("://", "://ssepush:CHANGE-ME@")
-    server = start("--history", "2", redis=url, SSEPUSH_SECRET="a secret of the tests")
+    monkeypatch.setenv("SSEPUSH_PREFIX", "pages:")
+    server = start(
+        "--history",
+        "2",
+        "--heartbeat",
+        "0.5",
+        redis=url,
+        SSEPUSH_SECRET="a secret of the tests",
+        SSEPUSH_PREFIX="pages:",
+    )
     token = ssepush.sign("private-a", ttl=60, secret="a secret of the tests")
     query = f"channel=sse&channel=sse:news&channel=private-a&token={token}"
 
     stream = server.stream(query=query)
     first = server.publish("by HTTP", "sse:news")
-    run("publish", "private-a", "by command", REDIS_URL=url)
+    run("publish", "private-a", "by command", REDIS_URL=url, SSEPUSH_PREFIX="pages:")
     ssepush.publish("by Python", redis_url=url, history=2)
     resumed = server.stream(query=query, Last_Event_ID=first["id"])
 
@@ -231,7 +244,7 @@ def test_the_deployed_redis_user_may_do_everything_that_is_needed(start: Start, 
     for left in (stream, resumed, trimmed):
         left.close()
     wait_for(lambda: server.streams() == 0, "the streams are closed")
-    wait_for(lambda: restricted_redis.subscribers("sse:news") == 0, "Redis is unsubscribed")
+    wait_for(lambda: restricted_redis.subscribers("pages:sse:news") == 0, "Redis is unsubscribed")
     assert not restricted_redis.client.acl_log()
 
 
@@ -272,20 +285,20 @@ def test_a_channel_that_the_redis_user_may_not_read_ends_the_stream_and_no_other
     start: Start, restricted_redis: RedisProcess
 ) -> None:
     server = start(redis=restricted_redis.url_of("ssepush", "CHANGE-ME"))
-    allowed = server.stream("sse")
+    allowed = server.stream("pages:sse")
 
-    for query in ("channel=other", "channel=sse&channel=other", "channel=other&channel=sse"):
+    for query in ("channel=other", "channel=pages:sse&channel=other", "channel=other&channel=pages:sse"):
         refused = server.stream(query=query)
         assert refused.status == 200
         assert refused.until_end() == []
         assert len([comment for comment in refused.parser.comments if comment]) == 1
         assert refused.parser.retry_ms
-    server.publish("hi")
+    server.publish("hi", "pages:sse")
 
     assert allowed.next().data == "hi"
     assert server.streams() == 1
     wait_for(lambda: server.said("NOPERM") or server.said("permission"), "why is logged")
-    wait_for(lambda: restricted_redis.subscribers("sse") == 1, "what was subscribed for the refused ones is given up")
+    wait_for(lambda: restricted_redis.subscribers("pages:sse") == 1, "what was subscribed in vain is given up")
 
 
 @both_ways
