@@ -167,7 +167,7 @@ class Settings:
     history: int = option(1000, "events kept per channel; 0: none (1000)", 0, 100_000)
     history_ttl: int = option(86400, "seconds for which they are kept (86400)", 1, YEAR_S)
     shared: bool = option(False, "one Redis subscriber for all streams instead of one each", action="store_true")
-    heartbeat: float = option(15.0, "seconds of silence after which something is sent (15)", 0.1, 3600)
+    heartbeat: float = option(15.0, "seconds between the events by which a page knows that its stream lives (15)", 0.1, 3600)
     retry: int = option(3000, "ms until browsers reconnect, spread by ±50%% (3000)", 1, 3_600_000)
     max_streams: int = option(0, "open streams (what open files and Redis's clients allow)", 1, 1_000_000)
     max_backlog: int = option(2**22, "bytes a stream may have unsent, or may have missed (4 MiB)", 1024, 2**30)
@@ -634,16 +634,9 @@ class Stream:
     backlog: deque[memoryview] | None = None  # what the kernel did not take; None rather than empty: memory
     unsent_bytes: int = 0  # of the backlog
     stray_bytes: int = 0  # sent by the browser on the open stream
-    progress_at: float = 0.0
+    progress_at: float = 0.0  # when the kernel last took something
+    heartbeat_at: float = 0.0  # when it was last sent its position
     ends: str = ""  # why it is being ended, a key of REASONS
-
-
-class Question(NamedTuple):
-    """What Redis was asked on a subscriber's connection, and has not answered yet."""
-
-    streams: list[Stream]  # that want to know
-    channels: Sequence[bytes]
-    asked_at: float
 
 
 # A subscriber speaks RESP3, in which it may ask while it is subscribed. The answer to HELLO is different for each
@@ -724,6 +717,122 @@ class Subscriber:
         return max(self.seen.get(channel, "") for channel in stream.channels)
 
 
+class Question(NamedTuple):
+    """What Redis was asked on a subscriber's connection, and has not answered yet."""
+
+    streams: list[Stream]  # that want to know
+    channels: Sequence[bytes]
+    asked_at: float
+
+
+class Questions:
+    """What streams have missed is asked in turn: one question at a time on a connection, for all that ask the same.
+
+    All together they are about no more channels than one stream may follow. So nobody who asks for much keeps Redis
+    from the others, Redis need not hold many long answers, and live events wait behind one of them at most.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._waiting: dict[tuple[Subscriber, Sequence[bytes], Since], list[Stream]] = {}
+        self.asked: dict[Subscriber, Question] = {}
+
+    def add(self, stream: Stream) -> None:
+        """It wants to know what it missed."""
+        asked = (stream.subscriber, stream.channels, stream.since)
+        self._waiting.setdefault(asked, []).append(stream)
+
+    def ask(self, now: float) -> None:
+        """Ask for those whose turn it is."""
+        while self._waiting:
+            asked = subscriber, channels, since = next(iter(self._waiting))
+            being_read = sum(len(question.channels) for question in self.asked.values())
+            if subscriber in self.asked or being_read + len(channels) > MAX_CHANNELS:
+                return
+            streams = [stream for stream in self._waiting.pop(asked) if stream.state is WAITING]
+            if streams:  # nobody needs the answer if all have left
+                self.asked[subscriber] = Question(streams, channels, now)
+                subscriber.ask(channels, self._redis.question(channels, since))
+
+    def answered(self, subscriber: Subscriber, text: bytes) -> list[Stream]:
+        """Whom Redis answers: with what they missed, or an error, after which EXEC's answer may be still to come."""
+        question = self.asked.get(subscriber)
+        if not question:  # it has no room for us, and says so by itself
+            return []
+        if text[:1] == b"*" or EXEC_REFUSED.match(text):
+            del self.asked[subscriber]
+        return [stream for stream in question.streams if stream.state is WAITING]
+
+    def unanswered(self, now: float) -> tuple[list[Subscriber], list[Stream]]:
+        """The connections on which Redis does not answer; and if there are some, who waits for a turn in vain."""
+        late = [subscriber for subscriber, question in self.asked.items() if question.asked_at + REDIS_S < now]
+        waiting = itertools.chain(*self._waiting.values())
+        return late, list(waiting) if late else []
+
+
+class Loop:
+    """Calls functions on one thread: when a socket is ready, and when another thread asks for it."""
+
+    def __init__(self, on_failure: Callable[[object, Exception], None]) -> None:
+        """on_failure: called with each argument of a function that failed; a socket that is not ready is no failure."""
+        self.now = monotonic()
+        self._on_failure = on_failure
+        self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
+        self._sleeps = False
+        self._selector = DefaultSelector()
+        self._waker, woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self.watch(woken, woken.recv, 4096)
+
+    def watch(self, sock: socket.socket, *call: Any) -> None:
+        """Call this whenever there is something to read."""
+        self._selector.register(sock, EVENT_READ, call)
+
+    def watch_writing(self, sock: socket.socket, also: bool) -> None:
+        """Call the same also when there is room to write, or no longer."""
+        call = self._selector.get_key(sock).data
+        self._selector.modify(sock, EVENT_READ | EVENT_WRITE if also else EVENT_READ, call)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Before it is closed."""
+        with suppress(KeyError):  # the selector had no room for this one
+            self._selector.unregister(sock)
+
+    def call(self, *call: Any) -> None:
+        """Call this function with these arguments soon. Any thread."""
+        self._calls.append(call)
+        if self._sleeps:
+            with suppress(BlockingIOError):  # full: it is about to wake
+                self._waker.send(b"\0")
+
+    def wait(self, most_s: float) -> None:
+        """Wait for sockets that are ready, or for a call, and do what is due for the sockets."""
+        self._sleeps = True  # before it looks for calls: whoever adds one later wakes it
+        ready = self._selector.select(0 if self._calls else most_s)
+        self._sleeps = False
+        self.now = monotonic()
+        for key, _ in ready:
+            self.safely(*key.data)
+
+    def run_calls(self) -> None:
+        """Do what was called for; not all of it, if that takes long: live events go first."""
+        until = monotonic() + SLICE_S
+        while self._calls and monotonic() < until:
+            self.safely(*self._calls.popleft())
+
+    def safely(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call this now."""
+        try:
+            function(*arguments)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass  # there is nothing to read, or no room to write
+        except Exception as error:
+            if not isinstance(error, OSError):
+                log.exception("the relay goes on after an error of its own")
+            for argument in arguments:
+                self._on_failure(argument, error)
+
+
 class Relay:
     """Owns all streams and subscribers. One thread, `run`, alone reads from their sockets and writes to them.
 
@@ -745,23 +854,10 @@ class Relay:
         self.draining = False
         self.counts: defaultdict[str, float] = defaultdict(int)  # samples of GET /metrics
         self._counts_lock = threading.Lock()
-        self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
-        self._queue: dict[tuple[Subscriber, Sequence[bytes], Since], list[Stream]] = {}  # who has yet to ask what
-        self._asked: dict[Subscriber, Question] = {}  # and has yet to be answered
+        self._questions = Questions(redis)
         self._received: defaultdict[bytes, list[Subscriber]] = defaultdict(list)  # who has read this, in this wake-up
-        self._sleeps = False
-        self._now = monotonic()
-        self._selector = DefaultSelector()
-        self._waker, woken = socket.socketpair()
-        self._waker.setblocking(False)
-        self._selector.register(woken, EVENT_READ, (woken.recv, 4096))
-
-    def call(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Have the relay's thread call this. Any thread."""
-        self._calls.append((function, *arguments))
-        if self._sleeps:
-            with suppress(BlockingIOError):  # full: it is about to wake
-                self._waker.send(b"\0")
+        self._loop = Loop(self._on_failure)
+        self.call = self._loop.call
 
     def count(self, sample: str, number: float = 1) -> None:
         """Add to a sample of GET /metrics. Any thread."""
@@ -770,40 +866,26 @@ class Relay:
 
     def run(self) -> None:
         """The relay's thread, until it has drained."""
+        loop = self._loop
         ticked_at = -math.inf
         while self.streams or not self.draining:
             tick_s = min(1.0, self.settings.heartbeat / 4)
             if self.draining:
                 tick_s = 0.02
-            self._sleeps = True  # before it looks for calls: whoever adds one later wakes it
-            ready = self._selector.select(0 if self._calls else tick_s)
-            self._sleeps = False
-            self._now = monotonic()
-            for key, _ in ready:
-                self._safely(*key.data)
+            loop.wait(tick_s)
             self._pass_on_received()
-            slice_ends_at = monotonic() + SLICE_S
-            while self._calls and monotonic() < slice_ends_at:
-                self._safely(*self._calls.popleft())
-            self._safely(self._ask)
-            if self._now >= ticked_at + tick_s:
-                ticked_at = self._now
-                self._safely(self._tick)
+            loop.run_calls()
+            loop.safely(self._questions.ask, loop.now)
+            if loop.now >= ticked_at + tick_s:
+                ticked_at = loop.now
+                loop.safely(self._tick)
 
-    def _safely(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call this. Whatever goes wrong, nothing may go missing silently: the pages come back, and resume."""
-        try:
-            function(*arguments)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            pass  # there is nothing to read, or no room to write
-        except Exception as error:
-            if not isinstance(error, OSError):
-                log.exception("the relay goes on after an error of its own")
-            for argument in arguments:
-                if isinstance(argument, Stream):
-                    self.end(argument, "gone")
-                elif isinstance(argument, Subscriber):
-                    self.lose(argument, str(error))
+    def _on_failure(self, concerned: object, error: Exception) -> None:
+        """Nothing may go missing silently: the pages come back, and resume."""
+        if isinstance(concerned, Stream):
+            self.end(concerned, "gone")
+        elif isinstance(concerned, Subscriber):
+            self.lose(concerned, str(error))
 
     # A stream opens
 
@@ -812,10 +894,10 @@ class Relay:
         subscriber = stream.subscriber
         subscriber.add(stream)
         self.streams.add(stream)
-        self._selector.register(stream.sock, EVENT_READ, (self._on_browser, stream))
+        self._loop.watch(stream.sock, self._on_browser, stream)
         if subscriber not in self.subscribers and not subscriber.is_lost:
             self.subscribers.add(subscriber)
-            self._selector.register(subscriber.sock, EVENT_READ, (self._on_redis, subscriber))
+            self._loop.watch(subscriber.sock, self._on_redis, subscriber)
         if subscriber.is_lost:
             self.end(stream, "redis-away")
         elif self.draining:
@@ -825,41 +907,18 @@ class Relay:
         elif stream.since == LIVE_ONLY and all(map(subscriber.seen.get, stream.channels)):
             self._begin(stream, Batch(position=subscriber.position(stream)))
         else:
-            asked = (subscriber, stream.channels, stream.since)
-            self._queue.setdefault(asked, []).append(stream)
-
-    def _ask(self) -> None:
-        """Have those whose turn it is ask what they missed: once for all that ask the same on one connection.
-
-        One question at a time on a connection, and at most so many channels as one stream may follow: nobody who asks
-        for much keeps Redis from the others, and live events wait behind one answer at most.
-        """
-        while self._queue:
-            asked = subscriber, channels, since = next(iter(self._queue))
-            being_read = sum(len(question.channels) for question in self._asked.values())
-            if subscriber in self._asked or being_read + len(channels) > MAX_CHANNELS:
-                return
-            streams = [stream for stream in self._queue.pop(asked) if stream.state is WAITING]
-            if streams:  # nobody needs the answer if all have left
-                self._asked[subscriber] = Question(streams, channels, self._now)
-                subscriber.ask(channels, self.redis.question(channels, since))
+            self._questions.add(stream)
 
     def _take_answer(self, subscriber: Subscriber, text: bytes) -> None:
         """Redis says what streams missed, or refuses to."""
-        question = self._asked.get(subscriber)
-        if not question:  # it has no room for us, and says so by itself
-            return
-        for stream in question.streams:
-            if stream.state is WAITING:
-                try:
-                    if text[:1] == b"-":
-                        raise ValueError(text[1:].decode(errors="replace"))
-                    self._begin(stream, missed_by(stream.since, text, self.settings.max_backlog))
-                except (ValueError, LookupError) as error:
-                    self.end(stream, "redis-refused", refusal(str(error), named(stream.channels)))
-        if text[:1] == b"*" or EXEC_REFUSED.match(text):  # of any other error, EXEC's answer is still to come
-            del self._asked[subscriber]
-            self._release(subscriber)
+        for stream in self._questions.answered(subscriber, text):
+            try:
+                if text[:1] == b"-":
+                    raise ValueError(text[1:].decode(errors="replace"))
+                self._begin(stream, missed_by(stream.since, text, self.settings.max_backlog))
+            except (ValueError, LookupError) as error:
+                self.end(stream, "redis-refused", refusal(str(error), named(stream.channels)))
+        self._release(subscriber)
 
     def _begin(self, stream: Stream, missed: Batch) -> None:
         """Send what the stream missed. From here on it is live: all that its subscriber reads later is for it."""
@@ -874,6 +933,7 @@ class Relay:
         first = stream.opening + body_part(missed.frames + start, stream.chunked)
         stream.opening = b""
         stream.state = LIVE
+        stream.heartbeat_at = self._loop.now
         self._send(stream, first)
 
     # Events
@@ -892,7 +952,7 @@ class Relay:
         """Pass on what was read in this wake-up: parsed once for all subscribers that read the same."""
         everything, self._received = self._received, defaultdict(list)
         for received, subscribers in everything.items():
-            self._safely(self._pass_on, received, *subscribers)
+            self._loop.safely(self._pass_on, received, *subscribers)
 
     def _pass_on(self, received: bytes, *subscribers: Subscriber) -> None:
         first, *others = subscribers
@@ -953,7 +1013,7 @@ class Relay:
         """Send this, or as much as the kernel takes: the rest waits, and so does what comes after it."""
         sent = 0
         if stream.state is LIVE:
-            stream.progress_at = self._now
+            stream.progress_at = self._loop.now
             try:
                 sent = stream.sock.send(wire)
             except OSError:  # the kernel's buffer is full; or the browser is gone, as the next attempt tells
@@ -966,7 +1026,7 @@ class Relay:
         if stream.backlog is None:
             stream.state = BEHIND
             stream.backlog = deque()
-            self._wait_for(stream, EVENT_READ | EVENT_WRITE)
+            self._loop.watch_writing(stream.sock, True)
         stream.backlog.append(rest)
         self._add_unsent(stream, len(rest))
         # What is being sent does not count: neither a large event nor what it missed ends a stream by itself.
@@ -981,7 +1041,7 @@ class Relay:
         while backlog:
             piece = backlog[0]
             sent = stream.sock.send(piece)
-            stream.progress_at = self._now
+            stream.progress_at = self._loop.now
             self._add_unsent(stream, -sent)
             if sent < len(piece):
                 backlog[0] = piece[sent:]
@@ -989,12 +1049,9 @@ class Relay:
                 backlog.popleft()
         stream.backlog = None
         stream.state = LIVE
-        self._wait_for(stream, EVENT_READ)
+        self._loop.watch_writing(stream.sock, False)
         if stream.ends:
             self._close_stream(stream)
-
-    def _wait_for(self, stream: Stream, events: int) -> None:
-        self._selector.modify(stream.sock, events, (self._on_browser, stream))
 
     def _add_unsent(self, stream: Stream, number: int) -> None:
         stream.unsent_bytes += number
@@ -1016,27 +1073,31 @@ class Relay:
         """Once a second: what time alone brings about."""
         heartbeat_s = self.settings.heartbeat
         for stream in tuple(self.streams):
-            silent_s = self._now - stream.progress_at
-            if stream.expires_at <= self._now:
+            stuck_s = self._loop.now - stream.progress_at
+            if stream.expires_at <= self._loop.now:
                 self.end(stream, "drain" if self.draining else "expired")
-            elif stream.state is BEHIND and silent_s > 2 * heartbeat_s:
+            elif stream.state is BEHIND and stuck_s > 2 * heartbeat_s:
                 self.end(stream, "slow")
-            elif stream.state is LIVE and silent_s >= heartbeat_s:
-                self._calls.append((self._send_heartbeat, stream))  # between them events go first
+            elif stream.state is LIVE and stream.heartbeat_at + heartbeat_s <= self._loop.now:
+                self.call(self._send_heartbeat, stream)  # between them events go first
         for subscriber in tuple(self.subscribers):
-            if subscriber.pinged_at + 2 * heartbeat_s < self._now:
+            if subscriber.pinged_at + 2 * heartbeat_s < self._loop.now:
                 self.lose(subscriber, "it did not answer")
-            elif subscriber.heard_at + heartbeat_s < self._now < subscriber.pinged_at:
+            elif subscriber.heard_at + heartbeat_s < self._loop.now < subscriber.pinged_at:
                 subscriber.ping()
-        for subscriber, question in tuple(self._asked.items()):
-            if question.asked_at + REDIS_S < self._now:
-                self.lose(subscriber, "it did not answer")
-                for stream in itertools.chain(*self._queue.values()):  # who waits for a turn would wait in vain
-                    self.end(stream, "redis-away")
+        late, waiting = self._questions.unanswered(self._loop.now)
+        for subscriber in late:
+            self.lose(subscriber, "it did not answer")
+        for stream in waiting:
+            self.end(stream, "redis-away")
 
     def _send_heartbeat(self, stream: Stream) -> None:
-        """An event, not a comment: a page can hear it, and so notice that a stream has died without a word."""
+        """An event, not a comment: a page can hear it, and so notice that a stream has died without a word.
+
+        It comes whatever else does: a page hears only those types of events that it listens for.
+        """
         if stream.state is LIVE:
+            stream.heartbeat_at = self._loop.now
             heartbeat = notice("stream-position", stream.subscriber.position(stream))
             self._send(stream, body_part(heartbeat, stream.chunked))
 
@@ -1095,8 +1156,7 @@ class Relay:
         self.streams.discard(stream)
         self._add_unsent(stream, -stream.unsent_bytes)
         stream.backlog = None
-        with suppress(KeyError):  # the selector had no room for this one
-            self._selector.unregister(stream.sock)
+        self._loop.unwatch(stream.sock)
         stream.sock.close()
 
     def _miss(self, streams: Iterable[Stream]) -> None:
@@ -1122,17 +1182,16 @@ class Relay:
         Not while Redis is computing its answer: closing would not stop that. Until it has answered, the question
         counts, and whoever comes and leaves again and again cannot keep Redis busy.
         """
-        if not (subscriber.is_shared or subscriber.streams or subscriber in self._asked):
+        if not (subscriber.is_shared or subscriber.streams or subscriber in self._questions.asked):
             self._close(subscriber)
 
     def _close(self, subscriber: Subscriber) -> None:
         if subscriber.is_lost:
             return
         subscriber.is_lost = True
-        self._asked.pop(subscriber, None)
+        self._questions.asked.pop(subscriber, None)
         self.subscribers.discard(subscriber)
-        with suppress(KeyError):  # as above
-            self._selector.unregister(subscriber.sock)
+        self._loop.unwatch(subscriber.sock)
         subscriber.sock.close()
 
     # What other threads found out
@@ -1160,7 +1219,7 @@ class Relay:
         most_s = 0.7 * self.settings.drain
         spread_s = min(most_s, 0.01 * len(self.streams))
         for stream in self.streams:
-            stream.expires_at = self._now + random.uniform(0, spread_s)
+            stream.expires_at = self._loop.now + random.uniform(0, spread_s)
 
 
 # ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────

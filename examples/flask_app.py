@@ -111,36 +111,44 @@ PAGE = """<!doctype html>
 <button>Send</button></form>
 <ol id="notes"></ol>
 <script>
-  const listen = (lastEventId) => {
+  const listen = (lastEventId, heartbeatS = 15) => {
     const query = new URLSearchParams({ channel: {{ channel | tojson }}, lastEventId });
     const source = new EventSource(`{{ stream_url }}?${query}`, { withCredentials: true }); // with the cookie
-
-    source.addEventListener("stream-position", (event) => {
-      lastEventId = event.lastEventId;
+    const again = (pauseMs) => {
+      clearTimeout(watch);
+      source.close();
+      setTimeout(listen, pauseMs, lastEventId, heartbeatS);
+    };
+    let watch = setTimeout(again, 2500 * heartbeatS, 0); // silent for two and a half heartbeats, it is dead
+    const on = (type, act) => source.addEventListener(type, (event) => {
+      lastEventId = event.lastEventId || lastEventId;
+      act(event);
+      clearTimeout(watch);
+      watch = setTimeout(again, 2500 * heartbeatS, 0);
     });
-    source.addEventListener("note", (event) => {
-      lastEventId = event.lastEventId;
+
+    on("stream-position", (event) => { // at the start, and when there was nothing else to hear for a while
+      if (event.data) heartbeatS = JSON.parse(event.data).heartbeat;
+    });
+    on("note", (event) => {
       const line = document.createElement("li");
       line.textContent = event.data;
       document.getElementById("notes").append(line);
     });
 
     // The last event of a stream whose token has expired. Its id is where the next stream has to go on.
-    source.addEventListener("token-expired", async (event) => {
-      lastEventId = event.lastEventId || lastEventId;
+    on("token-expired", async () => {
       const answer = await fetch("/renew", { method: "POST" }); // if it fails, the event comes again
       if (!answer.ok) return location.assign("/"); // logged out: the page asks who is there
-      if (source.readyState === EventSource.CLOSED) return; // renewed already
-      source.close();
-      listen(lastEventId);
+      if (source.readyState !== EventSource.CLOSED) again(0); // or it was renewed already
     });
 
     // Something may be missing that cannot be had again: load anew what the page shows.
-    source.addEventListener("stream-reset", () => location.reload());
+    on("stream-reset", () => location.reload());
 
     // Mostly the browser comes back by itself. Not after a proxy's 502, nor Firefox to another origin that is away.
     source.onerror = () => {
-      if (source.readyState === EventSource.CLOSED) setTimeout(listen, 1000 + 4000 * Math.random(), lastEventId);
+      if (source.readyState === EventSource.CLOSED) again(1000 + 4000 * Math.random());
     };
   };
   listen("");

@@ -1,15 +1,18 @@
-"""A long answer, word by word as it is made, on every device that has it open: reloading loses nothing.
+"""A long answer, word by word as it is made, on every device that has it open. Reload it, or stop it.
 
     .venv/bin/pip install flask
     SSEPUSH_HISTORY=5000 .venv/bin/python ssepush.py &
     SSEPUSH_HISTORY=5000 .venv/bin/python examples/llm_stream.py
 
-Open http://127.0.0.1:8001/, ask, and reload the page in the middle; open its address in another browser, too.
+Open http://127.0.0.1:8001/, ask, and reload the page in the middle. Open its address in another browser, too, and stop
+the answer there: it stops in both.
 
 Each answer has a channel of its own, and a page reads it from the earliest word that is kept. So the history has to
-hold a whole answer: 5,000 words here, instead of the usual 100 events. It is kept for a day; what has to last longer
+hold a whole answer: 5,000 words here, instead of the usual 1,000 events. It is kept for a day. What has to last longer
 belongs in a database.
-Whoever makes the answer does not know who reads it: it goes on when all pages are closed, and is made once for all.
+
+The worker does not know who reads its answer: it goes on when all pages are closed, and is made once for all. To stop
+it, a page asks the application. The stream itself goes only one way.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ WORDS_PER_S = float(os.environ.get("WORDS_PER_S", "20"))
 ATTEMPTS = 10
 
 app = Flask(__name__)
+stops: dict[str, threading.Event] = {}  # of answers that are being made; workers elsewhere would ask Redis instead
 
 
 def words_of_answer(question: str) -> Iterator[str]:
@@ -51,11 +55,17 @@ def publish(channel: str, key: str, data: str, type: str) -> None:
     raise ConnectionError(f"Redis is away: {channel} ends at {key}")
 
 
-def answer(channel: str, question: str) -> None:
+def answer(name: str, question: str) -> None:
     """The worker. It could as well be another program on another machine: a Celery task, say."""
+    channel = f"answer-{name}"
+    end = "complete"
     for number, words in enumerate(words_of_answer(question)):
+        if stops[name].is_set():
+            end = "stopped"
+            break
         publish(channel, str(number), words, "words")
-    publish(channel, "done", "", "done")
+    publish(channel, "done", end, "done")
+    del stops[name]
 
 
 @app.get("/")
@@ -67,9 +77,17 @@ def ask() -> str:
 def start() -> werkzeug.Response:
     name = secrets.token_urlsafe(16)  # who knows it may read the answer
     question = request.form["question"]
-    worker = threading.Thread(target=answer, args=(f"answer-{name}", question), daemon=True)
+    stops[name] = threading.Event()
+    worker = threading.Thread(target=answer, args=(name, question), daemon=True)
     worker.start()
     return redirect(f"/answers/{name}")
+
+
+@app.post("/answers/<name>/stop")
+def stop(name: str) -> tuple[str, int]:
+    if name in stops:  # else it has ended already
+        stops[name].set()
+    return "", 204
 
 
 @app.get("/answers/<name>")
@@ -90,25 +108,44 @@ PAGE = """<!doctype html>
 <title>The answer</title>
 <p id="answer" style="white-space: pre-wrap"></p>
 <p id="state">is being made …</p>
+<button id="stop">Stop</button>
 <script>
+  const button = document.getElementById("stop");
+  button.addEventListener("click", () => fetch(`${location.pathname}/stop`, { method: "POST" }));
+
   // At first from the earliest word that is kept; after an interruption from the last one that came.
-  const listen = (lastEventId) => {
+  const listen = (lastEventId, heartbeatS = 15) => {
     const query = new URLSearchParams({ channel: {{ channel | tojson }}, lastEventId });
     const source = new EventSource(`{{ stream_url }}?${query}`);
+    const again = (pauseMs) => {
+      clearTimeout(watch);
+      source.close();
+      setTimeout(listen, pauseMs, lastEventId, heartbeatS);
+    };
+    let watch = setTimeout(again, 2500 * heartbeatS, 0); // silent for two and a half heartbeats, it is dead
+    const on = (type, act) => source.addEventListener(type, (event) => {
+      clearTimeout(watch);
+      act(event);
+      if (source.readyState !== EventSource.CLOSED) watch = setTimeout(again, 2500 * heartbeatS, 0);
+    });
 
-    source.addEventListener("words", (event) => {
+    on("stream-position", (event) => { // at the start, and when there was nothing else to hear for a while
+      if (event.data) heartbeatS = JSON.parse(event.data).heartbeat;
+    });
+    on("words", (event) => {
       lastEventId = event.lastEventId;
       document.getElementById("answer").append(event.data);
     });
-    source.addEventListener("done", () => {
+    on("done", (event) => {
       source.close();
-      document.getElementById("state").textContent = "complete";
+      button.remove();
+      document.getElementById("state").textContent = event.data; // complete, or stopped
     });
-    source.addEventListener("stream-reset", () => location.reload()); // words are missing: read it again from the start
+    on("stream-reset", () => location.reload()); // words are missing: read it again from the start
 
     // Mostly the browser comes back by itself. Not after a proxy's 502, nor Firefox to another origin that is away.
     source.onerror = () => {
-      if (source.readyState === EventSource.CLOSED) setTimeout(listen, 1000 + 4000 * Math.random(), lastEventId);
+      if (source.readyState === EventSource.CLOSED) again(1000 + 4000 * Math.random());
     };
   };
   listen("earliest");

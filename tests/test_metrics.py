@@ -301,8 +301,8 @@ def test_the_log_level_decides_whether_streams_are_logged(
     stream = server.stream(channel)
     server.redis.publish(channel, b"\xff")
     wait_for(lambda: server.metric('messages_dropped_total{reason="message is not UTF-8"}'), "the message was dropped")
-    beats = len(stream.parser.comments)
-    stream.wait(lambda: len(stream.parser.comments) > beats + 1, "what is logged now and then has been logged")
+    beats = len(stream.positions)
+    stream.wait(lambda: len(stream.positions) > beats + 1, "what is logged now and then has been logged")
     stream.close()
     wait_for(lambda: server.streams() == 0, "the stream is closed")
 
