@@ -452,7 +452,7 @@ def test_readmes_lines_publish(own_server: kit.ServerProcess, capsys: pytest.Cap
 def test_a_key_makes_publishing_again_safe(own_server: kit.ServerProcess) -> None:
     stream = own_server.opened("orders")
     names = names_in(shown("def publish_surely"))
-    by_command, by_curl = shown_line("ssepush publish", "--key"), shown_line("curl", '"key"')
+    by_command, by_curl = shown_line("publish orders", "--key"), shown_line("curl", '"key"')
     sent = {"order": 7, "state": "sent"}
 
     again = names["publish_surely"](sent, key="order-7-sent")
@@ -566,27 +566,6 @@ def test_a_page_that_is_rendered_with_its_position_misses_nothing(
 
 TOKEN_S = 2
 SECRET = "a secret of more than sixteen bytes"
-
-
-def test_the_cookie_of_whoever_is_logged_in_is_renewed_by_any_answer_and_goes_at_logout(
-    start: kit.Start, own_redis: kit.RedisProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a page makes of it is tested with examples/flask_app.py, which does the same."""
-    pytest.importorskip("flask")
-    monkeypatch.setenv("SSEPUSH_SECRET", SECRET)
-    server = start(redis=own_redis, SSEPUSH_SECRET=SECRET)
-    client = names_in(shown("set_cookie(", "TOKEN_S"))["app"].test_client()
-
-    def status_after(method: str, path: str) -> int:
-        """That of the user's stream, with the cookie that a browser has after this request."""
-        answer = client.open(path, method=method, base_url="https://localhost")
-        given = re.search(r"^ssepush-token=([^;]+);", answer.headers.get("Set-Cookie", ""))
-        return server.stream("private-7", **({"Cookie": given[0]} if given else {})).status
-
-    assert status_after("GET", "/still-here") == 403
-    assert status_after("POST", "/login") == 200
-    assert status_after("GET", "/still-here") == 200
-    assert status_after("POST", "/logout") == 403
 
 
 FROM = {'{ lastEventId: "earliest" }': ["one", "two", "three"], "{ last: 2 }": ["two", "three"]}

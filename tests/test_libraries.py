@@ -68,20 +68,21 @@ class Documented(NamedTuple):
     name: str
     place: str  # where it is run
     verdict: Verdict
-    language: str
+    suffix: str
     code: str
 
 
+ROW = re.compile(r"^\| \[(.+)\]\(\.\./(\S+)\) \| (\S+) \| (yes|no) \| (yes|no) \| (yes|no) \|", re.MULTILINE)
+
+
 def documented() -> list[Documented]:
-    """The rows of the table, each with the code below the heading of its name."""
-    text = (kit.HERE / "docs" / "clients.md").read_text()
-    code_of = {}
-    for section in re.split("^#+ ", text, flags=re.MULTILINE):
-        block = re.search(r"^```(\w+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-        if block:
-            code_of[section.partition("\n")[0]] = (block[1], block[2])
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| (yes|no) \| (yes|no) \| (yes|no) \|$", text, re.MULTILINE)
-    return [Documented(name, place, Verdict(*verdict), *code_of[name]) for name, place, *verdict in rows]
+    """The rows of the table, each with the program that it leads to, but for what that does with the data."""
+    clients = []
+    for name, path, place, *verdict in ROW.findall((kit.HERE / "docs" / "clients.md").read_text()):
+        file = kit.HERE / path
+        code = re.sub(r"^ *(?:const )?show = .*\n", "", file.read_text(), count=1, flags=re.MULTILINE)
+        clients.append(Documented(name, place, Verdict(*verdict), file.suffix, code))
+    return clients
 
 
 # ── Clients, running ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -182,8 +183,8 @@ class Clients:
 
     def _started(self, row: Documented) -> Heard:
         """A process of its own, which prints what it hears."""
-        is_python = row.language == "python"
-        path = self._folder / f"{self.channel_of[row]}{'.py' if is_python else '.mjs'}"
+        is_python = row.suffix == ".py"
+        path = self._folder / f"{self.channel_of[row]}{row.suffix}"
         path.write_text((PYTHON_SHOWS if is_python else NODE_SHOWS) + self._code(row))
         command = [sys.executable if is_python else kit.program("node"), str(path)]
         log = self._stack.enter_context(path.with_suffix(".log").open("wb"))
