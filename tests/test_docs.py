@@ -161,18 +161,6 @@ def test_a_translation_of_readme_has_the_same_code_figures_and_links(page: Path)
     assert targets(page) == targets(README)
 
 
-EXCERPT = re.compile(r"^\[`(\S+)`\]\(\S*examples/\1\)(?:(?!\n#|```).)*?^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def test_what_stands_below_the_name_of_an_example_is_an_excerpt_of_it() -> None:
-    for page in PAGES:
-        for name, block in EXCERPT.findall(page.read_text()):
-            lines = (EXAMPLES / name).read_text().splitlines(keepends=True)
-            length = block.count("\n")
-            passages = (textwrap.dedent("".join(lines[at : at + length])) for at in range(len(lines)))
-            assert block in passages, name
-
-
 # ── Names and tables ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 PROSE = "\n".join(page.read_text() for page in PAGES)
