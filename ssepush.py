@@ -33,8 +33,8 @@ Simplifications, chosen:
 3. HTTP/1.1 without TLS: TLS and HTTP/2 belong to the proxy in front.
 4. Without `--shared` each stream has a Redis subscriber of its own: PUBLISH then answers how many pages it reached.
 
-The heart is the four sections from "The event stream format" to "Publish and resume". Whoever stops there has
-understood the server; each section after them can be skipped.
+The heart is the four sections from "The event stream format" to "Streams and the relay". If you stop there, you have
+understood the server; you can skip each section after them.
 
 The format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 Redis: https://redis.io/docs/latest/develop/pubsub/ and https://redis.io/docs/latest/develop/reference/protocol-spec/
@@ -167,7 +167,7 @@ class Settings:
     history: int = option(1000, "events kept per channel; 0: none (1000)", 0, 100_000)
     history_ttl: int = option(86400, "seconds for which they are kept (86400)", 1, YEAR_S)
     shared: bool = option(False, "one Redis subscriber for all streams instead of one each", action="store_true")
-    heartbeat: float = option(15.0, "seconds between the events by which a page knows that its stream lives (15)", 0.1, 3600)
+    heartbeat: float = option(15.0, "seconds between signs of life on each stream (15)", 0.1, 3600)
     retry: int = option(3000, "ms until browsers reconnect, spread by ±50%% (3000)", 1, 3_600_000)
     max_streams: int = option(0, "open streams (what open files and Redis's clients allow)", 1, 1_000_000)
     max_backlog: int = option(2**22, "bytes a stream may have unsent, or may have missed (4 MiB)", 1024, 2**30)
@@ -202,12 +202,6 @@ def from_environment(name: str) -> Any:
 LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
 ID_BYTES = 16
 EVENT_ID = re.compile("[0-9]{16}")  # ours: microseconds, which as text are in order, too
-EVENT_STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-store, no-transform",  # a middlebox that compresses would hold events back
-    "X-Accel-Buffering": "no",  # so would nginx
-    "Connection": "close",
-}
 REASONS = {  # why a stream ended, as logs and metrics name it: what its browser is told, where it can be told
     "gone": "",  # the browser closed the connection, or reset it, or vanished
     "slow": "",  # it took less than was published, for too long
@@ -582,6 +576,189 @@ def command(*words: Word) -> bytes:
         encoded = word if isinstance(word, bytes) else str(word).encode()
         wire += b"$%d\r\n%b\r\n" % (len(encoded), encoded)
     return wire
+
+
+# ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────
+
+# Keys. In a cluster they begin with ssepush2:{0}: so that all are on one node, where the scripts run.
+COUNTER_KEY = "ssepush2:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); lineage, process
+NEWEST_KEY = "ssepush2:newest"  # sorted set: channel → id of its newest event. The oldest that left it is floor
+HISTORY_KEY = "ssepush2:history:"  # + channel: a Redis Stream of {previous: id, frame: without its id}
+PUBLISHED_KEY = "ssepush2:published:"  # + channel + NUL + key: the id of what was published with it
+MAX_NEWEST = 100_000  # channels, at most 200 bytes each
+RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed", "history-off", "too-large")
+
+# Both scripts begin with this. KEYS: counter, newest. The last of ARGV: the newest id that whoever asks has seen.
+#
+# An id is the clock's microseconds, or one more than the newest, if the clock has not gone on since: 16 digits, which
+# as text are in order, too. A channel of which the newest id is not known has had no event after floor.
+#
+# A new counter is born, later than any id before it, when Redis may have lost events: when somebody has seen an id that
+# it does not know (but none ahead of its clock, which nobody can have got from it); and when its replication id has
+# changed, as it does at each start, at each promotion, and with a first replica. But not if the process is the same, or
+# has an append-only file, and was never promoted: then replid2, that of a former master, is zero.
+COUNTER_LUA = """
+local function text(id) return string.format('%.0f', id) end
+local time = redis.call('TIME')
+local clock = math.max(time[1] * 1e6 + time[2], 1e15)
+local replication = redis.call('INFO', 'replication')
+local role, lineage, replid2 = string.match(replication, 'role:(%a+).*replid:(%x+).*replid2:(%x+)')
+if role ~= 'master' then return redis.error_reply('READONLY this Redis is a replica') end
+local counter = redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'lineage', 'process')
+local born, newest, floor, known, process = unpack(counter)
+if known ~= lineage then
+  local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+  local was_promoted = string.find(replid2, '[^0]')
+  local keeps_all = run_id == process or string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1')
+  if known and (was_promoted or not keeps_all) then born = false end
+  redis.call('HSET', KEYS[1], 'lineage', lineage, 'process', run_id)
+end
+local seen = tonumber(ARGV[#ARGV])
+if born and seen > tonumber(newest) and seen <= clock then born = false end
+if not born then
+  redis.call('UNLINK', KEYS[2])
+  born = text(math.max(clock, newest or 0) + 1)
+  newest = born
+  redis.call('HSET', KEYS[1], 'born', born, 'newest', newest)
+end
+if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
+local function newest_of(channel) return redis.call('ZSCORE', KEYS[2], channel) end
+"""
+
+# One script: two commands can be seen in another order by subscribers, or be cut apart by a crash. Nothing is undone if
+# one fails. So first comes a write that changes nothing, which Redis refuses if memory is short, then PUBLISH, which it
+# refuses for want of a right; after these two nothing fails. A history keeps so many events, and so many bytes: of what
+# is too much the oldest go, an eighth at a time.
+# KEYS: counter, newest, history, published. ARGV: channel, message, frame, events kept, seconds kept, key or ''.
+PUBLISH_LUA = f"""{COUNTER_LUA}
+local channel, message, frame, kept, kept_s, key = unpack(ARGV)
+local first = key ~= '' and redis.call('GET', KEYS[4])
+if first then return {{0, first, 1}} end
+local known = newest_of(channel)
+local previous = text(known or floor)
+local id = text(math.max(clock, newest + 1))
+local members = ', "id": "' .. id .. '", "previous": "' .. previous .. '"}}'
+message = string.sub(message, 1, -2) .. members  -- in place of its last brace
+redis.call('HSET', KEYS[1], 'floor', floor)
+local receivers = redis.call('PUBLISH', channel, message)
+redis.call('ZADD', KEYS[2], id, channel)
+if redis.call('ZCARD', KEYS[2]) > {MAX_NEWEST} then floor = text(redis.call('ZPOPMIN', KEYS[2])[2]) end
+redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
+if not known then redis.call('UNLINK', KEYS[3]) end  -- it proves nothing any more, and may hold later ids
+redis.call('XADD', KEYS[3], 'MAXLEN', '=', kept, id .. '-0', 'previous', previous, 'frame', frame)
+local length = redis.call('XLEN', KEYS[3])
+while length > 1 and redis.call('MEMORY', 'USAGE', KEYS[3], 'SAMPLES', 0) > {KEPT_BYTES} do
+  length = length - math.max(1, math.floor(length / 8))
+  redis.call('XTRIM', KEYS[3], 'MAXLEN', '=', length)
+end
+redis.call('EXPIRE', KEYS[3], kept_s)
+if key ~= '' then redis.call('SET', KEYS[4], id, 'EX', kept_s) end
+return {{receivers, id, 0}}
+"""
+
+# ARGV: channels. Answers born, the newest id of all, and the newest of each channel, between spaces.
+NEWEST_LUA = f"""{COUNTER_LUA}
+local ids = {{}}
+for i = 1, #ARGV - 1 do ids[i] = text(newest_of(ARGV[i]) or floor) end
+return {{born, newest, table.concat(ids, ' ')}}
+"""
+
+
+class Published(int):
+    """The number of Redis subscribers that an event reached, as PUBLISH answers it."""
+
+    id: str | None = None  # None without a history
+    duplicate: bool = False  # it was published before, with this id, and not again
+
+
+class Redis:
+    """What is asked of Redis: publish, and read the history. Any thread. Each method may raise RedisAway."""
+
+    def __init__(self, url: str, prefix: str, history: int, history_ttl: int, max_event: int) -> None:
+        """prefix: before every channel on Redis. history: events kept per channel (0: none), for history_ttl seconds.
+
+        ValueError: the URL is wrong, or the prefix.
+        """
+        self.connections = Connections(url)
+        self.prefix = prefix and check_name("prefix", prefix)
+        self.history = history
+        self.history_ttl = history_ttl
+        self.max_event = max_event
+        self.newest_seen = "0"  # id, by this process: a Redis that knows only older ones has forgotten events
+
+    def saw(self, event_id: str) -> None:
+        """An id of ours, from Redis."""
+        self.newest_seen = max(self.newest_seen, event_id)
+
+    def _script(self, script: str, keys: Iterable[str], *arguments: Word) -> tuple[Word, ...]:
+        """The command that runs a script."""
+        all_keys = [self.connections.key(name) for name in (COUNTER_KEY, NEWEST_KEY, *keys)]
+        return ("EVAL", script, len(all_keys), *all_keys, *arguments, self.newest_seen)
+
+    def publish(self, data: object, type: str | None, channel: str, retry: int | None, key: str | None) -> Published:
+        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Errors: as of `publish`."""
+        check_name("channel", channel)
+        if key is not None:
+            check_name("key", key)
+        message = message_of(data, type, retry)
+        frame = frame_of(event_of(message))  # what streams would have to drop is refused here
+        if len(message) > self.max_event:
+            raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
+        if key and not self.history:
+            raise ValueError("key needs a history (--history)")
+        if len(frame) > KEPT_BYTES:
+            frame = b""
+        channel = self.prefix + channel
+        keys = [HISTORY_KEY + channel, f"{PUBLISHED_KEY}{channel}\0{key or ''}"]
+        kept = (self.history, self.history_ttl)
+        script = self._script(PUBLISH_LUA, keys, channel, message, frame, *kept, key or "")
+        try:
+            if not self.history:
+                return Published(self.connections.call("PUBLISH", channel, message))
+            receivers, event_id, is_duplicate = self.connections.call(*script)
+        except RedisRefused as error:
+            raise RedisRefused(error.error, channel) from None
+        published = Published(receivers)
+        published.id = event_id.decode()
+        published.duplicate = bool(is_duplicate)
+        if not published.duplicate:
+            self.saw(published.id)
+        return published
+
+    def newest(self, channels: Sequence[bytes]) -> tuple[str, dict[bytes, str]]:
+        """The newest id of all, and that of each of these channels, which is at most so new if it is not known."""
+        script = self._script(NEWEST_LUA, [], *channels)
+        _, newest, newest_of_each = self.connections.call(*script)
+        position = newest.decode()
+        ids = newest_of_each.decode().split()
+        self.saw(position)
+        return position, dict(zip(channels, ids, strict=True))
+
+    def position(self) -> str | None:
+        """The newest id of all, None without a history."""
+        if not self.history:
+            return None
+        newest, _ = self.newest([])
+        return newest
+
+    def question(self, channels: Sequence[bytes], since: Since) -> bytes:
+        """The commands that ask what a stream missed, as they go to Redis. `history_in` reads the answer.
+
+        A script that answered the entries, too, would take five times as long: it would make Lua's values of them all.
+        """
+        commands: list[tuple[Word, ...]] = [("MULTI",)]
+        if not self.history:
+            commands += [("ECHO", "")] * 3
+        else:
+            commands.append(self._script(NEWEST_LUA, [], *channels))
+        if self.history and since.reads_history():
+            oldest = "-" if since.after == "0" else f"({since.after}"
+            count = ("COUNT", since.last) if since.last else ()
+            for channel in channels:
+                key = self.connections.key(HISTORY_KEY + channel.decode())
+                commands.append(("XREVRANGE", key, "+", oldest, *count))
+        commands += [("ECHO", BOUNDARY), ("EXEC",)]
+        return b"".join(command(*words) for words in commands)
 
 
 # ── Streams and the relay ────────────────────────────────────────────────────────────────────────────────────────────
@@ -1135,13 +1312,16 @@ class Relay:
 
         They are sure to be read only after a whole event: cut within one, a page would not hear of what it has missed.
         """
-        words = last_words(stream.ends, stream.state is not WAITING, stream.position, self.settings.retry, told)
+        is_open = stream.state is not WAITING
         if stream.backlog:
             being_sent = stream.backlog[0]
             self._add_unsent(stream, len(being_sent) - stream.unsent_bytes)
             stream.backlog = deque([being_sent])
+            if stream.ends != "missed":  # then the page starts anew; else its position is in what it is being sent
+                stream.position = ""
         else:
             stream.state = LIVE
+        words = last_words(stream.ends, is_open, stream.position, self.settings.retry, told)
         self._send(stream, stream.opening + body_part(words, stream.chunked) + body_part(b"", stream.chunked))
         if stream.state is LIVE:
             self._close_stream(stream)
@@ -1222,189 +1402,6 @@ class Relay:
             stream.expires_at = self._loop.now + random.uniform(0, spread_s)
 
 
-# ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────
-
-# Keys. In a cluster they begin with ssepush2:{0}: so that all are on one node, where the scripts run.
-COUNTER_KEY = "ssepush2:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); lineage, process
-NEWEST_KEY = "ssepush2:newest"  # sorted set: channel → id of its newest event. The oldest that left it is floor
-HISTORY_KEY = "ssepush2:history:"  # + channel: a Redis Stream of {previous: id, frame: without its id}
-PUBLISHED_KEY = "ssepush2:published:"  # + channel + NUL + key: the id of what was published with it
-MAX_NEWEST = 100_000  # channels, at most 200 bytes each
-RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed", "history-off", "too-large")
-
-# Both scripts begin with this. KEYS: counter, newest. The last of ARGV: the newest id that whoever asks has seen.
-#
-# An id is the clock's microseconds, or one more than the newest, if the clock has not gone on since: 16 digits, which
-# as text are in order, too. A channel of which the newest id is not known has had no event after floor.
-#
-# A new counter is born, later than any id before it, when Redis may have lost events: when somebody has seen an id that
-# it does not know (but none ahead of its clock, which nobody can have got from it); and when its replication id has
-# changed, as it does at each start, at each promotion, and with a first replica. But not if the process is the same, or
-# has an append-only file, and was never promoted: then replid2, that of a former master, is zero.
-COUNTER_LUA = """
-local function text(id) return string.format('%.0f', id) end
-local time = redis.call('TIME')
-local clock = math.max(time[1] * 1e6 + time[2], 1e15)
-local replication = redis.call('INFO', 'replication')
-local role, lineage, replid2 = string.match(replication, 'role:(%a+).*replid:(%x+).*replid2:(%x+)')
-if role ~= 'master' then return redis.error_reply('READONLY this Redis is a replica') end
-local counter = redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'lineage', 'process')
-local born, newest, floor, known, process = unpack(counter)
-if known ~= lineage then
-  local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
-  local was_promoted = string.find(replid2, '[^0]')
-  local keeps_all = run_id == process or string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1')
-  if known and (was_promoted or not keeps_all) then born = false end
-  redis.call('HSET', KEYS[1], 'lineage', lineage, 'process', run_id)
-end
-local seen = tonumber(ARGV[#ARGV])
-if born and seen > tonumber(newest) and seen <= clock then born = false end
-if not born then
-  redis.call('UNLINK', KEYS[2])
-  born = text(math.max(clock, newest or 0) + 1)
-  newest = born
-  redis.call('HSET', KEYS[1], 'born', born, 'newest', newest)
-end
-if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
-local function newest_of(channel) return redis.call('ZSCORE', KEYS[2], channel) end
-"""
-
-# One script: two commands can be seen in another order by subscribers, or be cut apart by a crash. Nothing is undone if
-# one fails. So first comes a write that changes nothing, which Redis refuses if memory is short, then PUBLISH, which it
-# refuses for want of a right; after these two nothing fails. A history keeps so many events, and so many bytes: of what
-# is too much the oldest go, an eighth at a time.
-# KEYS: counter, newest, history, published. ARGV: channel, message, frame, events kept, seconds kept, key or ''.
-PUBLISH_LUA = f"""{COUNTER_LUA}
-local channel, message, frame, kept, kept_s, key = unpack(ARGV)
-local first = key ~= '' and redis.call('GET', KEYS[4])
-if first then return {{0, first, 1}} end
-local known = newest_of(channel)
-local previous = text(known or floor)
-local id = text(math.max(clock, newest + 1))
-local members = ', "id": "' .. id .. '", "previous": "' .. previous .. '"}}'
-message = string.sub(message, 1, -2) .. members  -- in place of its last brace
-redis.call('HSET', KEYS[1], 'floor', floor)
-local receivers = redis.call('PUBLISH', channel, message)
-redis.call('ZADD', KEYS[2], id, channel)
-if redis.call('ZCARD', KEYS[2]) > {MAX_NEWEST} then floor = text(redis.call('ZPOPMIN', KEYS[2])[2]) end
-redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
-if not known then redis.call('UNLINK', KEYS[3]) end  -- it proves nothing any more, and may hold later ids
-redis.call('XADD', KEYS[3], 'MAXLEN', '=', kept, id .. '-0', 'previous', previous, 'frame', frame)
-local length = redis.call('XLEN', KEYS[3])
-while length > 1 and redis.call('MEMORY', 'USAGE', KEYS[3], 'SAMPLES', 0) > {KEPT_BYTES} do
-  length = length - math.max(1, math.floor(length / 8))
-  redis.call('XTRIM', KEYS[3], 'MAXLEN', '=', length)
-end
-redis.call('EXPIRE', KEYS[3], kept_s)
-if key ~= '' then redis.call('SET', KEYS[4], id, 'EX', kept_s) end
-return {{receivers, id, 0}}
-"""
-
-# ARGV: channels. Answers born, the newest id of all, and the newest of each channel, between spaces.
-NEWEST_LUA = f"""{COUNTER_LUA}
-local ids = {{}}
-for i = 1, #ARGV - 1 do ids[i] = text(newest_of(ARGV[i]) or floor) end
-return {{born, newest, table.concat(ids, ' ')}}
-"""
-
-
-class Published(int):
-    """The number of Redis subscribers that an event reached, as PUBLISH answers it."""
-
-    id: str | None = None  # None without a history
-    duplicate: bool = False  # it was published before, with this id, and not again
-
-
-class Redis:
-    """What is asked of Redis: publish, and read the history. Any thread. Each method may raise RedisAway."""
-
-    def __init__(self, url: str, prefix: str, history: int, history_ttl: int, max_event: int) -> None:
-        """prefix: before every channel on Redis. history: events kept per channel (0: none), for history_ttl seconds.
-
-        ValueError: the URL is wrong, or the prefix.
-        """
-        self.connections = Connections(url)
-        self.prefix = prefix and check_name("prefix", prefix)
-        self.history = history
-        self.history_ttl = history_ttl
-        self.max_event = max_event
-        self.newest_seen = "0"  # id, by this process: a Redis that knows only older ones has forgotten events
-
-    def saw(self, event_id: str) -> None:
-        """An id of ours, from Redis."""
-        self.newest_seen = max(self.newest_seen, event_id)
-
-    def _script(self, script: str, keys: Iterable[str], *arguments: Word) -> tuple[Word, ...]:
-        """The command that runs a script."""
-        all_keys = [self.connections.key(name) for name in (COUNTER_KEY, NEWEST_KEY, *keys)]
-        return ("EVAL", script, len(all_keys), *all_keys, *arguments, self.newest_seen)
-
-    def publish(self, data: object, type: str | None, channel: str, retry: int | None, key: str | None) -> Published:
-        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Errors: as of `publish`."""
-        check_name("channel", channel)
-        if key is not None:
-            check_name("key", key)
-        message = message_of(data, type, retry)
-        frame = frame_of(event_of(message))  # what streams would have to drop is refused here
-        if len(message) > self.max_event:
-            raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
-        if key and not self.history:
-            raise ValueError("key needs a history (--history)")
-        if len(frame) > KEPT_BYTES:
-            frame = b""
-        channel = self.prefix + channel
-        keys = [HISTORY_KEY + channel, f"{PUBLISHED_KEY}{channel}\0{key or ''}"]
-        kept = (self.history, self.history_ttl)
-        script = self._script(PUBLISH_LUA, keys, channel, message, frame, *kept, key or "")
-        try:
-            if not self.history:
-                return Published(self.connections.call("PUBLISH", channel, message))
-            receivers, event_id, is_duplicate = self.connections.call(*script)
-        except RedisRefused as error:
-            raise RedisRefused(error.error, channel) from None
-        published = Published(receivers)
-        published.id = event_id.decode()
-        published.duplicate = bool(is_duplicate)
-        if not published.duplicate:
-            self.saw(published.id)
-        return published
-
-    def newest(self, channels: Sequence[bytes]) -> tuple[str, dict[bytes, str]]:
-        """The newest id of all, and that of each of these channels, which is at most so new if it is not known."""
-        script = self._script(NEWEST_LUA, [], *channels)
-        _, newest, newest_of_each = self.connections.call(*script)
-        position = newest.decode()
-        ids = newest_of_each.decode().split()
-        self.saw(position)
-        return position, dict(zip(channels, ids, strict=True))
-
-    def position(self) -> str | None:
-        """The newest id of all, None without a history."""
-        if not self.history:
-            return None
-        newest, _ = self.newest([])
-        return newest
-
-    def question(self, channels: Sequence[bytes], since: Since) -> bytes:
-        """The commands that ask what a stream missed, as they go to Redis. `history_in` reads the answer.
-
-        A script that answered the entries, too, would take five times as long: it would make Lua's values of them all.
-        """
-        commands: list[tuple[Word, ...]] = [("MULTI",)]
-        if not self.history:
-            commands += [("ECHO", "")] * 3
-        else:
-            commands.append(self._script(NEWEST_LUA, [], *channels))
-        if self.history and since.reads_history():
-            oldest = "-" if since.after == "0" else f"({since.after}"
-            count = ("COUNT", since.last) if since.last else ()
-            for channel in channels:
-                key = self.connections.key(HISTORY_KEY + channel.decode())
-                commands.append(("XREVRANGE", key, "+", oldest, *count))
-        commands += [("ECHO", BOUNDARY), ("EXEC",)]
-        return b"".join(command(*words) for words in commands)
-
-
 # ── What may be published ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1431,7 +1428,7 @@ def jsonable(value: object) -> object:
 
 def depth_of(text: str) -> int:
     """How many arrays and objects of a JSON text are inside each other."""
-    brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}"]+', "", text)
+    brackets = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][{}"]+', "", text)
     depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
     return max(depths, default=0)
 
@@ -2052,6 +2049,12 @@ NOT_GIVEN = {  # members of what is published, beside data
     "channel": "sse",
     "retry": None,
     "key": None,
+}
+EVENT_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store, no-transform",  # a middlebox that compresses would hold events back
+    "X-Accel-Buffering": "no",  # so would nginx
+    "Connection": "close",
 }
 Route = tuple[str, Callable[[Any], None]]  # methods, the one that the path is for first; and who answers
 

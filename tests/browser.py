@@ -9,47 +9,44 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.engines import Firefox, firefox
-from tests.kit import DEADLINE_S, HAS_TEST_EXTRA, program
+from tests.kit import DEADLINE_S, HAS_TEST_EXTRA, TEST_EXTRA, needs
 
 if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
     from selenium.webdriver.chrome.webdriver import WebDriver
 
 
-@pytest.fixture
-def trusting_chromium(tmp_path: Path) -> Iterator[Chrome]:
-    """A Chromium that takes self-signed certificates."""
-    webdriver = pytest.importorskip("selenium.webdriver")
+def chrome(profile: Path, trusts_all: bool = False) -> WebDriver:
+    """A Chromium with an empty profile."""
+    if not HAS_TEST_EXTRA:
+        pytest.skip(TEST_EXTRA)
+    from selenium import webdriver
+
     options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}/user"):
-        options.add_argument(argument)
-    options.accept_insecure_certs = True
-    options.binary_location = program("chromium")
-    service = webdriver.ChromeService(program("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
+    options.binary_location = needs("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    options.accept_insecure_certs = trusts_all
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", f"user-data-dir={profile}"):
+        options.add_argument(f"--{argument}")
+    options.add_argument("--disable-background-networking")
+    options.add_argument("--disable-features=BackForwardCache")  # it would keep the streams of pages that were left
+    options.add_argument("--disable-dev-shm-usage")  # a container's is 64 MB
+    driver = webdriver.Chrome(options, webdriver.ChromeService(needs("chromedriver")))
     driver.set_script_timeout(DEADLINE_S)
+    driver.set_page_load_timeout(DEADLINE_S)
+    return driver
+
+
+@pytest.fixture
+def trusting_chromium(tmp_path: Path) -> Iterator[WebDriver]:
+    """A Chromium that takes self-signed certificates."""
+    driver = chrome(tmp_path / "user", trusts_all=True)
     yield driver
     driver.quit()
 
 
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
-    """One Chromium for all tests, with an empty profile."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip("needs the test extra: pip install '.[test]'")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = program("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    profile = tmp_path_factory.mktemp("profile")
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", f"user-data-dir={profile}"):
-        options.add_argument(f"--{argument}")
-    options.add_argument("--disable-background-networking")
-    options.add_argument("--disable-features=BackForwardCache")  # it would keep the streams of pages that were left
-    options.add_argument("--disable-dev-shm-usage")  # a container's is 64 MB
-    driver = webdriver.Chrome(options, webdriver.ChromeService(program("chromedriver")))
-    driver.set_script_timeout(DEADLINE_S)
-    driver.set_page_load_timeout(DEADLINE_S)
+    """One Chromium for all tests."""
+    driver = chrome(tmp_path_factory.mktemp("profile"))
     yield driver
     driver.quit()
 
@@ -65,7 +62,7 @@ def tab(chromium: WebDriver) -> Iterator[WebDriver]:
 def second_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox]:
     """One Firefox for all tests, with an empty profile."""
     if not HAS_TEST_EXTRA:
-        pytest.skip("needs the test extra: pip install '.[test]'")
+        pytest.skip(TEST_EXTRA)
     folder = tmp_path_factory.mktemp("firefox")
     with firefox(folder) as browser:
         yield browser

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tests.kit import DEADLINE_S, LOOPBACK, free_port, program
+from tests.kit import DEADLINE_S, LOOPBACK, free_port, needs, start_process
 
 
 class Browser(Protocol):
@@ -61,7 +61,7 @@ def firefox(folder: Path) -> Iterator[Firefox]:
     marionette = driver.Marionette(
         host=LOOPBACK,
         port=free_port(),
-        bin=program("firefox-esr", "firefox"),
+        bin=needs("firefox-esr", "firefox"),
         headless=True,
         gecko_log=str(folder / "firefox.log"),
         workspace=str(folder),
@@ -76,12 +76,8 @@ def firefox(folder: Path) -> Iterator[Firefox]:
 @contextlib.contextmanager
 def virtual_display() -> Iterator[str]:
     """The name of an X display that nobody sees: `":1"`. WebKit has no headless mode."""
-    command = [program("Xvfb"), "-displayfd", "1", "-nolisten", "tcp"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as display:
+    command = [needs("Xvfb"), "-displayfd", "1", "-nolisten", "tcp"]
+    with start_process(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as display:
         assert display.stdout
         try:
             number = display.stdout.readline().decode().strip()
@@ -96,6 +92,7 @@ def webkit(folder: Path) -> Iterator[Browser]:
     """Debian's WebKitGTK, in the smallest browser that there is around it."""
     webdriver = importlib.import_module("selenium.webdriver")
     services = importlib.import_module("selenium.webdriver.webkitgtk.service")
+    webdriver_program = needs("WebKitWebDriver")
     browsers = sorted(Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"))
     assert browsers, "the package webkit2gtk-driver is missing"
     options = webdriver.WebKitGTKOptions()
@@ -103,7 +100,7 @@ def webkit(folder: Path) -> Iterator[Browser]:
     options.add_argument("--automation")
     with virtual_display() as display:
         environment = {**os.environ, "DISPLAY": display, "HOME": str(folder)}
-        service = services.Service(program("WebKitWebDriver"), env=environment)
+        service = services.Service(webdriver_program, env=environment)
         driver = webdriver.WebKitGTK(options=options, service=service)
         try:
             driver.set_script_timeout(DEADLINE_S)

@@ -5,6 +5,7 @@ Where pytest-xdist runs several tests at once, those that are marked `alone` sti
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import fcntl
 import itertools
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit import WAYS, RedisProcess, ServerProcess, Start, allow_files
+from tests.kit import WAYS, RedisProcess, ServerProcess, Start, allow_files, ending_processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,10 +29,32 @@ def is_alone(item: pytest.Item) -> bool:
     return item.get_closest_marker("alone") is not None
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each program that is missing: how many tests were skipped without it, and how to get it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = collections.Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section("what was skipped")
+    for reason, number in sorted(reasons.items()):
+        terminalreporter.line(f"{number} skipped: {reason}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    with its_turn(is_alone(item)):
+    with its_turn(is_alone(item)), ending_processes():
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Generator[None, object, object]:
+    """A fixture that fails half way leaves no process behind."""
+    with ending_processes(keep=True):
+        return (yield)
+
+
+def pytest_configure() -> None:
+    """Whoever ends the run by a signal ends its processes, too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -61,11 +84,7 @@ def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisPro
     process.kill()
 
 
-@pytest.fixture(
-    scope="session",
-    params=WAYS.values(),
-    ids=list(WAYS),
-)
+@pytest.fixture(scope="session", params=WAYS.values(), ids=list(WAYS))
 def server(request: pytest.FixtureRequest, redis_process: RedisProcess) -> Iterator[ServerProcess]:
     """One server, in both ways, for the tests that leave it in peace."""
     process = ServerProcess(redis_process, *request.param)
@@ -79,14 +98,10 @@ def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
     """A Redis of one test's own, to do harm to; it keeps an append-only file."""
     process = RedisProcess(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
     yield process
-    process.signal(signal.SIGCONT)
     process.kill()
 
 
-@pytest.fixture(
-    params=WAYS.values(),
-    ids=list(WAYS),
-)
+@pytest.fixture(params=WAYS.values(), ids=list(WAYS))
 def way(request: pytest.FixtureRequest) -> Any:
     """How the servers of the test subscribe; see both_ways."""
     return request.param

@@ -1,4 +1,4 @@
-"""What the tests stand on: processes, the strict parser, streams, pages and publishers, proxies, baselines.
+"""What the tests stand on: processes, the strict parser, streams, pages and publishers, what stands before Redis.
 
 Nothing here is a double: each Redis is a real one, each server runs as its users start it, and every wait is for the
 thing itself, with a deadline.
@@ -6,7 +6,9 @@ thing itself, with a deadline.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import http.client
 import importlib.util
 import itertools
@@ -26,7 +28,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlencode
 
 import pytest
@@ -41,19 +43,13 @@ LOOPBACK = "127.0.0.1"
 # ── Waiting, ports and programs ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def wait_for(
-    condition: Callable[[], Any],
-    what: str,
-    seconds: float = DEADLINE_S,
-) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:
     """The first true answer of condition, asked again and again until the deadline."""
     deadline = time.monotonic() + seconds
-    while True:
-        answer = condition()
-        if answer:
-            return answer
+    while not (answer := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.005)
+    return answer
 
 
 def free_port() -> int:
@@ -78,37 +74,92 @@ def listens(port: int) -> bool:
 
 
 HAS_TEST_EXTRA = importlib.util.find_spec("selenium") is not None
-needs_test_extra = pytest.mark.skipif(not HAS_TEST_EXTRA, reason="needs the test extra: pip install '.[test]'")
+TEST_EXTRA = "needs the test extra: pip install '.[test]'"
+needs_test_extra = pytest.mark.skipif(not HAS_TEST_EXTRA, reason=TEST_EXTRA)
+
+# What Debian calls the packages of programs that are not called like their package.
+PACKAGES = {
+    "WebKitWebDriver": "webkit2gtk-driver",
+    "Xvfb": "xvfb",
+    "chromedriver": "chromium-driver",
+    "ip": "iproute2",
+    "lighttpd": "lighttpd lighttpd-mod-openssl",
+    "node": "nodejs",
+    "nsenter": "util-linux",
+    "php": "php-cli php-redis",
+    "prlimit": "util-linux",
+    "promtool": "prometheus",
+    "redis-cli": "redis-tools",
+    "systemctl": "systemd",
+    "systemd-analyze": "systemd",
+    "unshare": "util-linux",
+    "varnishd": "varnish",
+}
 
 
 def found_program(*names: str) -> str | None:
     """Where the first of these programs is that is installed."""
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin"
-    for name in names:
-        found = shutil.which(name, path=path)
-        if found:
-            return found
-    return None
+    path = os.environ.get("PATH", "")
+    if "/usr/bin" in path.split(":"):  # also of somebody who is not root, but not on a PATH that hides programs
+        path += ":/usr/sbin"
+    return next(filter(None, (shutil.which(name, path=path) for name in names)), None)
 
 
-def program(*names: str) -> str:
-    """The same; a test that needs a missing one is skipped, and fails where the test extra is installed."""
+def needs(*names: str) -> str:
+    """The same; where all are missing the test is skipped, and fails if CI=true is in the environment."""
     found = found_program(*names)
     if found:
         return found
-    reason = f"needs {' or '.join(names)}"
-    if HAS_TEST_EXTRA:
+    reason = f"needs {names[0]}: apt-get install {PACKAGES.get(names[0], names[0])}"
+    if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
 
 
+program = needs
+
+
+# Each process that is started is in one of these lists; whoever has the list ends it.
+_started: list[subprocess.Popen[Any]] = []  # by the fixture or the test that is at it
+_kept: list[subprocess.Popen[Any]] = []  # by fixtures that are set up; they end them themselves, or the whole run does
+
+
+def start_process(*command: str, **options: Any) -> subprocess.Popen[Any]:
+    """A program, which at the latest ends with the test; or with the run, if a fixture has started it."""
+    process = subprocess.Popen(command, **options)
+    _started.append(process)
+    return process
+
+
 @contextlib.contextmanager
-def running(
-    *command: str,
-    **options: Any,
-) -> Iterator[subprocess.Popen[bytes]]:
+def ending_processes(keep: bool = False) -> Iterator[None]:
+    """What is started meanwhile, and still runs, is killed at the end; keep: only if something goes wrong."""
+    global _started
+    outer, _started = _started, []
+    try:
+        yield
+        if keep:
+            _kept.extend(_started)
+            _started = []
+    finally:
+        kill_all(_started)
+        _started = outer
+
+
+def kill_all(processes: list[subprocess.Popen[Any]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+atexit.register(kill_all, _kept)
+
+
+@contextlib.contextmanager
+def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A program with its output in a pipe, which is killed at the end."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
+    with start_process(*command, stdout=subprocess.PIPE, **options) as process:
         try:
             yield process
         finally:
@@ -116,19 +167,10 @@ def running(
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """Stop it by a signal that it cannot catch. Its threads go on until each has seen that: wait for them."""
+    """Stop it by a signal that it cannot catch; its parent is told once all its threads have stopped."""
     process.send_signal(signal.SIGSTOP)
-    wait_for(lambda: thread_states(process) == {"T"}, "all its threads are stopped")
-
-
-def thread_states(process: subprocess.Popen[Any]) -> set[str]:
-    """What its threads are doing, as the kernel says: S for sleeping, T for stopped …"""
-    states = set()
-    for stat in Path(f"/proc/{process.pid}/task").glob("*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            after_name = stat.read_text().rpartition(")")[2]
-            states.add(after_name.split()[0])
-    return states
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
 
 
 @contextlib.contextmanager
@@ -144,33 +186,28 @@ def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
 def npm_install(folder: Path, package: str) -> Path:
     """The folder, with this package of npm's in it."""
     if not HAS_TEST_EXTRA:
-        pytest.skip("needs the test extra: pip install '.[test]'")
-    command = [program("npm"), "install", "--no-audit", "--no-fund"]
-    installed = subprocess.run(
-        [*command, "--prefix", str(folder), package],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+        pytest.skip(TEST_EXTRA)
+    command = [needs("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), package]
+    installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert installed.returncode == 0, installed.stderr
     return folder
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for this machine, and its key."""
-    pem, key = folder / "certificate.pem", folder / "key.pem"
-    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
-    files = ["-out", str(pem), "-keyout", str(key)]
-    command = [
-        program("openssl"),
-        *kind.split(),
-        "-addext",
-        names,
-        *files,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    return pem, key
+@functools.cache
+def _certificate(names: str, days: int) -> tuple[str, str]:
+    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost -keyout - -out -"
+    details = ["-days", str(days), "-addext", f"subjectAltName={names}"]
+    made = subprocess.run([needs("openssl"), *kind.split(), *details], check=True, capture_output=True, text=True)
+    key, begin, rest = made.stdout.partition("-----BEGIN CERTIFICATE")
+    return begin + rest, key
+
+
+def certificate(folder: Path, names: str = "IP:127.0.0.1,DNS:localhost", days: int = 90) -> tuple[Path, Path]:
+    """A self-signed certificate in that folder, of this machine unless told otherwise, and its key."""
+    paths = folder / "certificate.pem", folder / "key.pem"
+    for path, text in zip(paths, _certificate(names, days), strict=True):
+        path.write_text(text)
+    return paths
 
 
 # ── Redis ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,12 +228,7 @@ def redis_binary() -> str:
 class RedisProcess:
     """A Redis of the tests' own, which they may kill, stop and restart."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *options: str,
-        password: str | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *options: str, password: str | None = None) -> None:
         """password: with which the tests' own client logs in; the options have it, too."""
         self.port = free_port()
         self.folder = folder
@@ -208,25 +240,14 @@ class RedisProcess:
 
     def command(self) -> list[str]:
         """The program, and what it is started with before the test's own options."""
-        return [
-            redis_binary(),
-            *("--port", str(self.port)),
-            *("--bind", LOOPBACK),
-            *("--dir", str(self.folder)),
-            *("--unixsocket", str(self.socket_path)),
-            *("--save", ""),
-            *("--maxclients", "15000"),
-        ]
+        own = ("--port", str(self.port), "--bind", LOOPBACK, "--dir", str(self.folder))
+        return [redis_binary(), *own, "--unixsocket", str(self.socket_path), "--save", "", "--maxclients", "15000"]
 
     def start(self) -> None:
         """Start it, also again, with what it has kept in its folder."""
         self.log = (self.folder / "redis.log").open("ab")
         command = [*self.command(), *self.options]
-        self.process = subprocess.Popen(
-            command,
-            stdout=self.log,
-            stderr=self.log,
-        )
+        self.process = start_process(*command, stdout=self.log, stderr=self.log)
         wait_for(self.answers, "Redis answers")
 
     def answers(self) -> bool:
@@ -244,11 +265,7 @@ class RedisProcess:
         self.client.connection_pool.disconnect()
         self.log.close()
 
-    def url_of(
-        self,
-        user: str,
-        password: str = "",
-    ) -> str:
+    def url_of(self, user: str, password: str = "") -> str:
         """The URL with which this user logs in."""
         return self.url.replace("://", f"://{user}:{password}@")
 
@@ -256,11 +273,7 @@ class RedisProcess:
         """How many Redis connections are subscribed to the channel."""
         return int(self.client.pubsub_numsub(channel)[0][1])
 
-    def publish(
-        self,
-        channel: str,
-        message: str | bytes,
-    ) -> int:
+    def publish(self, channel: str, message: str | bytes) -> int:
         """A plain PUBLISH, by somebody who knows nothing of ssepush; how many subscribers it reached."""
         return int(self.client.publish(channel, message))
 
@@ -268,24 +281,11 @@ class RedisProcess:
         """The same, of a JSON object: `publish_event("sse", data="hi", type="greet")`."""
         return self.publish(channel, json.dumps(members))
 
-    def wait_for_subscribers(
-        self,
-        channel: str,
-        number: int,
-        seconds: float = DEADLINE_S,
-    ) -> None:
+    def wait_for_subscribers(self, channel: str, number: int, seconds: float = DEADLINE_S) -> None:
         """Until so many are subscribed to the channel."""
-        wait_for(
-            lambda: self.subscribers(channel) == number,
-            f"{number} subscribers of {channel}",
-            seconds,
-        )
+        wait_for(lambda: self.subscribers(channel) == number, f"{number} subscribers of {channel}", seconds)
 
-    def publish_all(
-        self,
-        channel: str,
-        messages: Sequence[str | bytes],
-    ) -> list[int]:
+    def publish_all(self, channel: str, messages: Sequence[str | bytes]) -> list[int]:
         """The same for each message, all in one burst."""
         with self.client.pipeline(transaction=False) as pipeline:
             for message in messages:
@@ -295,34 +295,13 @@ class RedisProcess:
     def cli_publish(self, channel: str, message: str) -> int:
         """`redis-cli publish`, the real one where installed, else the same bytes over a socket; what it prints."""
         cli = found_program("redis-cli", "valkey-cli")
-        if not cli:
-            return self._publish_over_socket(channel, message)
-        command = [
-            cli,
-            "-p",
-            str(self.port),
-            "publish",
-            channel,
-            message,
-        ]
-        done = subprocess.run(
-            command,
-            check=True,
-            capture_output=True,
-            timeout=DEADLINE_S,
-        )
-        return int(done.stdout)
-
-    def _publish_over_socket(self, channel: str, message: str) -> int:
+        if cli:
+            command = [cli, "-p", str(self.port), "publish", channel, message]
+            return int(subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S).stdout)
+        words = [b"publish", channel.encode(), message.encode()]
         with connect(self.port) as sock, sock.makefile("rb") as reply:
-            sock.sendall(resp_array(b"publish", channel.encode(), message.encode()))
+            sock.sendall(b"*3\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
             return int(reply.readline().removeprefix(b":"))
-
-
-def resp_array(*words: bytes) -> bytes:
-    """These words as Redis's protocol has them: an array of bulk strings."""
-    bulk_strings = [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]
-    return b"*%d\r\n" % len(words) + b"".join(bulk_strings)
 
 
 # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -358,16 +337,10 @@ def head_of(head: bytes) -> tuple[int, list[tuple[str, str]]]:
     """The status and the fields of a response, whose head has to be well-formed."""
     status_line, *lines = head.decode("ascii").split("\r\n")
     status = re.fullmatch(r"HTTP/1\.1 ([1-5][0-9][0-9]) [A-Za-z -]+", status_line)
+    fields = [re.fullmatch(r"([A-Za-z0-9-]+): ([ -~]+)", line) for line in lines]
     assert status, status_line
-    fields = []
-    for line in lines:
-        field = re.fullmatch(r"([A-Za-z0-9-]+): ([ -~]+)", line)
-        assert field, line
-        fields.append((field[1], field[2]))
-    return int(status[1]), fields
-
-
-CHUNK_SIZE = re.compile(rb"([0-9a-f]+)\r\n")
+    assert all(fields), lines
+    return int(status[1]), [(field[1], field[2]) for field in fields if field]
 
 
 class Chunks(NamedTuple):
@@ -381,43 +354,27 @@ class Chunks(NamedTuple):
 def chunks_in(wire: bytes) -> Chunks:
     """The chunks at the start of these bytes; rest is what has not come whole, or what follows the last chunk."""
     pieces: list[bytes] = []
-    at = 0
-    while True:
-        size_line = CHUNK_SIZE.match(wire, at)
-        if not size_line:
-            return Chunks(pieces, wire[at:], False)
-        size = int(size_line[1], 16)
-        start, end = size_line.end(), size_line.end() + size
+    at, is_whole = 0, False
+    while not is_whole and (size_line := re.compile(rb"([0-9a-f]+)\r\n").match(wire, at)):
+        start = size_line.end()
+        end = start + int(size_line[1], 16)
         if len(wire) < end + 2:
-            return Chunks(pieces, wire[at:], False)
+            break
         assert wire[end : end + 2] == b"\r\n"
-        at = end + 2
-        if size == 0:
-            return Chunks(pieces, wire[at:], True)
-        pieces.append(wire[start:end])
+        at, is_whole = end + 2, end == start
+        if not is_whole:
+            pieces.append(wire[start:end])
+    return Chunks(pieces, wire[at:], is_whole)
 
 
 # Whatever else came would be an attacker's.
-RESPONSE_FIELDS = {
-    "Access-Control-Allow-Credentials",
-    "Access-Control-Allow-Headers",
-    "Access-Control-Allow-Methods",
-    "Access-Control-Allow-Origin",
-    "Access-Control-Max-Age",
-    "Allow",
-    "Cache-Control",
-    "Connection",
-    "Content-Length",
-    "Content-Security-Policy",
-    "Content-Type",
-    "Date",
-    "Server",
-    "Transfer-Encoding",
-    "Vary",
-    "WWW-Authenticate",
-    "X-Accel-Buffering",
-    "X-Content-Type-Options",
-}
+OURS = """
+    Access-Control-Allow-Credentials Access-Control-Allow-Headers Access-Control-Allow-Methods
+    Access-Control-Allow-Origin Access-Control-Max-Age Allow Cache-Control Connection Content-Length
+    Content-Security-Policy Content-Type Date Server Transfer-Encoding Vary WWW-Authenticate X-Accel-Buffering
+    X-Content-Type-Options
+"""
+RESPONSE_FIELDS = set(OURS.split())
 
 
 def answers_in(received: bytes) -> list[Answer]:
@@ -429,37 +386,25 @@ def answers_in(received: bytes) -> list[Answer]:
         status, fields = head_of(head)
         headers = dict(fields)
         assert len(headers) == len(fields), fields
-        assert headers.keys() <= RESPONSE_FIELDS, fields
-        body, received = _body(headers, received)
+        assert set(headers) <= RESPONSE_FIELDS, fields
+        if "Transfer-Encoding" in headers:
+            assert "Content-Length" not in headers
+            assert headers["Connection"] == "close"
+            chunks = chunks_in(received)
+            assert not chunks.rest
+            body, received = b"".join(chunks.pieces), b""
+        else:
+            length = int(headers.get("Content-Length", len(received)))
+            assert len(received) >= length
+            body, received = received[:length], received[length:]
         answers.append(Answer(status, headers, body))
     return answers
-
-
-def _body(
-    headers: dict[str, str],
-    received: bytes,
-) -> tuple[bytes, bytes]:
-    """The body of a response with these headers, and what follows it."""
-    if "Transfer-Encoding" in headers:
-        assert "Content-Length" not in headers
-        assert headers["Connection"] == "close"
-        chunks = chunks_in(received)
-        assert not chunks.rest
-        return b"".join(chunks.pieces), b""
-    length = int(headers.get("Content-Length", len(received)))
-    assert len(received) >= length
-    return received[:length], received[length:]
 
 
 HOST_LINE = b"Host: localhost\r\n"
 
 
-def request(
-    line: bytes,
-    *fields: bytes,
-    host: bytes = HOST_LINE,
-    body: bytes = b"",
-) -> bytes:
+def request(line: bytes, *fields: bytes, host: bytes = HOST_LINE, body: bytes = b"") -> bytes:
     """The bytes of a request, as they are: `request(b"GET / HTTP/1.1", b"X: y")`."""
     lines = b"".join(field + b"\r\n" for field in fields)
     return line + b"\r\n" + host + lines + b"\r\n" + body
@@ -470,11 +415,7 @@ def post(*fields: bytes, body: bytes) -> bytes:
     return request(b"POST /publish HTTP/1.1", b"Content-Type: application/json", *fields, body=body)
 
 
-def exchange(
-    port: int,
-    sent: bytes,
-    seconds: float = DEADLINE_S,
-) -> bytes:
+def exchange(port: int, sent: bytes, seconds: float = DEADLINE_S) -> bytes:
     """Everything that comes back on a connection on which exactly these bytes are sent."""
     received = b""
     with connect(port, seconds) as sock:
@@ -553,11 +494,7 @@ class Parser:
     def _dispatch(self) -> None:
         self.last_event_id = self._id
         if self._data:
-            event = Received(
-                "\n".join(self._data),
-                self._type or "message",
-                self._id,
-            )
+            event = Received("\n".join(self._data), self._type or "message", self._id)
             self.events.append(event)
         self._data = []
         self._type = ""
@@ -575,32 +512,22 @@ def dispatched(frame: bytes) -> Received:
 class EventStream:
     """A stream read from a bare socket, byte by byte as it comes.
 
-    events are those that a page hears; positions are the ids by which the server tells a stream where it is (an event
-    `stream-position`, at the start and as heartbeat). The parser holds everything.
+    events are those that were published; positions are the ids of the events `stream-position`, by which the server
+    tells a stream where it is: its start, and each heartbeat. The parser holds everything.
     """
 
-    def __init__(
-        self,
-        port: int,
-        path: str = "/stream",
-        **headers: str,
-    ) -> None:
+    def __init__(self, port: int, path: str = "/stream", **headers: str) -> None:
         self.sock = connect(port)
         self.parser = Parser()
         self.events: list[Received] = []
         self.positions: list[str] = []
-        self.ended = False
-        self.is_whole = False  # it ended by its last chunk, as HTTP/1.1 wants it
+        self.ended = self.is_whole = False  # whole: it ended by its last chunk, as HTTP/1.1 wants it
         self.body = b""  # its first 100,000 bytes
-        self._taken = 0  # of the events
-        self._sorted = 0  # of the parser's
+        self._taken = self._sorted = 0  # of the events, of the parser's
         self._wire = b""
-        fields = {"Host": f"{LOOPBACK}:{port}", **header_fields(headers)}
-        lines = "".join(f"{name}: {text}\r\n" for name, text in fields.items())
+        asked = {"Host": f"{LOOPBACK}:{port}", **header_fields(headers)}
+        lines = "".join(f"{name}: {text}\r\n" for name, text in asked.items())
         self.sock.sendall(f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode())
-        self._open()
-
-    def _open(self) -> None:
         received = b""
         while b"\r\n\r\n" not in received:
             chunk = self.sock.recv(65536)
@@ -625,11 +552,10 @@ class EventStream:
         if not self.is_chunked:
             self._feed(wire)
             return
-        chunks = chunks_in(self._wire + wire)
-        self._wire = chunks.rest
-        self.is_whole = self.is_whole or chunks.is_whole
+        pieces, self._wire, is_whole = chunks_in(self._wire + wire)
+        self.is_whole |= is_whole
         assert not (self.is_whole and self._wire)
-        for piece in chunks.pieces:
+        for piece in pieces:
             self._feed(piece)
 
     def _feed(self, piece: bytes) -> None:
@@ -661,12 +587,7 @@ class EventStream:
         """The events that have come and have not been taken."""
         return self.events[self._taken :]
 
-    def wait(
-        self,
-        condition: Callable[[], Any],
-        what: str,
-        seconds: float = DEADLINE_S,
-    ) -> None:
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> None:
         """Read until the condition holds."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -675,17 +596,9 @@ class EventStream:
             assert left > 0, f"not within {seconds} s: {what}"
             self.read(left)
 
-    def take(
-        self,
-        number: int,
-        seconds: float = DEADLINE_S,
-    ) -> list[Received]:
+    def take(self, number: int, seconds: float = DEADLINE_S) -> list[Received]:
         """The next events, as many."""
-        self.wait(
-            lambda: len(self.untaken) >= number,
-            f"{number} events",
-            seconds,
-        )
+        self.wait(lambda: len(self.untaken) >= number, f"{number} events", seconds)
         taken = self.untaken[:number]
         self._taken += number
         return taken
@@ -694,11 +607,7 @@ class EventStream:
         """The next event."""
         return self.take(1, seconds)[0]
 
-    def data(
-        self,
-        number: int,
-        seconds: float = DEADLINE_S,
-    ) -> list[str]:
+    def data(self, number: int, seconds: float = DEADLINE_S) -> list[str]:
         """The data of the next events, as many."""
         return [event.data for event in self.take(number, seconds)]
 
@@ -815,34 +724,19 @@ def ssepush_command(*arguments: str) -> list[str]:
 
 def environment_with(**variables: str) -> dict[str, str]:
     """The environment without what would configure ssepush, and with these."""
-    environment = dict(os.environ)
-    for name in os.environ:
-        if name.startswith(("SSEPUSH_", "REDIS_URL")):
-            del environment[name]
-    return environment | variables
+    others = {name: text for name, text in os.environ.items() if not name.startswith(("SSEPUSH_", "REDIS_URL"))}
+    return others | variables
 
 
 def run(
-    *arguments: str,
-    stdin: str | bytes = "",
-    prefix: tuple[str, ...] = (),
-    **environment: str,
+    *arguments: str, stdin: str | bytes = "", prefix: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """One run of the command line, to its end."""
-    done = subprocess.run(
-        [*prefix, *ssepush_command(*arguments)],
-        input=stdin.encode() if isinstance(stdin, str) else stdin,
-        capture_output=True,
-        timeout=DEADLINE_S,
-        env=environment_with(**environment),
-        check=False,
-    )
-    return subprocess.CompletedProcess(
-        done.args,
-        done.returncode,
-        done.stdout.decode(),
-        done.stderr.decode(),
-    )
+    sent = stdin.encode() if isinstance(stdin, str) else stdin
+    command = [*prefix, *ssepush_command(*arguments)]
+    environment = environment_with(**environment)
+    done = subprocess.run(command, input=sent, capture_output=True, timeout=DEADLINE_S, env=environment, check=False)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
@@ -867,20 +761,14 @@ JSON = {"Content-Type": "application/json"}
 class ServerProcess:
     """ssepush as its users start it, on a free port."""
 
-    def __init__(
-        self,
-        redis: RedisProcess | str,
-        *options: str,
-        port: int = 0,
-        **environment: str,
-    ) -> None:
+    def __init__(self, redis: RedisProcess | str, *options: str, port: int = 0, **environment: str) -> None:
         """redis: "" is for what REDIS_URL names."""
         url = redis if isinstance(redis, str) else redis.url
         named = ("--redis-url", url) if url else ()
         self._redis = redis
         self.options = options
-        self.process = subprocess.Popen(
-            ssepush_command("--port", str(port), *named, *options),
+        self.process = start_process(
+            *ssepush_command("--port", str(port), *named, *options),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -926,68 +814,36 @@ class ServerProcess:
         """Whether it printed or logged this."""
         return text in self.output
 
-    def get(
-        self,
-        path: str,
-        method: str = "GET",
-        body: str | bytes | None = None,
-        **headers: str,
-    ) -> Answer:
+    def get(self, path: str, method: str = "GET", body: str | bytes | None = None, **headers: str) -> Answer:
         """One request on a connection of its own; underscores in header names become hyphens."""
-        connection = http.client.HTTPConnection(
-            LOOPBACK,
-            self.port,
-            timeout=DEADLINE_S,
-        )
+        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
         encoded = body.encode() if isinstance(body, str) else body
         with contextlib.closing(connection):
             connection.request(method, path, encoded, header_fields(headers))
             response = connection.getresponse()
-            return Answer(
-                response.status,
-                dict(response.getheaders()),
-                response.read(),
-            )
+            return Answer(response.status, dict(response.getheaders()), response.read())
 
     def post(self, body: Any, **headers: str) -> Answer:
         """POST /publish of JSON: bytes or text as they are, anything else made JSON here."""
         text = body if isinstance(body, str | bytes) else json.dumps(body)
         return self.get("/publish", "POST", text, **JSON, **headers)
 
-    def publish(
-        self,
-        data: Any,
-        channel: str = "sse",
-        **members: Any,
-    ) -> dict[str, Any]:
+    def publish(self, data: Any, channel: str = "sse", **members: Any) -> dict[str, Any]:
         """The same for an event; the answer, which must be ok."""
         answer = self.post({"data": data, "channel": channel, **members})
         assert answer.status == 200, answer
         return answer.json
 
-    def publish_id(
-        self,
-        data: Any,
-        channel: str = "sse",
-    ) -> str:
+    def publish_id(self, data: Any, channel: str = "sse") -> str:
         """The same; the event's id."""
         return str(self.publish(data, channel)["id"])
 
-    def stream(
-        self,
-        *channels: str,
-        query: str = "",
-        **headers: str,
-    ) -> EventStream:
+    def stream(self, *channels: str, query: str = "", **headers: str) -> EventStream:
         """A stream of these channels, and of whatever else the query asks for: `stream("a", query="token=…")`."""
         wanted = "&".join(filter(None, [query_of(*channels), query]))
         return EventStream(self.port, f"/stream?{wanted}", **headers)
 
-    def opened(
-        self,
-        *channels: str,
-        **headers: str,
-    ) -> EventStream:
+    def opened(self, *channels: str, **headers: str) -> EventStream:
         """The same, once it has been told its position: whatever is published from now on is for it."""
         stream = self.stream(*channels, **headers)
         stream.position()
@@ -1015,36 +871,32 @@ class ServerProcess:
         """How many messages it has dropped for this reason."""
         return int(self.metric(f'messages_dropped_total{{reason="{reason}"}}'))
 
+    @functools.cached_property
+    def _kernel(self) -> Any:
+        """What the kernel knows of the process."""
+        return pytest.importorskip("psutil", reason="needs psutil: pip install psutil").Process(self.process.pid)
+
     def threads(self) -> int:
-        """How many threads the process has, as the kernel counts."""
-        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
+        """How many threads the process has."""
+        return int(self._kernel.num_threads())
 
     def connections(self) -> int:
-        """How many connections of clients it has not closed yet, as the kernel counts."""
-        established, close_wait = "01", "08"
-        number = 0
-        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-            _, local, _, state, *_ = line.split()
-            is_ours = int(local.partition(":")[2], 16) == self.port
-            number += is_ours and state in (established, close_wait)
-        return number
+        """How many connections of clients it has not closed yet."""
+        of_clients = [each for each in self._kernel.net_connections("tcp") if each.laddr.port == self.port]
+        return sum(each.status in ("ESTABLISHED", "CLOSE_WAIT") for each in of_clients)
 
     def descriptors(self) -> int:
-        """How many files and sockets it has open, as the kernel counts."""
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        """How many files and sockets it has open."""
+        return int(self._kernel.num_fds())
 
     def resident_bytes(self) -> int:
         """The memory that it holds."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return 1024 * int(found[1])
+        return int(self._kernel.memory_info().rss)
 
     def cpu_s(self) -> float:
         """The CPU time that it has used."""
-        after_name = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2]
-        user, system = after_name.split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        used = self._kernel.cpu_times()
+        return float(used.user + used.system)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -1071,11 +923,7 @@ class ServerProcess:
 class Start:
     """Starts servers of one test's own: `start("--history", "5")`; they end with it, without a traceback."""
 
-    def __init__(
-        self,
-        common_redis: Callable[[], RedisProcess],
-        way: tuple[str, ...],
-    ) -> None:
+    def __init__(self, common_redis: Callable[[], RedisProcess], way: tuple[str, ...]) -> None:
         """way: how they subscribe, in the test that is run in both ways."""
         self._common_redis = common_redis
         self._way = way
@@ -1086,13 +934,7 @@ class Start:
     ) -> ServerProcess:
         """redis: None is for the one that the tests have in common."""
         chosen = self._common_redis() if redis is None else redis
-        server = ServerProcess(
-            chosen,
-            *self._way,
-            *options,
-            port=port,
-            **environment,
-        )
+        server = ServerProcess(chosen, *self._way, *options, port=port, **environment)
         self._started.append(server)
         return server
 
@@ -1107,13 +949,7 @@ class Start:
 class Page(threading.Thread):
     """A browser's EventSource: reads, and when the stream ends comes back as told, with its last event ID."""
 
-    def __init__(
-        self,
-        port: int,
-        *channels: str,
-        leave_after: Callable[[], int] | None = None,
-        told: str = "",
-    ) -> None:
+    def __init__(self, port: int, *channels: str, leave_after: Callable[[], int] | None = None, told: str = "") -> None:
         """leave_after: how many events it reads before it leaves by itself and comes back at once.
 
         told: the last event ID that it had before, if it comes back from there.
@@ -1166,22 +1002,12 @@ class Page(threading.Thread):
 class Publisher(threading.Thread):
     """Publishes numbers without pause, over connections that it keeps; remembers which were acknowledged."""
 
-    def __init__(
-        self,
-        port: int,
-        name: str,
-        *channels: str,
-        pause: float = 0.0,
-    ) -> None:
+    def __init__(self, port: int, name: str, *channels: str, pause: float = 0.0) -> None:
         super().__init__(daemon=True)
         self.port = port
         self.channels = channels
         self.pause = pause
-        self.names = map(
-            "{} {}".format,
-            itertools.repeat(name),
-            itertools.count(),
-        )
+        self.names = map("{} {}".format, itertools.repeat(name), itertools.count())
         self.acknowledged: list[tuple[int, str, str]] = []  # (place, channel, data)
         self.unsure: list[str] = []
         self.done = threading.Event()
@@ -1189,21 +1015,13 @@ class Publisher(threading.Thread):
 
     def run(self) -> None:
         while not self.done.is_set():
-            connection = http.client.HTTPConnection(
-                LOOPBACK,
-                self.port,
-                timeout=DEADLINE_S,
-            )
+            connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
             with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
                 connection.connect()
                 while not self.done.wait(self.pause):
                     self._publish(connection, next(self.names))
 
-    def _publish(
-        self,
-        connection: http.client.HTTPConnection,
-        data: str,
-    ) -> None:
+    def _publish(self, connection: http.client.HTTPConnection, data: str) -> None:
         channel = random.choice(self.channels)
         body = json.dumps({"data": data, "channel": channel})
         self.unsure.append(data)
@@ -1234,24 +1052,35 @@ def assert_whole(page: Page, publishers: Sequence[Publisher]) -> None:
     assert [data for data in got if data not in unsure] == expected
 
 
-# ── Proxies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What stands before Redis ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-class WithholdingProxy:
-    """Stands before Redis. Once a subscription is confirmed it calls `then`, and passes nothing more on to it."""
+class Link:
+    """One connection through a proxy, and what has gone through it."""
 
-    def __init__(
-        self,
-        redis_process: RedisProcess,
-        then: Callable[[], object] = lambda: None,
-    ) -> None:
+    def __init__(self, ours: socket.socket, theirs: socket.socket) -> None:
+        self.ours, self.theirs = ours, theirs  # to ssepush, to Redis
+        self.asked = b""  # the last that came from ssepush
+        self.is_subscribed = False  # Redis's confirmation has been passed on
+
+
+class RedisProxy:
+    """Stands before Redis; subclasses say what becomes of what is on its way."""
+
+    size = 65536  # bytes that it takes at once
+
+    def __init__(self, redis_process: RedisProcess) -> None:
         self._redis_port = redis_process.port
-        self._then = then
+        self._links: dict[socket.socket, Link] = {}
         self._listener = socket.create_server((LOOPBACK, 0))
         self.url = f"redis://{LOOPBACK}:{self._listener.getsockname()[1]}/0"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def __enter__(self) -> WithholdingProxy:
+    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+        """What is passed on instead; an OSError ends the connection."""
+        return received
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -1263,22 +1092,38 @@ class WithholdingProxy:
             while True:
                 ours, _ = self._listener.accept()
                 theirs = connect(self._redis_port)
+                self._links[ours] = self._links[theirs] = Link(ours, theirs)
                 for ends in ((ours, theirs), (theirs, ours)):
                     threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
 
-    def _pass_on(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-    ) -> None:
-        with source, sink, contextlib.suppress(OSError):
-            while received := source.recv(65536):
-                is_confirmation = b"\r\n$9\r\nsubscribe\r\n" in received
-                if is_confirmation:
-                    self._then()
-                sink.sendall(received)
-                while is_confirmation and source.recv(65536):
-                    pass
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        link = self._links[source]
+        is_from_redis = source is link.theirs
+        sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):
+            while received := source.recv(self.size):
+                if not is_from_redis:
+                    link.asked = received
+                sink.sendall(self.changed(received, is_from_redis, link))
+                link.is_subscribed |= is_from_redis and b"\r\nsubscribe\r\n" in received
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+class WithholdingProxy(RedisProxy):
+    """Once a subscription is confirmed it calls `then`, and passes nothing more on to it."""
+
+    def __init__(self, redis_process: RedisProcess, then: Callable[[], object] = lambda: None) -> None:
+        self.then = then
+        super().__init__(redis_process)
+
+    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+        if is_from_redis and link.is_subscribed:
+            return b""
+        if is_from_redis and b"\r\nsubscribe\r\n" in received:
+            self.then()
+        return received
 
 
 # ── Floods, and what they must leave as it was ───────────────────────────────────────────────────────────────────────
@@ -1295,11 +1140,7 @@ def allow_files(number: int) -> int:
 
 
 @contextlib.contextmanager
-def connections(
-    port: int,
-    number: int,
-    sent: bytes = b"",
-) -> Iterator[list[socket.socket]]:
+def connections(port: int, number: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
     """As many open connections, on each of which these bytes have been sent."""
     with contextlib.ExitStack() as stack:
         socks = []
@@ -1334,11 +1175,7 @@ class Baseline:
         self.threads = server.threads()
         self.descriptors = server.descriptors()
 
-    def publish(
-        self,
-        data: str,
-        seconds: float = 5.0,
-    ) -> None:
+    def publish(self, data: str, seconds: float = 5.0) -> None:
         """Publish over HTTP, and receive it on the stream."""
         deadline = time.monotonic() + seconds
         self.server.publish(data, self.channel)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import DEADLINE_S, DEPLOY, HERE, program, redis_binary, wait_for
+from tests.kit import DEADLINE_S, DEPLOY, HERE, needs, redis_binary, start_process, wait_for
 
 SYSTEMD = "/lib/systemd/systemd"
 
@@ -74,7 +74,7 @@ STUBS = ("sysinit", "basic", "network-online", "multi-user", "shutdown")
 def unshare(script: str, variables: dict[str, str]) -> list[str]:
     """A command that runs a script with mounts of its own."""
     values = [f"{name}={value}" for name, value in variables.items()]
-    return [program("unshare"), "--mount", "env", *values, "sh", "-c", script]
+    return [needs("unshare"), "--mount", "env", *values, "sh", "-c", script]
 
 
 class Machine:
@@ -83,10 +83,10 @@ class Machine:
     user = 64999
 
     def __init__(self, folder: Path) -> None:
+        needs("systemctl")
         is_allowed = os.getuid() == 0 and subprocess.run(unshare("exit 0", {})).returncode == 0
         if not is_allowed:
             pytest.skip("needs root, to start a systemd of its own")
-        program("systemctl")
         base = Path(sys.base_prefix)
         python = Path(sys.executable).resolve().relative_to(base.resolve())
         self._write(folder, INSTALLED.format(python=python))
@@ -98,7 +98,7 @@ class Machine:
             "REDIS": redis_binary(),
             "SYSTEMD": SYSTEMD,
         }
-        self._outer = subprocess.Popen(unshare(GROUP, self._variables))
+        self._outer = start_process(*unshare(GROUP, self._variables))
         try:
             self._first = wait_for(self._find_first, "the first process is there")
             wait_for(self._is_up, "systemd answers")
@@ -140,14 +140,8 @@ class Machine:
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """A command inside, to its end."""
-        inside = [program("nsenter"), "--target", str(self._first), "--all", *command]
-        return subprocess.run(
-            inside,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
+        inside = [needs("nsenter"), "--target", str(self._first), "--all", *command]
+        return subprocess.run(inside, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
     def said_by(self, *command: str) -> str:
         """What a command that ends well prints."""

@@ -35,11 +35,7 @@ AS_PUBLISHED: dict[str, Any] = {
     "a large number": 2**64 + 1,
     "a fraction": -1.5,
     "an empty object": {},
-    "nested JSON": {
-        "问": [1, None, {"deep": [[["x\ny"]], True]}],
-        "e": "👍",
-        "separator": "\u2028",
-    },
+    "nested JSON": {"问": [1, None, {"deep": [[["x\ny"]], True]}], "e": "👍", "separator": "\u2028"},
     "500 KB": "数据 " * 71_000,
 }
 
@@ -86,10 +82,7 @@ POISON = {
     "id with LF": (b'{"data": 1, "id": "a\\ndata: b"}', "id must not hold a line break or NUL"),
     "id with CR": (b'{"data": 1, "id": "a\\rb"}', "id must not hold a line break or NUL"),
     "id with NUL": (b'{"data": 1, "id": "a\\u0000b"}', "id must not hold a line break or NUL"),
-    "id is too long": (
-        json.dumps({"data": 1, "id": "é" * 65}).encode(),
-        "id must not be longer than 128 bytes",
-    ),
+    "id is too long": (json.dumps({"data": 1, "id": "é" * 65}).encode(), "id must not be longer than 128 bytes"),
     "id is true": (b'{"data": 1, "id": true}', "id must be a string"),
     "id is a fraction": (b'{"data": 1, "id": 1.5}', "id must be a string"),
     "id is an array": (b'{"data": 1, "id": []}', "id must be a string"),
@@ -109,17 +102,10 @@ POISON = {
 }
 
 
-NEW_ANSWERS = {
-    "question": "which programming is the best?",
-    "value": "Absolutely, PHP",
-    "who": "allen",
-}
+NEW_ANSWERS = {"question": "which programming is the best?", "value": "Absolutely, PHP", "who": "allen"}
 
 
-def publish_all(
-    redis_process: RedisProcess,
-    channel: str,
-) -> list[list[str]]:
+def publish_all(redis_process: RedisProcess, channel: str) -> list[list[str]]:
     """Publish each row of AS_PUBLISHED, then "end"; what a client should have read: `[[type, data], …]`."""
     expected = []
     for number, value in enumerate(AS_PUBLISHED.values()):

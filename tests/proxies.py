@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import signal
 import ssl
-import subprocess
+import string
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.kit import DEADLINE_S, DEPLOY, free_port, listens, program, wait_for
+from tests.kit import DEADLINE_S, DEPLOY, certificate, free_port, listens, needs, start_process, wait_for
 
 Change = tuple[str, str]  # (what stands in the recipe, what stands there in the test)
 
@@ -29,24 +28,20 @@ def open_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@functools.cache
-def certificate(names: str, days: int) -> tuple[str, str]:
-    """A self-signed certificate, and its key: `certificate("DNS:localhost", 90)`."""
-    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=tests"
-    details = ["-days", str(days), "-addext", f"subjectAltName={names}"]
-    with open_folder() as folder:
-        pem, key = folder / "certificate.pem", folder / "key.pem"
-        files = ["-out", str(pem), "-keyout", str(key)]
-        subprocess.run([program("openssl"), *kind.split(), *details, *files], check=True, capture_output=True)
-        return pem.read_text(), key.read_text()
-
-
 class Proxy:
-    """A proxy that runs its recipe; subclasses know how it is started, and what differs on this machine."""
+    """A proxy that runs its recipe; subclasses say what has to be another on this machine, and how it is started.
 
+    In their texts $port, $upstream, $folder, $certificate, $key, $both and $configuration stand for those of a proxy.
+    """
+
+    program = ""
     recipe = ""
     scheme = "https"
     ends_by = signal.SIGTERM
+    here: Sequence[Change] = ()
+    before = after = ""  # what stands around the recipe
+    beside = ""  # a file of deploy/ that it needs, too
+    options = ""
 
     def __init__(
         self,
@@ -57,37 +52,29 @@ class Proxy:
         days: int = 90,
     ) -> None:
         """changes: what a test has otherwise than the recipe, each of which must be in it. names, days: certified."""
+        program = needs(self.program)
         self.folder = folder
         self.upstream = upstream
         self.port = free_port()
         self.url = f"{self.scheme}://127.0.0.1:{self.port}"
-        self.certificate = folder / "certificate.pem"
-        self.key = folder / "key.pem"
+        self.certificate, self.key = certificate(folder, names, days)
         self.both = folder / "both.pem"  # some want them in one file
-        pem, key = certificate(names, days)
-        self.certificate.write_text(pem)
-        self.key.write_text(key)
-        self.both.write_text(pem + key)
+        self.both.write_text(self.certificate.read_text() + self.key.read_text())
+        self.configuration = folder / self.recipe
+        self.other_port = free_port()
         text = (DEPLOY / self.recipe).read_text()
-        for old, new in [*changes, *self.here()]:
+        for old, new in [*changes, *((old, self.filled(new)) for old, new in self.here)]:
             assert old in text, f"{self.recipe} has no {old!r}"
             text = text.replace(old, new)
-        self.configuration = folder / self.recipe
-        self.configuration.write_text(self.whole(text))
+        self.configuration.write_text(self.filled(self.before) + text + self.filled(self.after))
+        if self.beside:
+            shutil.copy(DEPLOY / self.beside, folder)
         self.output = folder / "output.log"
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(self.command(), stdout=output, stderr=output)
+            self.process = start_process(program, *self.filled(self.options).split(), stdout=output, stderr=output)
 
-    def here(self) -> list[Change]:
-        """What has to be another on this machine: ports, files, names."""
-        raise NotImplementedError
-
-    def whole(self, text: str) -> str:
-        """The recipe with what stands around it."""
-        return text
-
-    def command(self) -> list[str]:
-        raise NotImplementedError
+    def filled(self, text: str) -> str:
+        return string.Template(text).substitute(vars(self))
 
     def wait(self) -> None:
         """Until it takes connections."""
@@ -100,8 +87,7 @@ class Proxy:
 
     def logs(self) -> str:
         """All that it has logged."""
-        files = sorted(self.folder.glob("*.log"))
-        return "".join(file.read_text(errors="replace") for file in files)
+        return "".join(file.read_text(errors="replace") for file in sorted(self.folder.glob("*.log")))
 
     def trusting(self) -> ssl.SSLContext:
         """What takes its certificate."""
@@ -112,123 +98,93 @@ class Proxy:
         self.process.wait(DEADLINE_S)
 
 
+IS_ROOT = os.getuid() == 0
+UPSTREAM = ("127.0.0.1:5000", "127.0.0.1:$upstream")
+CERTIFICATE = ("/etc/ssl/certs/events.example.org.pem", "$certificate")
+KEY = ("/etc/ssl/private/events.example.org.key", "$key")
+
+
 class Nginx(Proxy):
+    program = "nginx"
     recipe = "nginx.conf"
-
-    def here(self) -> list[Change]:
-        return [
-            ("127.0.0.1:5000", f"127.0.0.1:{self.upstream}"),
-            ("listen 443", f"listen 127.0.0.1:{self.port}"),
-            ("/etc/ssl/certs/events.example.org.pem", str(self.certificate)),
-            ("/etc/ssl/private/events.example.org.key", str(self.key)),
-            ("/var/log/nginx", str(self.folder)),
-        ]
-
-    def whole(self, text: str) -> str:
-        user = "user root;" if os.getuid() == 0 else ""
-        buffers = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        paths = "\n".join(f"{name}_temp_path {self.folder}/{name};" for name in buffers)
-        main = f"{user} daemon off; worker_processes 1; pid {self.folder}/nginx.pid;"
-        return f"{main}\nevents {{ worker_connections 256; }}\nhttp {{\n{paths}\n{text}\n}}\n"
-
-    def command(self) -> list[str]:
-        log = f"{self.folder}/main.log"
-        return [program("nginx"), "-p", str(self.folder), "-c", str(self.configuration), "-e", log]
+    here = (UPSTREAM, CERTIFICATE, KEY, ("listen 443", "listen 127.0.0.1:$port"), ("/var/log/nginx", "$folder"))
+    before = "user root;\n" * IS_ROOT + "daemon off; worker_processes 1; pid $folder/nginx.pid;\n"
+    before += "events { worker_connections 256; }\nhttp {\n"
+    for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
+        before += f"{name}_temp_path $folder/{name};\n"
+    after = "\n}\n"
+    options = "-p $folder -c $configuration -e $folder/main.log"
 
 
 class Haproxy(Proxy):
+    program = "haproxy"
     recipe = "haproxy.cfg"
-
-    def here(self) -> list[Change]:
-        return [
-            ("maxconn 5000", "maxconn 500"),
-            ("127.0.0.1:5000", f"127.0.0.1:{self.upstream}"),
-            ("bind :443", f"bind 127.0.0.1:{self.port}"),
-            ("/etc/haproxy/events.example.org.pem", str(self.both)),
-        ]
-
-    def command(self) -> list[str]:
-        return [program("haproxy"), "-db", "-f", str(self.configuration)]
+    here = (
+        UPSTREAM,
+        ("maxconn 5000", "maxconn 500"),
+        ("bind :443", "bind 127.0.0.1:$port"),
+        ("/etc/haproxy/events.example.org.pem", "$both"),
+    )
+    options = "-db -f $configuration"
 
 
 class Caddy(Proxy):
+    program = "caddy"
     recipe = "Caddyfile"
     ends_by = signal.SIGKILL  # it would wait for its streams
-
-    def here(self) -> list[Change]:
-        site = f"https://127.0.0.1:{self.port} {{\n\tbind 127.0.0.1\n\ttls {self.certificate} {self.key}"
-        return [
-            ("127.0.0.1:5000", f"127.0.0.1:{self.upstream}"),
-            ("\nevents.example.org {", f"\n{site}"),
-            ("\n{\n", "\n{\n\tadmin off\n\tauto_https off\n\tstorage file_system " + f"{self.folder}/storage\n"),
-        ]
-
-    def command(self) -> list[str]:
-        return [program("caddy"), "run", "--config", str(self.configuration), "--adapter", "caddyfile"]
+    here = (
+        UPSTREAM,
+        ("\nevents.example.org {", "\nhttps://127.0.0.1:$port {\n\tbind 127.0.0.1\n\ttls $certificate $key"),
+        ("\n{\n", "\n{\n\tadmin off\n\tauto_https off\n\tstorage file_system $folder/storage\n"),
+    )
+    options = "run --config $configuration --adapter caddyfile"
 
 
 class Varnish(Proxy):
+    program = "varnishd"
     recipe = "varnish.vcl"
     scheme = "http"
-
-    def here(self) -> list[Change]:
-        return [('.port = "5000"', f'.port = "{self.upstream}"')]
-
-    def command(self) -> list[str]:
-        work = self.folder / "varnish"
-        listen = f"127.0.0.1:{self.port}"
-        small = ("-s", "malloc,16m", "-p", "thread_pools=1", "-p", "thread_pool_min=20")
-        return [program("varnishd"), "-F", "-a", listen, "-f", str(self.configuration), "-n", str(work), *small]
+    here = (('.port = "5000"', '.port = "$upstream"'),)
+    options = "-F -a 127.0.0.1:$port -f $configuration -n $folder/varnish -s malloc,16m"
+    options += " -p thread_pools=1 -p thread_pool_min=20"
 
 
 class Lighttpd(Proxy):
+    program = "lighttpd"
     recipe = "lighttpd.conf"
-
-    def here(self) -> list[Change]:
-        self.itself = free_port()
-        return [
-            ("=> 5000", f"=> {self.upstream}"),
-            ("server.port = 443", f'server.port = {self.port}\nserver.bind = "127.0.0.1"'),
-            ("/etc/lighttpd/events.example.org.pem", str(self.both)),
-            ("5001", str(self.itself)),
-            ("/var/www/ssepush", str(self.folder)),
-            ("/var/log/lighttpd", str(self.folder)),
-        ]
-
-    def whole(self, text: str) -> str:
-        shutil.copy(DEPLOY / "away.txt", self.folder)
-        return text
-
-    def command(self) -> list[str]:
-        return [program("lighttpd"), "-D", "-f", str(self.configuration)]
+    here = (
+        ("=> 5000", "=> $upstream"),
+        ("server.port = 443", 'server.port = $port\nserver.bind = "127.0.0.1"'),
+        ("/etc/lighttpd/events.example.org.pem", "$both"),
+        ("5001", "$other_port"),
+        ("/var/www/ssepush", "$folder"),
+        ("/var/log/lighttpd", "$folder"),
+    )
+    beside = "away.txt"
+    options = "-D -f $configuration"
 
 
 class Apache(Proxy):
+    program = "apache2"
     recipe = "apache.conf"
+    here = (
+        UPSTREAM,
+        CERTIFICATE,
+        KEY,
+        ("<VirtualHost *:443>", "<VirtualHost 127.0.0.1:$port>"),
+        ("/var/log/apache2", "$folder"),
+        ("/var/www/ssepush", "$folder"),
+    )
+    before = "User www-data\nGroup www-data\n" * IS_ROOT
     modules = "mpm_event authz_core alias headers setenvif asis proxy proxy_http ssl http2 socache_shmcb deflate filter"
-
-    def here(self) -> list[Change]:
-        return [
-            ("127.0.0.1:5000", f"127.0.0.1:{self.upstream}"),
-            ("<VirtualHost *:443>", f"<VirtualHost 127.0.0.1:{self.port}>"),
-            ("/etc/ssl/certs/events.example.org.pem", str(self.certificate)),
-            ("/etc/ssl/private/events.example.org.key", str(self.key)),
-            ("/var/log/apache2", str(self.folder)),
-            ("/var/www/ssepush", str(self.folder)),
-        ]
-
-    def whole(self, text: str) -> str:
-        shutil.copy(DEPLOY / "away.asis", self.folder)
-        modules = "/usr/lib/apache2/modules"
-        load = "\n".join(f"LoadModule {name}_module {modules}/mod_{name}.so" for name in self.modules.split())
-        files = f"ServerRoot {self.folder}\nPidFile {self.folder}/pid\nErrorLog {self.folder}/error.log"
-        user = "User www-data\nGroup www-data" if os.getuid() == 0 else ""
-        # One process, which all streams share.
-        size = "StartServers 1\nServerLimit 1\nThreadsPerChild 100\nMaxRequestWorkers 100"
-        return f"{load}\n{files}\n{user}\n{size}\nServerName localhost\nListen 127.0.0.1:{self.port}\n{text}"
-
-    def command(self) -> list[str]:
-        return [program("apache2"), "-DFOREGROUND", "-f", str(self.configuration)]
+    for name in modules.split():
+        before += f"LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so\n"
+    before += "ServerRoot $folder\nPidFile $folder/pid\nErrorLog $folder/error.log\n"
+    # One process, which all streams share.
+    before += "StartServers 1\nServerLimit 1\nThreadsPerChild 100\nMaxRequestWorkers 100\n"
+    before += "ServerName localhost\nListen 127.0.0.1:$port\n"
+    beside = "away.asis"
+    options = "-DFOREGROUND -f $configuration"
 
 
 PROXIES: dict[str, type[Proxy]] = {
@@ -243,11 +199,14 @@ PROXIES: dict[str, type[Proxy]] = {
 
 @contextlib.contextmanager
 def proxies_before(upstream: int, *names: str, changes: Sequence[Change] = ()) -> Iterator[dict[str, Proxy]]:
-    """The named proxies, all others if none is named, before a server; started side by side."""
+    """The named proxies, all if none is named, before a server; started side by side."""
+    wanted = {name: PROXIES[name] for name in names or PROXIES}
+    for proxy_type in wanted.values():
+        needs(proxy_type.program)
     with contextlib.ExitStack() as stack:
         started: dict[str, Proxy] = {}
-        for name in names or PROXIES:
-            proxy = PROXIES[name](stack.enter_context(open_folder()), upstream, changes)
+        for name, proxy_type in wanted.items():
+            proxy = proxy_type(stack.enter_context(open_folder()), upstream, changes)
             stack.callback(proxy.end)
             started[name] = proxy
         for proxy in started.values():

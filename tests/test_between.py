@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    RedisProcess,
-    Start,
-    WithholdingProxy,
-    both_ways,
-    close_with_reset,
-    numbers,
-    until,
-    wait_for,
-)
+from tests.kit import DEADLINE_S, Link, RedisProcess, RedisProxy, Start, both_ways, numbers, until, wait_for
 from tests.messages import one_line_end
 
 
-class HoldingProxy(WithholdingProxy):
-    """Stands before Redis. What Redis sends to subscribers waits here while `is_open` is not set."""
+class HoldingProxy(RedisProxy):
+    """What Redis sends to subscribers waits here while `is_open` is not set."""
 
     def __init__(self, redis_process: RedisProcess) -> None:
         self.is_open = threading.Event()
         self.is_open.set()
         super().__init__(redis_process)
 
-    def _pass_on(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-    ) -> None:
-        is_to_subscriber = False
-        with source, sink, contextlib.suppress(OSError):
-            while received := source.recv(65536):
-                if is_to_subscriber:
-                    self.is_open.wait(DEADLINE_S)
-                if b"\r\nsubscribe\r\n" in received:  # Redis's confirmation
-                    is_to_subscriber = True
-                sink.sendall(received)
+    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+        if link.is_subscribed and is_from_redis:
+            self.is_open.wait(DEADLINE_S)
+        return received
 
 
 def test_what_a_shared_subscriber_has_yet_to_read_is_not_sent_again_to_a_page_that_has_seen_it(
@@ -60,18 +39,10 @@ def test_what_a_shared_subscriber_has_yet_to_read_is_not_sent_again_to_a_page_th
         proxy.is_open.clear()
         for number in range(0, 20, 2):
             redis_process.publish(channel, str(number))  # no id of ours: a page's position tells nothing about it
-            ssepush.publish(
-                str(number + 1),
-                channel=channel,
-                redis_url=redis_process.url,
-            )
+            ssepush.publish(str(number + 1), channel=channel, redis_url=redis_process.url)
         assert leaves.data(20) == numbers(0, 20)
 
-        coming_back = threads.submit(
-            server.stream,
-            channel,
-            Last_Event_ID=leaves.last_event_id,
-        )
+        coming_back = threads.submit(server.stream, channel, Last_Event_ID=leaves.last_event_id)
         wait_for(lambda: server.streams() == 2, "it is coming back")
         proxy.is_open.set()
         elsewhere.publish("last", channel)
@@ -80,19 +51,13 @@ def test_what_a_shared_subscriber_has_yet_to_read_is_not_sent_again_to_a_page_th
         assert stays.data(21) == [*numbers(0, 20), "last"]
 
 
-class CuttingProxy(WithholdingProxy):
-    """Stands before Redis. Whoever reads a history has the connection closed instead of an answer."""
+class CuttingProxy(RedisProxy):
+    """Whoever reads a history has the connection closed instead of an answer."""
 
-    def _pass_on(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-    ) -> None:
-        with source, sink, contextlib.suppress(OSError):
-            while received := source.recv(65536):
-                if b"XREVRANGE" in received:
-                    close_with_reset(source)
-                sink.sendall(received)
+    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+        if b"XREVRANGE" in received and not is_from_redis:
+            raise ConnectionError
+        return received
 
 
 @both_ways
@@ -112,36 +77,16 @@ def test_a_page_whose_history_redis_did_not_answer_is_told_to_come_back(
         assert server.streams() == 0
 
 
-class PiecesProxy(WithholdingProxy):
-    """Stands before Redis. All that is on its way comes in pieces of so many bytes."""
-
-    def __init__(self, redis_process: RedisProcess, size: int) -> None:
-        self.size = size
-        super().__init__(redis_process)
-
-    def _pass_on(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-    ) -> None:
-        sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with source, sink, contextlib.suppress(OSError):
-            while received := source.recv(self.size):
-                sink.sendall(received)
-
-
 DATA = ["one", "", "*2\r\n$3\r\n", "é" * 300, "last"]
 
 
 @both_ways
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_what_comes_from_redis_in_pieces_is_whole_live_and_after_a_return(
-    redis_process: RedisProcess,
-    start: Start,
-    channel: str,
-    size: int,
+    redis_process: RedisProcess, start: Start, channel: str, size: int
 ) -> None:
-    with PiecesProxy(redis_process, size) as proxy:
+    with RedisProxy(redis_process) as proxy:
+        proxy.size = size
         server = start(redis=proxy.url)
         first = str(ssepush.publish("first", channel=channel, redis_url=redis_process.url).id)
         with server.opened(channel, f"{channel}-other") as live:
@@ -157,28 +102,19 @@ def test_what_comes_from_redis_in_pieces_is_whole_live_and_after_a_return(
     assert dropped == 1
 
 
-class SwallowingProxy(WithholdingProxy):
-    """Stands before Redis. Messages in which it says "swallowed" do not arrive."""
+class SwallowingProxy(RedisProxy):
+    """Messages in which it says "swallowed" do not arrive."""
 
     SWALLOWED = re.compile(rb"[*>]3\r\n\$7\r\nmessage\r\n\$\d+\r\n[^\r]*\r\n\$\d+\r\n[^\r]*swallowed[^\r]*\r\n")
 
-    def _pass_on(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-    ) -> None:
-        with source, sink, contextlib.suppress(OSError):
-            while received := source.recv(65536):
-                sink.sendall(self.SWALLOWED.sub(b"", received))
+    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+        return self.SWALLOWED.sub(b"", received)
 
 
 @both_ways
 @pytest.mark.parametrize("follows", [True, False], ids=["an event follows there", "none follows"])
 def test_a_hole_on_one_channel_is_told_to_the_streams_that_follow_it_and_the_others_go_on(
-    redis_process: RedisProcess,
-    start: Start,
-    channel: str,
-    follows: bool,
+    redis_process: RedisProcess, start: Start, channel: str, follows: bool
 ) -> None:
     holed, whole = f"{channel}-holed", f"{channel}-whole"
 

@@ -32,10 +32,10 @@ from tests.kit import (
     both_ways,
     environment_with,
     exchange,
+    needs,
     npm_install,
     one_way,
     post,
-    program,
     request,
     run,
     the_line,
@@ -138,7 +138,7 @@ def test_other_libraries_sign_tokens(start: Start, channel: str, library: str, t
         command = [sys.executable, "-c"]
     else:
         npm_install(tmp_path, "jsonwebtoken@9")
-        command = [program("node"), "-e"]
+        command = [needs("node"), "-e"]
     done = subprocess.run(
         [*command, SIGNERS[library], name, SECRET],
         cwd=tmp_path,

@@ -32,8 +32,8 @@ from tests.kit import (
     connect,
     environment_with,
     free_port,
+    needs,
     npm_install,
-    program,
     running,
     ssepush_command,
     wait_for,
@@ -87,7 +87,7 @@ def clone(tmp_path: Path) -> Path:
 
 def test_the_commands_of_the_shell_publish_in_a_fresh_clone(own_server: ServerProcess, clone: Path) -> None:
     for name in ("redis-cli", "curl"):
-        program(name)
+        needs(name)
     stream = own_server.opened("ops")
     (path,) = re.findall('`(export PATH="\\$PWD.*)`', GUIDE)
     commands = f"{path}\n{block('From the shell', 'sh')}"
@@ -197,7 +197,7 @@ def printed(*command: str, cwd: Path | None = None) -> str:
 def test_a_token_that_php_has_signed_opens_its_channel(own_server: ServerProcess) -> None:
     function = block("How do I sign a token in another language?", "php")
 
-    token = printed(program("php"), "-r", f'{function} echo sign_token(["private-7"], 600);')
+    token = printed(needs("php"), "-r", f'{function} echo sign_token(["private-7"], 600);')
 
     assert opens(own_server, token)
 
@@ -206,9 +206,7 @@ def test_a_token_that_jsonwebtoken_has_signed_opens_its_channel(own_server: Serv
     folder = npm_install(tmp_path, "jsonwebtoken@9.0.2")
     (expression,) = re.findall(r"`(jwt\.sign\(.*\))`", GUIDE)
 
-    token = printed(
-        program("node"), "-e", f'const jwt = require("jsonwebtoken"); console.log({expression})', cwd=folder
-    )
+    token = printed(needs("node"), "-e", f'const jwt = require("jsonwebtoken"); console.log({expression})', cwd=folder)
 
     assert opens(own_server, token)
 
@@ -311,7 +309,7 @@ def test_with_a_prefix_pages_follow_the_name_without_it(start: Start, own_redis:
     server = start(redis=own_redis, SSEPUSH_PREFIX=prefix)
     stream = server.stream("orders")
 
-    command = publish.replace("redis-cli", f"{program('redis-cli')} -p {own_redis.port}")
+    command = publish.replace("redis-cli", f"{needs('redis-cli')} -p {own_redis.port}")
     reached = subprocess.run(shlex.split(command), check=True, capture_output=True, timeout=DEADLINE_S)
 
     assert reached.stdout.strip() == b"1"
@@ -338,7 +336,7 @@ def test_what_laravel_broadcasts_is_private_and_has_its_name(start: Start, own_r
     refused = server.get("/stream?channel=private-user.7")
     stream = server.stream("private-user.7", query=f"token={token}")
 
-    printed(program("php"), "-r", LARAVEL.replace("PORT", str(own_redis.port)))
+    printed(needs("php"), "-r", LARAVEL.replace("PORT", str(own_redis.port)))
 
     assert refused.status == 403
     first, second = stream.take(2)

@@ -19,39 +19,14 @@ from typing import Any
 import pytest
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    IDLE_THREADS,
-    MOST_WAITING,
-    POOL,
-    Baseline,
-    EventStream,
-    Page,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    both_ways,
-    close_with_reset,
-    connect,
-    connections,
-    exchange,
-    first_words,
-    is_closed,
-    numbers,
-    post,
-    request,
-    running,
-    stop,
-    stopped,
-    wait_for,
-)
+from tests import kit
+from tests.kit import POOL, RedisProcess, ServerProcess, Start, both_ways, connect, connections, request, wait_for
 
 # ── Slow and gone ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 HEARTBEAT_S = 1.0
-
-
+STALL_S = 2 * HEARTBEAT_S
 STALLED_CLIENT = """
 import socket, sys
 sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
@@ -64,42 +39,22 @@ while sock.recv(65536):
 class Bad:
     """Streams that do not read as they should; the context that each opens ends with the test."""
 
-    def __init__(
-        self,
-        server: ServerProcess,
-        channel: str,
-        stack: contextlib.ExitStack,
-    ) -> None:
+    def __init__(self, server: ServerProcess, channel: str, stack: contextlib.ExitStack) -> None:
         self.server, self.channel, self.stack = server, channel, stack
 
-    def _stream(self) -> EventStream:
+    def _stream(self) -> kit.EventStream:
         stream = self.server.opened(self.channel)
         self.stack.callback(stream.close)
         return stream
 
-    def _process(
-        self,
-        host: str,
-        *wrapper: str,
-    ) -> subprocess.Popen[str]:
-        command = [
-            *wrapper,
-            sys.executable,
-            "-c",
-            STALLED_CLIENT,
-            host,
-            str(self.server.port),
-            self.channel,
-        ]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
+    def _process(self, host: str, *wrapper: str) -> subprocess.Popen[str]:
+        where = (host, str(self.server.port), self.channel)
+        process = kit.start_process(
+            *wrapper, sys.executable, "-c", STALLED_CLIENT, *where, stdout=subprocess.PIPE, text=True
         )
-        self.stack.callback(process.wait)
-        self.stack.callback(process.kill)
         assert process.stdout
-        self.stack.callback(process.stdout.close)
+        for end in (process.wait, process.kill, process.stdout.close):
+            self.stack.callback(end)
         assert process.stdout.readline() == "read\n"
         wait_for(lambda: self.server.streams() == 4, "the fourth stream")
         return process
@@ -121,20 +76,7 @@ class Bad:
         self.stack.callback(ended.set)
 
     def is_stopped(self) -> None:
-        stop(self._process("127.0.0.1"))
-
-    def half_closes(self) -> None:
-        self._stream().sock.shutdown(socket.SHUT_WR)
-
-    def resets_when_open(self) -> None:
-        self._stream().reset()
-
-    def resets_at_connect(self) -> None:
-        whole = f"GET /stream?channel={self.channel} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
-        for sent in (b"", b"GET /stream", whole):
-            sock = connect(self.server.port)
-            sock.sendall(sent)
-            close_with_reset(sock)
+        kit.stop(self._process("127.0.0.1"))
 
     def vanishes(self) -> None:
         number = random.SystemRandom().randrange(2**14)
@@ -143,108 +85,67 @@ class Bad:
         ours, theirs = (f"{network}.{number % 64 * 4 + host}" for host in (1, 2))
 
         def ip(command: str) -> None:
-            subprocess.run(
-                ["ip", *command.split()],
-                check=True,
-                capture_output=True,
-            )
+            subprocess.run([kit.needs("ip"), *command.split()], check=True, capture_output=True)
 
         try:
             ip(f"netns add {namespace}")
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"needs root and network namespaces: {error}")
         self.stack.callback(ip, f"netns del {namespace}")
-        ip(f"link add {outside} type veth peer name {inside} netns {namespace}")
+        setup = [
+            f"link add {outside} type veth peer name {inside} netns {namespace}",
+            f"addr add {ours}/30 dev {outside}",
+            f"link set {outside} up",
+            f"-n {namespace} addr add {theirs}/30 dev {inside}",
+            f"-n {namespace} link set {inside} up",
+        ]
+        for command in setup:
+            ip(command)
         self.stack.callback(ip, f"link del {outside}")  # a namespace takes its links down later, if left to itself
-        ip(f"addr add {ours}/30 dev {outside}")
-        ip(f"link set {outside} up")
-        ip(f"-n {namespace} addr add {theirs}/30 dev {inside}")
-        ip(f"-n {namespace} link set {inside} up")
         self._process(ours, "ip", "netns", "exec", namespace)
         ip(f"-n {namespace} route add blackhole {ours}/32")  # whatever it sends is dropped
 
 
-STALL_S = 2 * HEARTBEAT_S
-
-
-BADS: dict[str, tuple[Callable[[Bad], None], int, float, tuple[str, ...]]] = {  # events of 20 KB, bound in s, options
-    "reads nothing": (Bad.reads_nothing, 30, STALL_S, ()),
-    "reads nothing, shared": (Bad.reads_nothing, 30, STALL_S, ("--shared",)),
-    "reads 1 byte/s": (Bad.reads_1_byte_a_second, 30, STALL_S, ()),
-    "is stopped": (Bad.is_stopped, 30, STALL_S, ()),
-    "falls behind by more than the backlog": (Bad.reads_nothing, 300, 0.0, ()),
-    "vanishes": (Bad.vanishes, 30, STALL_S, ()),
-    "vanishes, shared": (Bad.vanishes, 30, STALL_S, ("--shared",)),
-    "vanishes while nothing is published": (Bad.vanishes, 0, HEARTBEAT_S + STALL_S, ()),
-    "half-closes": (Bad.half_closes, 0, 0.0, ()),
-    "half-closes, shared": (Bad.half_closes, 0, 0.0, ("--shared",)),
-    "resets when open": (Bad.resets_when_open, 0, 0.0, ()),
-    "resets at connect": (Bad.resets_at_connect, 0, 0.0, ()),
+BADS: dict[str, tuple[Callable[[Bad], None], int, float]] = {  # events of 20 KB, within how many seconds it ends
+    "reads nothing": (Bad.reads_nothing, 30, STALL_S),
+    "reads 1 byte/s": (Bad.reads_1_byte_a_second, 30, STALL_S),
+    "is stopped": (Bad.is_stopped, 30, STALL_S),
+    "vanishes": (Bad.vanishes, 30, STALL_S),
+    "vanishes while nothing is published": (Bad.vanishes, 0, HEARTBEAT_S + STALL_S),
 }
 
 
+@both_ways
 @pytest.mark.parametrize("case", BADS)
 def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_get_everything(
     own_redis: RedisProcess, start: Start, channel: str, case: str
 ) -> None:
-    bad, number, bound_s, options = BADS[case]
-    server = start(
-        "--host",
-        "0.0.0.0",
-        "--heartbeat",
-        str(HEARTBEAT_S),
-        *options,
-        redis=own_redis,
-    )
-    pages = [Page(server.port, channel) for _ in range(3)]
+    bad, number, bound_s = BADS[case]
+    server = start("--host", "0.0.0.0", "--heartbeat", str(HEARTBEAT_S), redis=own_redis)
+    pages = [kit.Page(server.port, channel) for _ in range(3)]
     wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
 
     with contextlib.ExitStack() as stack:
         bad(Bad(server, channel, stack))
         for event in range(number):
             ssepush.publish(f"{event} {'x' * 20_000}", channel=channel, redis_url=own_redis.url)
-        wait_for(
-            lambda: server.streams() == 3,
-            "the bad stream is gone",
-            seconds=bound_s + 1.5,
-        )
+        wait_for(lambda: server.streams() == 3, "the bad stream is gone", seconds=bound_s + 1.5)
     ssepush.publish("last", channel=channel, redis_url=own_redis.url)
     for page in pages:
         page.wait_for("last")
 
-        assert [event.data.split()[0] for event in page.events] == [*map(str, range(number)), "last"]
+        assert kit.first_words(page.events) == [*kit.numbers(0, number), "last"]
         assert page.streams == 1
 
 
-def unread(
-    server: ServerProcess,
-    channel: str,
-    *fields: bytes,
-) -> socket.socket:
-    """A browser that has asked for a stream, and reads nothing; its kernel takes little."""
+def unread(server: ServerProcess, channel: str, position: str = "") -> socket.socket:
+    """A browser that has asked for a stream, from that position, and reads nothing; its kernel takes little."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.connect(("127.0.0.1", server.port))
-    line = f"GET /stream?channel={channel} HTTP/1.1"
-    sock.sendall(request(line.encode(), *fields))
+    sock.connect((kit.LOOPBACK, server.port))
+    begin = f"&lastEventId={position}" if position else ""
+    sock.sendall(request(f"GET /stream?channel={channel}{begin} HTTP/1.1".encode()))
     return sock
-
-
-def test_streams_that_do_not_read_their_replay_hold_up_nobody(start: Start, channel: str) -> None:
-    server = start()
-    position = server.publish_id("first", channel)
-    for _ in range(10):
-        server.publish("x" * 100_000, channel)
-    field = f"Last-Event-ID: {position}".encode()
-    browsers = [unread(server, channel, field) for _ in range(60)]
-    wait_for(lambda: server.metric("streams_opened_total") == 60, "all are open")
-    assert server.metric("backlog_bytes") > 60 * 100_000
-
-    with server.opened(channel) as stream:
-        server.publish("to those who read", channel)
-        assert stream.next().data == "to those who read"
-    for sock in browsers:
-        sock.close()
 
 
 # ── Many ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -252,18 +153,17 @@ def test_streams_that_do_not_read_their_replay_hold_up_nobody(start: Start, chan
 
 @both_ways
 def test_a_thousand_streams_get_every_message_without_a_thread_more(start: Start, channel: str) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    kit.allow_files(4096)
     server = start()
 
     streams = [server.stream(channel) for _ in range(1000)]
 
-    wait_for(lambda: server.threads() <= IDLE_THREADS, "no thread stays with a stream")
+    wait_for(lambda: server.threads() <= kit.IDLE_THREADS, "no thread stays with a stream")
     for number in range(20):
         assert server.redis.publish(channel, f'{{"data": {number}}}') == server.subscribers_for(1000)
     for stream in streams:
-        assert stream.data(20) == [str(number) for number in range(20)]
-    assert server.threads() <= IDLE_THREADS
+        assert stream.data(20) == kit.numbers(0, 20)
+    assert server.threads() <= kit.IDLE_THREADS
     assert server.streams() == 1000
     for stream in streams:
         stream.close()
@@ -279,7 +179,7 @@ def fill_pool(server: ServerProcess, redis: RedisProcess) -> None:
     idle = server.descriptors()
     pooled = len(redis.client.client_list()) - 1  # without the tests' own
     publishers = [threading.Thread(target=server.publish, args=("", "pool")) for _ in range(40)]
-    with stopped(redis.process):
+    with kit.stopped(redis.process):
         for publisher in publishers:
             publisher.start()
         in_use = idle + 40 + POOL - pooled
@@ -288,13 +188,8 @@ def fill_pool(server: ServerProcess, redis: RedisProcess) -> None:
         publisher.join()
 
 
-def mixed_load(server: ServerProcess, channel: str) -> None:
-    """Streams of every kind, to their end; three waves, so that caches and the allocator have what they need."""
-    for _ in range(3):
-        mixed_wave(server, channel)
-
-
 def mixed_wave(server: ServerProcess, channel: str) -> None:
+    """Streams of every kind, to their end."""
     streams = [server.opened(channel, f"{channel}-{number % 7}") for number in range(80)]
     for number in range(100):
         server.publish(f"{number} {'x' * 500}", channel)
@@ -310,7 +205,7 @@ def mixed_wave(server: ServerProcess, channel: str) -> None:
     for path in ("/nothing", "/stream?channel=", "/healthz", "/", "/metrics") * 4:
         server.get(path)
     for sent in (b"GET /str", b"\r\n\r\n", b"POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        with connect(server.port) as sock:
             sock.sendall(sent)
     for number in range(130):  # more than the kernel takes for those who do not read
         server.publish(f"{number} {'x' * 12_000}", channel)
@@ -323,7 +218,7 @@ def mixed_wave(server: ServerProcess, channel: str) -> None:
 def test_after_each_of_two_mixed_loads_everything_is_given_back(
     own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
-    server = start("--heartbeat", "1", "--history", "50", redis=own_redis)
+    server = start("--heartbeat", "0.5", "--history", "50", redis=own_redis)
     server.opened(channel).close()
     wait_for(lambda: server.closed("gone"), "the stream is closed")
     fill_pool(server, own_redis)
@@ -331,91 +226,67 @@ def test_after_each_of_two_mixed_loads_everything_is_given_back(
     def held() -> dict[str, float]:
         streams = server.streams()
         wait_for(lambda: server.connections() == 0, "all is closed")
-        return {
-            "streams": streams,
-            "descriptors": server.descriptors(),
-            "Redis clients": len(own_redis.client.client_list()),
-        }
+        clients = len(own_redis.client.client_list())
+        return {"streams": streams, "descriptors": server.descriptors(), "Redis clients": clients}
 
     baseline, resident = held(), []
     for _ in range(2):
-        mixed_load(server, channel)
+        for _ in range(3):  # so that caches and the allocator have what they need
+            mixed_wave(server, channel)
         wait_for(lambda: held() == baseline, f"back to {baseline}")
         resident.append(server.resident_bytes())
 
     assert resident[1] <= 1.05 * resident[0]
-    assert server.threads() <= IDLE_THREADS + 50  # 40 were busy at once, when the pool was filled
+    assert server.threads() <= kit.IDLE_THREADS + 50  # 40 were busy at once, when the pool was filled
 
 
 ALIKE = 40  # streams: more than a server keeps connections to Redis, so that one left behind by each shows
 
-
-Held = Iterator[list[socket.socket]]  # browsers, all of whose streams are in one state
+# Browsers, all of whose streams are in one state:
 
 
 @contextlib.contextmanager
-def opening(server: ServerProcess, channel: str) -> Held:
+def opening(server: ServerProcess, channel: str) -> Iterator[list[socket.socket]]:
     """Redis does not answer the subscription."""
     server.opened(channel).close()  # a shared subscriber is connected from now on
-    wait_for(
-        lambda: server.streams() == 0,
-        "it is closed",
-    )
-    with stopped(server.redis.process):
+    wait_for(lambda: server.streams() == 0, "it is closed")
+    with kit.stopped(server.redis.process):
         browsers = [unread(server, channel) for _ in range(ALIKE)]
-        wait_for(
-            lambda: server.streams() == ALIKE,
-            "all are opening",
-        )
+        wait_for(lambda: server.streams() == ALIKE, "all are opening")
         yield browsers
 
 
 @contextlib.contextmanager
-def resuming(server: ServerProcess, channel: str) -> Held:
+def resuming(server: ServerProcess, channel: str) -> Iterator[list[socket.socket]]:
     """The browser does not take what it missed."""
     position = server.publish_id("first", channel)
     for _ in range(10):
         server.publish("x" * 100_000, channel)
-    field = f"Last-Event-ID: {position}".encode()
-    browsers = [unread(server, channel, field) for _ in range(ALIKE)]
-    wait_for(
-        lambda: server.metric("streams_opened_total") == ALIKE,
-        "all have begun",
-    )
+    browsers = [unread(server, channel, position) for _ in range(ALIKE)]
+    wait_for(lambda: server.metric("streams_opened_total") == ALIKE, "all have begun")
     assert server.metric("backlog_bytes") > ALIKE * 100_000
     yield browsers
 
 
 @contextlib.contextmanager
-def behind(server: ServerProcess, channel: str) -> Held:
+def behind(server: ServerProcess, channel: str) -> Iterator[list[socket.socket]]:
     """The browser does not take live events."""
     browsers = [unread(server, channel) for _ in range(ALIKE)]
-    wait_for(
-        lambda: server.metric("streams_opened_total") == ALIKE,
-        "all are open",
-    )
+    wait_for(lambda: server.metric("streams_opened_total") == ALIKE, "all are open")
     for _ in range(10):
         server.redis.publish(channel, "x" * 50_000)
-    wait_for(
-        lambda: server.metric("backlog_bytes") > ALIKE * 50_000,
-        "all are behind",
-    )
+    wait_for(lambda: server.metric("backlog_bytes") > ALIKE * 50_000, "all are behind")
     yield browsers
 
 
 @contextlib.contextmanager
-def live(server: ServerProcess, channel: str) -> Held:
+def live(server: ServerProcess, channel: str) -> Iterator[list[socket.socket]]:
     """The browser has taken all."""
     streams = [server.opened(channel) for _ in range(ALIKE)]
     yield [stream.sock for stream in streams]
 
 
-STATES = {
-    "opening": opening,
-    "resuming": resuming,
-    "behind": behind,
-    "live": live,
-}
+STATES = {"opening": opening, "resuming": resuming, "behind": behind, "live": live}
 in_each_state = pytest.mark.parametrize("hold", STATES.values(), ids=list(STATES))
 
 
@@ -433,44 +304,22 @@ def redis_dies(browsers: list[socket.socket], redis: RedisProcess) -> None:
 @in_each_state
 @pytest.mark.parametrize("end", [browsers_leave, redis_dies])
 def test_streams_that_end_leave_nothing_behind_in_any_state(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-    hold: Any,
-    end: Any,
+    own_redis: RedisProcess, start: Start, channel: str, hold: Any, end: Any
 ) -> None:
-    max_streams = str(ALIKE)
-    server = start(
-        "--max-streams",
-        max_streams,
-        "--heartbeat",
-        "2",  # so a browser that takes nothing is given up after 4 s, also when Redis is gone
-        redis=own_redis,
-    )
+    # A browser that takes nothing is given up after two heartbeats, also when Redis is gone.
+    server = start("--max-streams", str(ALIKE), "--heartbeat", "2", redis=own_redis)
     server.get("/healthz")
     descriptors = server.descriptors()
 
     with hold(server, channel) as browsers:
         end(browsers, own_redis)
-        wait_for(
-            lambda: server.streams() == 0,
-            "all streams are gone",
-        )
+        wait_for(lambda: server.streams() == 0, "all streams are gone")
 
     subscribers = server.subscribers_for(ALIKE) if server.is_shared else 0
-    wait_for(
-        lambda: server.metric("subscribers") <= subscribers,
-        "their subscribers are gone",
-    )
-    wait_for(
-        lambda: server.descriptors() <= descriptors + POOL,
-        "their descriptors are gone",
-    )
-    wait_for(
-        lambda: len(own_redis.client.client_list()) <= POOL + 2,
-        "nor a connection to Redis",
-    )
-    assert server.threads() <= IDLE_THREADS + ALIKE
+    wait_for(lambda: server.metric("subscribers") <= subscribers, "their subscribers are gone")
+    wait_for(lambda: server.descriptors() <= descriptors + POOL, "their descriptors are gone")
+    wait_for(lambda: len(own_redis.client.client_list()) <= POOL + 2, "nor a connection to Redis")
+    assert server.threads() <= kit.IDLE_THREADS + ALIKE
     assert server.metric("backlog_bytes") == 0
     for sock in browsers:
         sock.close()
@@ -481,27 +330,15 @@ def test_streams_that_end_leave_nothing_behind_in_any_state(
 
 @both_ways
 @in_each_state
-def test_a_drain_ends_streams_in_any_state(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-    hold: Any,
-) -> None:
-    server = start(
-        "--drain",
-        "2",
-        redis=own_redis,
-    )
+def test_a_drain_ends_streams_in_any_state(own_redis: RedisProcess, start: Start, channel: str, hold: Any) -> None:
+    server = start("--drain", "2", redis=own_redis)
 
     with hold(server, channel) as browsers:
         assert server.terminate() == 0
 
         ends = re.findall(r"stream \d+ (?:closed|refused) after [0-9.]+ s: drain", server.output)
         assert len(ends) == ALIKE
-    wait_for(
-        lambda: len(own_redis.client.client_list()) == 1,
-        "Redis has no client but ours",
-    )
+    wait_for(lambda: len(own_redis.client.client_list()) == 1, "Redis has no client but ours")
     for sock in browsers:
         sock.close()
 
@@ -512,12 +349,7 @@ def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
         before = server.resident_bytes()
 
         for number in range(150):
-            ssepush.publish(
-                f"{number} {'x' * 900_000}",
-                channel=channel,
-                redis_url=server.redis.url,
-                history=1,
-            )
+            ssepush.publish(f"{number} {'x' * 900_000}", channel=channel, redis_url=server.redis.url, history=1)
             assert stream.next().data.startswith(f"{number} ")
 
         assert server.resident_bytes() - before < 80_000_000
@@ -526,63 +358,43 @@ def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
 # ── Floods ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.alone
-def test_five_thousand_silent_connections_disturb_nobody(
-    start: Start,
-    channel: str,
-    many_files: None,
-) -> None:
-    server = start()
-    baseline = Baseline(server, channel)
-
-    with connections(server.port, 5000) as silent:
-        baseline.publish("meanwhile")
-        baseline.newcomer()
-        wait_for(
-            lambda: server.descriptors() < baseline.descriptors + 1100,
-            "the oldest are ended",
-            5.0,
-        )
-        assert is_closed(silent[0])
-        assert server.threads() <= IDLE_THREADS + MOST_WAITING
-
-    baseline.end()
+HEAD, BODY = b"GET /stream?channel=", kit.post(b"Content-Length: 1000", body=b"{")
+FLOODS = {  # how many connections begin with these bytes, and what each of them sends every second from then on
+    "say nothing": ({b"": 5000}, b""),
+    "send slowly": ({HEAD: 1000, BODY: 200}, b"a"),
+    "count": ({request(b"GET /numbers HTTP/1.1"): kit.MOST_WAITING + 100}, b""),
+}
 
 
 @pytest.mark.alone
-def test_slow_senders_disturb_nobody_and_hold_no_more_than_their_places(
-    start: Start,
-    channel: str,
-    many_files: None,
+@pytest.mark.parametrize("flood", FLOODS)
+def test_more_connections_than_may_wait_hold_no_more_than_their_places_and_the_oldest_go_when_they(
+    flood: str, start: Start, channel: str, many_files: None
 ) -> None:
+    begin, trickle = FLOODS[flood]
     server = start()
-    baseline = Baseline(server, channel)
+    baseline = kit.Baseline(server, channel)
     ended = threading.Event()
 
-    def trickle(socks: list[socket.socket]) -> None:
-        while not ended.wait(1.0):
+    def go_on(socks: list[socket.socket]) -> None:
+        while trickle and not ended.wait(1.0):
             for sock in socks:
                 with contextlib.suppress(OSError):
-                    sock.send(b"a")
+                    sock.send(trickle)
 
-    heads = connections(server.port, 1000, b"GET /stream?channel=")
-    bodies = connections(
-        server.port,
-        200,
-        post(b"Content-Length: 1000", body=b"{"),
-    )
-    with heads as slow_heads, bodies as slow_bodies:
-        sender = threading.Thread(target=trickle, args=([*slow_heads, *slow_bodies],))
+    with contextlib.ExitStack() as stack:
+        socks: list[socket.socket] = []
+        for sent, many in begin.items():
+            socks += stack.enter_context(connections(server.port, many, sent))
+        sender = threading.Thread(target=go_on, args=(socks,))
         sender.start()
-        try:
-            baseline.publish("meanwhile")
-            baseline.newcomer()
-            wait_for(lambda: all(map(is_closed, slow_heads[:200])), "the oldest have made room")
-            assert server.connections() <= MOST_WAITING + 2
-            assert server.threads() <= IDLE_THREADS + MOST_WAITING
-        finally:
-            ended.set()
-            sender.join()
+        stack.callback(sender.join)
+        stack.callback(ended.set)
+        baseline.publish("meanwhile")
+        baseline.newcomer()
+        wait_for(lambda: server.connections() <= kit.MOST_WAITING + 2, "the oldest have made room")
+        assert flood == "count" or kit.is_closed(socks[0])
+        assert server.threads() <= kit.IDLE_THREADS + kit.MOST_WAITING
 
     baseline.end()
 
@@ -596,11 +408,6 @@ def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(python))
 
 
-def counts(port: int) -> socket.socket:
-    """A page that counts, and so keeps a thread."""
-    return EventStream(port, "/numbers").sock
-
-
 def takes_no_answer(port: int) -> socket.socket:
     """Somebody who sends one request after another, and does not read."""
     sock = connect(port)
@@ -609,8 +416,10 @@ def takes_no_answer(port: int) -> socket.socket:
     return sock
 
 
-KEEP_THREADS = {"count": counts, "take no answer": takes_no_answer}
-kept_threads = pytest.mark.parametrize("keep", KEEP_THREADS.values(), ids=list(KEEP_THREADS))
+KEEP_THREADS: dict[str, Callable[[int], socket.socket]] = {
+    "count": lambda port: kit.EventStream(port, "/numbers").sock,
+    "take no answer": takes_no_answer,
+}
 
 
 MOST_OF_A_FLOOD = 5000  # as many as this process may have files
@@ -643,18 +452,16 @@ def flood(port: int, per_s: int) -> Iterator[list[socket.socket]]:
 def is_answered(port: int) -> bool:
     """Whether an honest request gets its answer within two seconds."""
     try:
-        answer = exchange(port, request(b"GET /position HTTP/1.1"), 2.0)
+        answer = kit.exchange(port, request(b"GET /position HTTP/1.1"), 2.0)
     except OSError:
         return False
     return answer.startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.alone
-@kept_threads
+@pytest.mark.parametrize("keep", KEEP_THREADS)
 def test_every_honest_request_is_answered_beside_a_flood_while_two_keep_a_thread(
-    start: Start,
-    many_files: None,
-    keep: Callable[[int], socket.socket],
+    start: Start, many_files: None, keep: str
 ) -> None:
     server = start()
     answered = []
@@ -662,7 +469,7 @@ def test_every_honest_request_is_answered_beside_a_flood_while_two_keep_a_thread
     with flood(server.port, 900) as idle:
         for enough in range(0, 2700, 300):
             # Others in place of those that were ended to make room.
-            with keep(server.port), keep(server.port):
+            with KEEP_THREADS[keep](server.port), KEEP_THREADS[keep](server.port):
                 while len(idle) < enough + 300:
                     answered.append(is_answered(server.port))
 
@@ -671,11 +478,7 @@ def test_every_honest_request_is_answered_beside_a_flood_while_two_keep_a_thread
 
 @pytest.mark.alone
 def test_a_stream_that_is_read_slowly_is_not_cut_by_a_flood_of_those_who_say_nothing(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-    few_files: None,
-    many_files: None,
+    own_redis: RedisProcess, start: Start, channel: str, few_files: None, many_files: None
 ) -> None:
     server = start("--max-streams", "20", redis=own_redis)
     position = server.publish_id("first", channel)
@@ -691,40 +494,19 @@ def test_a_stream_that_is_read_slowly_is_not_cut_by_a_flood_of_those_who_say_not
                 reader.read()  # 300 KB in a second
         events = reader.take(50)
 
-    assert first_words(events) == numbers(0, 50)
-
-
-@pytest.mark.alone
-def test_out_of_descriptors_the_server_neither_spins_nor_stops(
-    start: Start, channel: str, few_files: None, many_files: None
-) -> None:
-    server = start("--max-streams", "20")
-    baseline = Baseline(server, channel)
-    began, used = time.monotonic(), server.cpu_s()
-
-    with connections(server.port, 1000):
-        baseline.publish("meanwhile")
-        baseline.newcomer()
-        wait_for(lambda: time.monotonic() > began + 3, "the flood lasts")
-        assert server.cpu_s() - used < 0.5 * (time.monotonic() - began)
-
-    baseline.end()
+    assert kit.first_words(events) == kit.numbers(0, 50)
 
 
 @pytest.mark.alone
 def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, channel: str) -> None:
     server = start("--heartbeat", "0.5")
-    baseline = Baseline(server, channel)
+    baseline = kit.Baseline(server, channel)
     limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(
-        server.process.pid,
-        resource.RLIMIT_NOFILE,
-        (baseline.descriptors, limits[1]),
-    )
-    comments, used = len(baseline.stream.parser.comments), server.cpu_s()
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (baseline.descriptors, limits[1]))
+    positions, used = len(baseline.stream.positions), server.cpu_s()
 
     with connections(server.port, 20):
-        baseline.stream.wait(lambda: len(baseline.stream.parser.comments) >= comments + 4, "the stream goes on for 2 s")
+        baseline.stream.wait(lambda: len(baseline.stream.positions) >= positions + 4, "the stream goes on for 2 s")
 
         assert server.cpu_s() - used < 0.5
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
@@ -734,28 +516,11 @@ def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, c
 
 
 @pytest.mark.alone
-def test_connections_that_take_no_answer_are_ended(
-    start: Start,
-    channel: str,
-    many_files: None,
-) -> None:
-    server = start()
-    baseline = Baseline(server, channel)
-
-    with connections(server.port, 300, request(b"GET / HTTP/1.1") * 200):
-        wait_for(lambda: server.threads() >= 290, "all of them hold a thread")
-        baseline.publish("meanwhile")
-        baseline.newcomer()
-
-    baseline.end()
-
-
-@pytest.mark.alone
 def test_connections_that_take_no_answer_make_room_for_others(
     start: Start, channel: str, few_files: None, many_files: None
 ) -> None:
     server = start("--max-streams", "20")
-    baseline = Baseline(server, channel)
+    baseline = kit.Baseline(server, channel)
 
     with connections(server.port, 200, request(b"GET / HTTP/1.1") * 200):
         wait_for(lambda: server.threads() >= 90, "as many as may wait hold a thread")
@@ -776,15 +541,11 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
     descriptors = server.descriptors()
 
     with (
-        stopped(own_redis.process),
+        kit.stopped(own_redis.process),
         connections(server.port, 300, request(b"GET /healthz HTTP/1.1", b"Connection: close")),
         connections(server.port, 100, request(b"GET /stream HTTP/1.1")),
     ):
-        wait_for(
-            lambda: server.get("/metrics").status == 200,
-            "the others are served",
-            2.0,
-        )
+        wait_for(lambda: server.get("/metrics").status == 200, "the others are served", 2.0)
         wait_for(lambda: server.connections() == 0, "they have been told that Redis is away")
 
     wait_for(lambda: server.get("/healthz").status == 200, "Redis is back")
@@ -795,19 +556,13 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
 @both_ways
 @pytest.mark.parametrize("number", [1, 100])
 def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
-    own_redis: RedisProcess,
-    start: Start,
-    number: int,
+    own_redis: RedisProcess, start: Start, number: int
 ) -> None:
     own_redis.client.config_set("requirepass", "secret")  # so that each new connection waits for an answer
     server = start(redis=own_redis.url_of("default", "secret"))
-    asks = connections(
-        server.port,
-        number,
-        request(b"GET /stream HTTP/1.1"),
-    )
+    asks = connections(server.port, number, request(b"GET /stream HTTP/1.1"))
 
-    with stopped(own_redis.process), asks as waiting:
+    with kit.stopped(own_redis.process), asks as waiting:
         for path in ("/metrics", "/"):
             began = time.monotonic()
             assert server.get(path).status == 200
@@ -818,36 +573,14 @@ def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
 
 
 @pytest.mark.alone
-def test_more_pages_that_count_than_may_wait_leave_the_rest_alone(
-    start: Start,
-    channel: str,
-    many_files: None,
-) -> None:
-    server = start()
-    baseline = Baseline(server, channel)
-
-    with connections(server.port, MOST_WAITING + 100, request(b"GET /numbers HTTP/1.1")):
-        baseline.publish("meanwhile")
-        baseline.newcomer()
-        wait_for(lambda: server.connections() <= MOST_WAITING + 2, "the oldest have made room")
-
-    baseline.end()
-
-
-@pytest.mark.alone
-def test_a_burst_of_channels_does_not_hold_up_the_others(
-    start: Start,
-    channel: str,
-    many_files: None,
-) -> None:
+def test_a_burst_of_channels_does_not_hold_up_the_others(start: Start, channel: str, many_files: None) -> None:
     server = start("--shared")
-    baseline = Baseline(server, channel)
+    baseline = kit.Baseline(server, channel)
     queries = [b"&".join(b"channel=%d-%d" % (number, n) for n in range(20)) for number in range(300)]
 
     with contextlib.ExitStack() as stack:
         for query in queries:
-            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), DEADLINE_S))
-            sock.sendall(request(b"GET /stream?" + query + b" HTTP/1.1"))
+            stack.enter_context(connect(server.port)).sendall(request(b"GET /stream?" + query + b" HTTP/1.1"))
         baseline.publish("meanwhile")
         wait_for(lambda: server.streams() == 301, "all of them are open")
     baseline.publish("meanwhile")
@@ -884,14 +617,12 @@ while True:
 @pytest.mark.alone
 @both_ways
 def test_pages_open_beside_nine_hundred_connections_that_send_request_after_request(
-    start: Start,
-    channel: str,
-    many_files: None,
+    start: Start, channel: str, many_files: None
 ) -> None:
     server = start()
     command = [sys.executable, "-c", PIPELINES, str(server.port), "900"]
 
-    with running(*command) as pipelines:
+    with kit.running(*command) as pipelines:
         assert pipelines.stdout
         assert pipelines.stdout.readline() == b"all are there\n"
         for number in range(5):
@@ -911,11 +642,7 @@ IN_KERNEL = 240_000  # bytes that it takes, at most, for a browser that reads no
 @both_ways
 @pytest.mark.parametrize("size", [1, MISSED], ids=["little", "as much as they"])
 def test_a_page_comes_back_beside_those_that_do_not_take_what_they_missed_having_missed(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-    many_files: None,
-    size: int,
+    own_redis: RedisProcess, start: Start, channel: str, many_files: None, size: int
 ) -> None:
     number = ALL_UNSENT // (MISSED - IN_KERNEL) + 5
     slow, own = f"{channel}-slow", f"{channel}-own"
@@ -929,10 +656,9 @@ def test_a_page_comes_back_beside_those_that_do_not_take_what_they_missed_having
 
     with contextlib.ExitStack() as stack:
         for position in positions:
-            browser = unread(server, slow, f"Last-Event-ID: {position}".encode())
-            stack.callback(browser.close)
+            stack.enter_context(unread(server, slow, position))
         wait_for(are_answered, "all have been answered")
-        page = Page(server.port, own, told=positions[-1])
+        page = kit.Page(server.port, own, told=positions[-1])
         wait_for(lambda: page.events, "it gets what it missed")
         server.publish("last", own)
         page.wait_for("last")

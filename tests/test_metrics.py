@@ -10,20 +10,10 @@ from collections.abc import Callable
 import pytest
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    EventStream,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    both_ways,
-    environment_with,
-    free_port,
-    running,
-    ssepush_command,
-    stopped,
-    wait_for,
-)
+from tests import kit
+from tests.kit import DEADLINE_S, EventStream, RedisProcess, ServerProcess, Start, both_ways, free_port, wait_for
+
+SECRET = "a secret of the tests that is long enough"
 
 
 class Scraped:
@@ -47,16 +37,15 @@ class Scraped:
         return 0.0
 
 
-TYPES = ("counter", "gauge", "histogram", "summary")
-
-
 def test_every_metric_has_a_name_of_ours_and_a_type(server: ServerProcess) -> None:
     families = Scraped(server).families
 
     assert all(name.startswith("ssepush_") for name in families)
-    for family in families.values():
-        assert family.type in TYPES, family
+    assert {family.type for family in families.values()} <= {"counter", "gauge", "histogram", "summary"}
     assert families["ssepush_streams"].type == "gauge"
+    counters = re.findall("^# TYPE (.*) counter$", server.get("/metrics").body.decode(), re.MULTILINE)
+    assert counters
+    assert all(name.endswith("_total") for name in counters)
 
 
 def test_metrics_say_which_version_runs_since_when(start: Start) -> None:
@@ -84,6 +73,7 @@ def test_metrics_count_what_was_done(start: Start, channel: str) -> None:
     server.redis.publish(channel, b'{"data": "x", "type": "a\\nb"}')
     server.redis.publish(channel, b"\xff")
     refused = server.post('{"data": 1, "channel": ""}', Host="localhost")
+    forbidden = server.get("/stream?channel=private-x")
     server.publish("end", channel)
     for stream in streams:
         stream.take(3)
@@ -91,7 +81,8 @@ def test_metrics_count_what_was_done(start: Start, channel: str) -> None:
     wait_for(lambda: server.metric("messages_received_total") == 3 * readers, "what the streams have got is counted")
     wait_for(lambda: server.dropped("message is not UTF-8") == readers, "so is what was dropped")
     scraped = Scraped(server)
-    assert refused.status == 400
+    assert (refused.status, forbidden.status) == (400, 403)
+    assert scraped['streams_refused_total{reason="forbidden"}'] == 1
     assert scraped["streams"] == 3
     assert scraped["subscribers"] == readers
     assert scraped["backlog_bytes"] == 0
@@ -147,13 +138,9 @@ def test_an_event_that_arrives_during_the_replay_is_counted_once(start: Start, c
 def test_the_delivery_delay_is_that_of_each_event_with_an_id_of_ours(start: Start, channel: str) -> None:
     server = start()
     stream = server.opened(channel)
-    with stopped(server.process):
+    with kit.stopped(server.process):
         for data in ("late", "later"):
-            ssepush.publish(
-                data,
-                channel=channel,
-                redis_url=server.redis.url,
-            )
+            ssepush.publish(data, channel=channel, redis_url=server.redis.url)
         published_at = time.monotonic()
         server.redis.publish(channel, "of unknown age")
         wait_for(lambda: time.monotonic() > published_at + 0.3, "the events are 0.3 s old")
@@ -181,76 +168,33 @@ def test_the_backlog_is_what_a_slow_stream_has_not_taken(start: Start, channel: 
     wait_for(lambda: not Scraped(server)["backlog_bytes"], "the backlog is gone")
 
 
-def end_by_leaving(
-    server: ServerProcess,
-    stream: EventStream,
-    redis_process: RedisProcess,
-    channel: str,
-) -> None:
-    stream.close()
-
-
-def end_by_being_slow(
-    server: ServerProcess,
-    stream: EventStream,
-    redis_process: RedisProcess,
-    channel: str,
-) -> None:
+def until_cut(server: ServerProcess, stream: EventStream) -> None:
+    """Publish until it is too far behind."""
     for _ in range(60):
-        server.publish("x" * 500_000, channel)
-        if Scraped(server)['streams_closed_total{reason="slow"}']:
+        server.publish("x" * 500_000, "private-log")
+        if server.closed("slow"):
             return
 
 
-def end_by_losing_redis(
-    server: ServerProcess,
-    stream: EventStream,
-    redis_process: RedisProcess,
-    channel: str,
-) -> None:
-    redis_process.client.client_kill_filter(_type="pubsub")
-    stream.until_end()
-
-
-def end_by_expiry(
-    server: ServerProcess,
-    stream: EventStream,
-    redis_process: RedisProcess,
-    channel: str,
-) -> None:
-    stream.until_end()
-
-
-Ending = Callable[[ServerProcess, EventStream, RedisProcess, str], None]
-
-
-ENDINGS: dict[str, Ending] = {
-    "gone": end_by_leaving,
-    "slow": end_by_being_slow,
-    "redis-lost": end_by_losing_redis,
-    "expired": end_by_expiry,
+ENDINGS: dict[str, Callable[[ServerProcess, EventStream], object]] = {
+    "gone": lambda server, stream: stream.close(),
+    "slow": until_cut,
+    "redis-lost": lambda server, stream: server.redis.client.client_kill_filter(_type="pubsub"),
+    "expired": lambda server, stream: stream.until_end(),
 }
 
 
 @both_ways
 @pytest.mark.parametrize("reason", ENDINGS)
-def test_why_a_stream_ended_is_counted_and_logged(
-    start: Start,
-    own_redis: RedisProcess,
-    reason: str,
-) -> None:
-    server = start("--heartbeat", "0.5", SSEPUSH_SECRET="a secret of the tests", redis=own_redis)
+def test_why_a_stream_ended_is_counted_and_logged(start: Start, own_redis: RedisProcess, reason: str) -> None:
+    server = start("--heartbeat", "0.5", SSEPUSH_SECRET=SECRET, redis=own_redis)
     channel = "private-log"
-    token = ssepush.sign(
-        channel,
-        ttl=2 if reason == "expired" else 60,
-        secret="a secret of the tests",
-    )
+    token = ssepush.sign(channel, ttl=2 if reason == "expired" else 60, secret=SECRET)
     stream = server.stream(channel, "other", query=f"token={token}")
     server.publish("hi", channel)
     stream.next()
 
-    ENDINGS[reason](server, stream, own_redis, channel)
+    ENDINGS[reason](server, stream)
 
     wait_for(lambda: Scraped(server)["streams"] == 0, "the stream has ended")
     wait_for(lambda: server.said(" closed after "), "its end is logged")
@@ -283,24 +227,12 @@ def test_a_publish_with_redis_away_is_counted_as_such(start: Start, own_redis: R
     own_redis.start()
 
 
-LEVELS = {
-    "debug": True,
-    "info": True,
-    "warning": False,
-    "error": False,
-}
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_the_log_level_decides_whether_streams_are_logged(
-    start: Start,
-    channel: str,
-    level: str,
-) -> None:
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_the_log_level_decides_whether_streams_are_logged(start: Start, channel: str, level: str) -> None:
     server = start("--log-level", level, "--heartbeat", "0.1")
     stream = server.stream(channel)
     server.redis.publish(channel, b"\xff")
-    wait_for(lambda: server.metric('messages_dropped_total{reason="message is not UTF-8"}'), "the message was dropped")
+    wait_for(lambda: server.dropped("message is not UTF-8"), "the message was dropped")
     beats = len(stream.positions)
     stream.wait(lambda: len(stream.positions) > beats + 1, "what is logged now and then has been logged")
     stream.close()
@@ -308,14 +240,14 @@ def test_the_log_level_decides_whether_streams_are_logged(
 
     server.terminate()
 
-    assert server.said("stream 1 open") == server.said("stream 1 closed") == LEVELS[level]
+    assert server.said("stream 1 open") == server.said("stream 1 closed") == (level in ("debug", "info"))
     assert server.said("WARNING dropped") == (level != "error")
 
 
 def test_logs_go_to_standard_error_alone(redis_process: RedisProcess) -> None:
     port = free_port()
-    command = ssepush_command("--port", str(port), "--redis-url", redis_process.url)
-    with running(*command, stderr=subprocess.PIPE, env=environment_with()) as process:
+    command = kit.ssepush_command("--port", str(port), "--redis-url", redis_process.url)
+    with kit.running(*command, stderr=subprocess.PIPE, env=kit.environment_with()) as process:
         assert process.stdout
         assert f":{port}/".encode() in process.stdout.readline()
         EventStream(port).close()

@@ -5,12 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import select
-import socket
-import socketserver
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,36 +14,13 @@ from typing import Any
 import pytest
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    LOOPBACK,
-    EventStream,
-    Publisher,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    both_ways,
-    connect,
-    connections,
-    exchange,
-    first_words,
-    found_program,
-    free_port,
-    numbers,
-    one_way,
-    place_of,
-    request,
-    run,
-    the_line,
-    until,
-    until_event,
-    wait_for,
-)
+from tests import kit
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, exchange, numbers, run, the_line, until, wait_for
 
 SECRET = "a secret of these tests"
 
 
-def assert_reset(stream: EventStream, reason: str) -> None:
+def assert_reset(stream: kit.EventStream, reason: str) -> None:
     """What comes next is a reset for this reason."""
     event = stream.next()
     assert event.type == "stream-reset"
@@ -73,102 +45,32 @@ def snapshot_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 
 
 @both_ways
-@pytest.mark.parametrize("position", ["before the snapshot", "after the snapshot"])
-@pytest.mark.parametrize("since", ["published since", "published since on its own channel", "nothing since"])
-def test_a_page_is_reset_when_redis_came_back_from_a_snapshot(
-    snapshot_redis: RedisProcess,
-    start: Start,
-    channel: str,
-    position: str,
-    since: str,
+@pytest.mark.parametrize("position", ["kept", "forgotten"])
+@pytest.mark.parametrize("since", [None, "", "-other"], ids=["nothing since", "there since", "elsewhere since"])
+def test_a_page_is_reset_when_redis_came_back_from_a_snapshot_and_then_sent_nothing_twice(
+    snapshot_redis: RedisProcess, start: Start, channel: str, position: str, since: str | None
 ) -> None:
     server = start("--retry", "1", redis=snapshot_redis)
-    before = server.publish_id("kept", channel)
+    told = {"kept": server.publish_id("kept", channel)}
     snapshot_redis.client.save()
-    after = server.publish_id("forgotten", channel)
+    told["forgotten"] = server.publish_id("forgotten", channel)
     snapshot_redis.kill()
     snapshot_redis.start()
-    if since == "published since":
-        server.publish("later", "another channel")
-    elif since == "published since on its own channel":
-        server.publish("later", channel)
+    if since is not None:
+        server.publish("since", f"{channel}{since}")
 
-    last_event_id = before if position == "before the snapshot" else after
-    with server.stream(channel, Last_Event_ID=last_event_id) as stream:
+    with server.stream(channel, Last_Event_ID=told[position]) as stream:
         assert_reset(stream, "data-lost")
+        server.publish("later", channel)
+        assert stream.next().data == "later"
+    with server.stream(channel, Last_Event_ID=stream.last_event_id) as stream:
         server.publish("last", channel)
         assert stream.next().data == "last"
 
 
-@pytest.fixture
-def replica(snapshot_redis: RedisProcess, tmp_path: Path) -> Iterator[RedisProcess]:
-    """A replica of that Redis."""
-    folder = tmp_path / "replica"
-    folder.mkdir()
-    process = RedisProcess(folder, "--replicaof", f"{LOOPBACK} {snapshot_redis.port}")
-    yield process
-    process.kill()
-
-
-@both_ways
-def test_a_page_is_reset_when_a_replica_that_lagged_was_promoted(
-    snapshot_redis: RedisProcess,
-    replica: RedisProcess,
-    start: Start,
-    channel: str,
-) -> None:
-    master = start("--retry", "1", redis=snapshot_redis)
-    master.publish("known to both", channel)
-    wait_for(lambda: replica.client.exists(ssepush.COUNTER_KEY), "the replica has the counter")
-    wait_for(lambda: snapshot_redis.client.wait(1, 100) == 1, "the replica has everything")
-    nobody = str(free_port())
-    replica.client.replicaof(LOOPBACK, nobody)
-    lost = master.publish_id("the replica never had it", channel)
-    replica.client.replicaof("NO", "ONE")
-
-    promoted = start("--retry", "1", redis=replica)
-    with promoted.stream(channel, Last_Event_ID=lost) as stream:
-        assert_reset(stream, "data-lost")
-
-
-@both_ways
-def test_nobody_is_reset_after_a_kill_of_a_redis_with_an_append_only_file(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-) -> None:
-    server = start("--retry", "1", redis=own_redis)
-    position = server.publish_id("before", channel)
-    server.publish("missed", channel)
-    own_redis.kill()
-    own_redis.start()
-
-    with server.stream(channel, Last_Event_ID=position) as stream:
-        server.publish("last", channel)
-
-        assert stream.data(2) == ["missed", "last"]
-
-
-def test_a_replica_refuses_to_publish(replica: RedisProcess, channel: str) -> None:
-    with pytest.raises(ssepush.RedisRefused, match="replica"):
-        ssepush.publish("hi", channel=channel, redis_url=replica.url)
-
-
-def test_ids_never_fall_however_often_redis_loses_its_data(own_redis: RedisProcess, channel: str) -> None:
-    ids = []
-    for _ in range(200):
-        published = ssepush.publish("hi", channel=channel, redis_url=own_redis.url)
-        ids.append(str(published.id))
-        own_redis.client.flushall()
-
-    assert ids == sorted(set(ids))
-
-
 @both_ways
 def test_live_events_go_on_when_redis_lost_its_data_and_its_clock_went_back(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
+    own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
     server = start(redis=own_redis)
     server.publish("before", channel)
@@ -189,19 +91,17 @@ def test_live_events_go_on_when_redis_lost_its_data_and_its_clock_went_back(
 
 @both_ways
 def test_a_message_that_a_program_forwards_to_another_channel_is_an_event_there_too(
-    redis_process: RedisProcess,
-    start: Start,
-    channel: str,
+    redis_process: RedisProcess, start: Start, channel: str
 ) -> None:
     other = f"{channel}-other"
     server = start()
     pubsub: Any = redis_process.client.pubsub()  # type: ignore[no-untyped-call]
     with contextlib.closing(pubsub), server.opened(channel, other) as stream:
         pubsub.subscribe(channel)
-        confirmation = pubsub.get_message(timeout=DEADLINE_S)
+        confirmation = pubsub.get_message(timeout=kit.DEADLINE_S)
         assert confirmation["type"] == "subscribe"
         original = server.publish_id("hello", channel)
-        message = pubsub.get_message(timeout=DEADLINE_S)
+        message = pubsub.get_message(timeout=kit.DEADLINE_S)
 
         redis_process.publish(other, message["data"])
         server.publish("last", other)
@@ -226,39 +126,18 @@ def test_a_plain_publish_with_an_old_id_reaches_a_stream_that_just_resumed(start
 
 def test_what_readers_could_not_take_is_refused_however_much_its_publisher_can() -> None:
     limit = sys.getrecursionlimit()
-    digits = sys.get_int_max_str_digits()
     deep: list[Any] = []
     for _ in range(2000):
         deep = [deep]
     sys.setrecursionlimit(50_000)
-    sys.set_int_max_str_digits(0)
     try:
         with pytest.raises(ValueError, match="nested too deeply"):
             ssepush.message_of(deep)
-        with pytest.raises(ValueError, match="more than 4300 digits"):
-            ssepush.message_of({"number": [10**5000]})
     finally:
         sys.setrecursionlimit(limit)
-        sys.set_int_max_str_digits(digits)
 
 
-# ── Strangers ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_with_allow_host_nobody_publishes_without_a_token(start: Start) -> None:
-    server = start("--allow-host", "events.example.org")
-
-    answer = server.post({"data": 1}, Host="localhost")
-
-    assert answer.status == 403
-    assert "SSEPUSH_PUBLISH_TOKEN" in answer.error
-
-
-def test_streams_leave_half_of_redis_connections_to_others(
-    tmp_path: Path,
-    start: Start,
-    channel: str,
-) -> None:
+def test_streams_leave_half_of_redis_connections_to_others(tmp_path: Path, start: Start, channel: str) -> None:
     process = RedisProcess(tmp_path, "--maxclients", "60")
     try:
         server = start(redis=process)
@@ -288,36 +167,6 @@ def test_one_ping_a_second_serves_all_who_ask_for_health(own_redis: RedisProcess
     assert after - before <= passed_s + 4
 
 
-MALFORMED_URLS = [
-    "redis://:se/cr%et@127.0.0.1:6379/0",
-    "redis://:se#cr%et@127.0.0.1:6379/0",
-    "redis://:12?3secret@127.0.0.1:6379/0",
-    "redis://user:12345/secret@127.0.0.1:6379/0",
-    "redis://:[secret@127.0.0.1:6379/0",
-    "redis://:secret@127.0.0.1:port/0",
-    "redis://:secret@127.0.0.1:6379/secret",
-    "redis://:secret@127.0.0.1:6379/0?secret=1",
-    "redis://:secret@127.0.0.1:6379/0?db=secret",
-    "redis:/:secret@127.0.0.1:6379/0",
-    "http://:secret@127.0.0.1:6379/0",
-    ":secret@127.0.0.1:6379/0",
-    "redis://:secret@127.0.0.1:99999/0",
-    "redis://127.0.0.1:6379/0#secret",
-    "rediss://:secret@127.0.0.1:6379/0?ssl_cert_reqs=secret",
-]
-
-
-@pytest.mark.parametrize("url", MALFORMED_URLS)
-def test_a_malformed_redis_url_is_refused_without_a_part_of_its_password(url: str) -> None:
-    refused = run("--port", "0", REDIS_URL=url)
-
-    line = the_line(refused, 2)
-    assert "the Redis URL is wrong" in line
-    named = line.replace("parameter secret", "")  # of a parameter's name one has to be told
-    assert "secret" not in named
-    assert "123" not in line
-
-
 def test_a_password_on_the_command_line_is_warned_of(redis_process: RedisProcess) -> None:
     url = redis_process.url.replace("redis://", "redis://default:nonsense@")
 
@@ -328,41 +177,18 @@ def test_a_password_on_the_command_line_is_warned_of(redis_process: RedisProcess
     assert "nonsense" not in done.stderr
 
 
-def test_head_that_is_refused_gets_no_body(server: ServerProcess) -> None:
-    received = exchange(server.port, request(b"HEAD /nothing HTTP/1.1"))
-
-    head, _, body = received.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 404 ")
-    assert body == b""
-
-
 def test_http_1_0_is_not_told_to_continue(server: ServerProcess) -> None:
-    lines = [
-        b"POST /publish HTTP/1.0",
-        b"Host: 127.0.0.1",
-        b"Content-Type: application/json",
-        b"Expect: 100-continue",
-        b"Content-Length: 11",
-        b"",
-        b'{"data": 1}',
-    ]
-    with connect(server.port) as sock:
-        sock.sendall(b"\r\n".join(lines))
+    fields = (b"Content-Type: application/json", b"Expect: 100-continue", b"Content-Length: 11")
+    sent = kit.request(b"POST /publish HTTP/1.0", *fields, body=b'{"data": 1}')
 
-        answer = sock.recv(65536)
-    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert exchange(server.port, sent).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("arguments", ["--port 0", "sign private-x"])
 def test_a_secret_that_can_be_guessed_is_refused_with_how_to_make_one(
-    arguments: str,
-    redis_process: RedisProcess,
+    arguments: str, redis_process: RedisProcess
 ) -> None:
-    refused = run(
-        *arguments.split(),
-        REDIS_URL=redis_process.url,
-        SSEPUSH_SECRET="12345",
-    )
+    refused = run(*arguments.split(), REDIS_URL=redis_process.url, SSEPUSH_SECRET="12345")
 
     assert "secrets.token_urlsafe" in the_line(refused, 2)
 
@@ -380,16 +206,10 @@ def test_a_stream_of_many_channels_is_a_short_line_of_the_log(start: Start, chan
 
 @both_ways
 def test_a_channel_that_redis_does_not_allow_is_named_with_the_file_of_what_is_needed(
-    own_redis: RedisProcess,
-    start: Start,
+    own_redis: RedisProcess, start: Start
 ) -> None:
     own_redis.client.acl_setuser(
-        "pusher",
-        enabled=True,
-        passwords=["+pw"],
-        keys=["ssepush2:*"],
-        channels=["mine"],
-        categories=["+@all"],
+        "pusher", enabled=True, passwords=["+pw"], keys=["ssepush2:*"], channels=["mine"], categories=["+@all"]
     )
     url = own_redis.url_of("pusher", "pw")
     server = start(redis=url)
@@ -406,28 +226,15 @@ def test_a_channel_that_redis_does_not_allow_is_named_with_the_file_of_what_is_n
     assert server.refused("redis-refused") == 1
 
 
-def publish_numbered(
-    process: RedisProcess,
-    channel: str,
-    number: int,
-    size: int,
-) -> None:
-    """So many events of that size, each with its number before the rest."""
-    padding = "x" * size
-    for data in numbers(0, number):
-        ssepush.publish(f"{data} {padding}", channel=channel, redis_url=process.url)
-
-
 def test_a_replay_of_many_channels_reads_from_redis_what_it_sends_and_little_more(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
+    own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
     names = [f"{channel}-{number}" for number in range(20)]
     server = start(redis=own_redis)
     position = server.publish_id("first", names[0])
     for name in names:
-        publish_numbered(own_redis, name, 10, 15_000)
+        for data in numbers(0, 10):
+            server.publish(f"{data} {'x' * 15_000}", name)
     before = stat(own_redis, "total_net_output_bytes")
 
     with server.stream(*names, Last_Event_ID=position) as stream:
@@ -435,25 +242,8 @@ def test_a_replay_of_many_channels_reads_from_redis_what_it_sends_and_little_mor
 
     after = stat(own_redis, "total_net_output_bytes")
     sent = sum(len(event.data) for event in events)
-    assert first_words(events) == numbers(0, 10) * 20
+    assert kit.first_words(events) == numbers(0, 10) * 20
     assert after - before < 1.5 * sent
-
-
-def test_a_slow_replay_is_not_ended_to_make_room_for_those_who_send_nothing(
-    many_files: None,
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
-) -> None:
-    server = start(redis=own_redis)
-    position = server.publish_id("first", channel)
-    publish_numbered(own_redis, channel, 50, 20_000)
-    with server.stream(channel, Last_Event_ID=position) as stream:
-        events = stream.take(1)
-        with connections(server.port, 1100):  # more than may be pending
-            events += stream.take(49)
-
-    assert first_words(events) == numbers(0, 50)
 
 
 # ── What a page needs ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -469,17 +259,11 @@ def token(*channels: str, ttl: int = 60) -> str:
     return ssepush.sign(*channels, ttl=ttl, secret=SECRET)
 
 
-def token_query(*channels: str, ttl: int = 60) -> str:
-    """The parameter of a stream's URL that holds such a token."""
-    signed = token(*channels, ttl=ttl)
-    return f"token={signed}"
-
-
 @both_ways
 def test_the_last_event_of_a_stream_whose_token_expires_holds_its_position(start: Start, channel: str) -> None:
     server = start("--heartbeat", "0.4", SSEPUSH_SECRET=SECRET)
     name = f"private-{channel}"
-    brief = token_query(name, ttl=2)
+    brief = f"token={token(name, ttl=2)}"
     with server.stream(name, query=brief) as stream:
         published = server.publish_id("hello", name)
 
@@ -489,164 +273,96 @@ def test_the_last_event_of_a_stream_whose_token_expires_holds_its_position(start
     assert expired.type == "token-expired"
     assert expired.id == published
     server.publish("meanwhile", name)
-    renewed = token_query(name)
+    renewed = f"token={token(name)}"
     with server.stream(name, query=f"{renewed}&lastEventId={expired.id}") as stream:
         assert stream.next().data == "meanwhile"
 
 
-def test_a_stream_with_a_genuine_token_that_has_expired_is_told_so_and_nothing_is_subscribed(
-    keeper: ServerProcess,
-    channel: str,
+@both_ways
+def test_a_stream_with_a_genuine_token_that_has_expired_is_told_so_and_redis_is_asked_for_nothing(
+    own_redis: RedisProcess, start: Start, channel: str
 ) -> None:
+    server = start(redis=own_redis, SSEPUSH_SECRET=SECRET)
     name = f"private-{channel}"
-    position = keeper.publish_id("hello", name)
+    late = f"token={token(name, ttl=-5)}"
+    told = server.publish_id("hello", name)
+    connected = stat(own_redis, "total_connections_received")
 
-    late = token_query(name, ttl=-5)
+    for position in (f"lastEventId={told}", "lastEventId=earliest", "last=1"):
+        stream = server.stream(name, query=f"{late}&{position}")
+        [expired] = stream.until_end()
+        assert stream.status == 200
+        assert expired.type == "token-expired"
+        assert expired.id == (told if told in position else "")
+        assert stream.comes_back_after(30_000)
 
-    stream = keeper.stream(name, query=late, Last_Event_ID=position)
-
-    [expired] = stream.until_end()
-    assert stream.status == 200
-    assert expired.type == "token-expired"
-    assert expired.id == position
-    assert stream.comes_back_after(30_000)
-    assert keeper.redis.subscribers(name) == 0
+    assert stat(own_redis, "total_connections_received") == connected
+    assert "cmdstat_subscribe" not in own_redis.client.info("commandstats")
 
 
 @both_ways
-def test_a_browser_that_reads_slowly_is_told_that_its_token_has_expired_when_it_comes_back(
-    start: Start,
-    channel: str,
+def test_a_browser_that_reads_slowly_is_told_that_its_token_has_expired_and_gets_the_rest_with_another(
+    start: Start, channel: str
 ) -> None:
     server = start(SSEPUSH_SECRET=SECRET)
     name = f"private-{channel}"
-    brief = token_query(name, ttl=2)
-    padding = "x" * 50_000
-    published = [f"{number} {padding}" for number in range(18)]
-    with server.stream(name, query=brief) as stream:
+    published = [f"{number} {'x' * 50_000}" for number in range(18)]
+    with server.stream(name, query=f"token={token(name, ttl=2)}") as stream:
         stream.position()
         for data in published:
             server.publish(data, name)
         assert server.metric("backlog_bytes") > 0
         wait_for(lambda: server.closed("expired"), "the token has expired")
 
-        received = stream.until_end()
+        *received, expired = stream.until_end()
 
     taken = [event.data for event in received]
     assert taken == published[: len(taken)]
     assert len(taken) < len(published)
-    position = stream.last_event_id
-    [expired] = server.stream(name, query=brief, Last_Event_ID=position).until_end()
     assert expired.type == "token-expired"
-    assert expired.id == position
-    renewed = token_query(name)
-    with server.stream(name, query=f"{renewed}&lastEventId={position}") as stream:
+    assert expired.id == received[-1].id
+    with server.stream(name, query=f"token={token(name)}&lastEventId={expired.id}") as stream:
         rest = published[len(taken) :]
         assert stream.data(len(rest)) == rest
 
 
-@both_ways
-def test_for_an_expired_token_redis_is_asked_for_nothing(
-    own_redis: RedisProcess,
-    start: Start,
-    channel: str,
+def test_a_token_opens_the_up_to_twenty_channels_that_it_names_and_no_other(
+    keeper: ServerProcess, channel: str
 ) -> None:
-    server = start(redis=own_redis, SSEPUSH_SECRET=SECRET)
-    name = f"private-{channel}"
-    late = token_query(name, ttl=-5)
-    server.publish("hello", name)
-    connected = stat(own_redis, "total_connections_received")
+    *twenty, another = [f"private-{channel}-{number}" for number in range(21)]
+    opens = f"token={token(*twenty)}"
 
-    for begin in ("", "&lastEventId=earliest", "&last=1"):
-        stream = server.stream(name, query=late + begin)
-        [expired] = stream.until_end()
-        assert expired.type == "token-expired"
-
-    assert stat(own_redis, "total_connections_received") == connected
-    commands = own_redis.client.info("commandstats")
-    assert "cmdstat_subscribe" not in commands
-
-
-def test_one_token_opens_the_channels_that_it_names_and_no_other(keeper: ServerProcess, channel: str) -> None:
-    first = f"private-{channel}-1"
-    second = f"private-{channel}-2"
-    third = f"private-{channel}-3"
-    both = token_query(first, second)
-
-    with keeper.stream(first, second, query=both) as stream:
-        keeper.publish("for you", second)
-        assert stream.next().data == "for you"
-    refused = keeper.get(f"/stream?channel={third}&{both}")
-    assert refused.status == 403
-
-
-def test_a_token_opens_up_to_twenty_channels(keeper: ServerProcess, channel: str) -> None:
-    names = [f"private-{channel}-{number}" for number in range(21)]
-    twenty = names[:20]
-
-    with keeper.stream(*twenty, query=token_query(*twenty)) as stream:
+    with keeper.stream(*twenty, query=opens) as stream:
         keeper.publish("for you", twenty[-1])
         assert stream.next().data == "for you"
-    for wrong in ([], names):
+    assert keeper.get(f"/stream?channel={another}&{opens}").status == 403
+    for wrong in ([], [*twenty, another]):
         with pytest.raises(ValueError, match="1 to 20 channels"):
             token(*wrong)
-    too_many = run("sign", *names, SSEPUSH_SECRET=SECRET)
-    none = run("sign", SSEPUSH_SECRET=SECRET)
-    assert "1 to 20 channels" in the_line(too_many, 2)
-    assert "CHANNEL" in the_line(none, 2)
+    assert "1 to 20 channels" in the_line(run("sign", *twenty, another, SSEPUSH_SECRET=SECRET), 2)
+    assert "CHANNEL" in the_line(run("sign", SSEPUSH_SECRET=SECRET), 2)
 
 
-HEADERS = {
-    "Authorization": {
-        "Authorization": "Bearer {token} {other}",
-    },
-    "Authorization, as the last of several": {
-        "Authorization": "Bearer {other} {other} {token}",
-    },
-    "a cookie": {
-        "Cookie": "theme=dark; ssepush-token={token}",
-    },
-    "a cookie of several": {
-        "Cookie": "ssepush-token={other} {token}; theme=dark",
-    },
-    "a cookie of several, in quotes": {
-        "Cookie": 'ssepush-token="{other} {token}"',
-    },
-    "a cookie of several, encoded": {
-        "Cookie": "ssepush-token={other}%20{token}",
-    },
-    "the second of two cookies": {
-        "Cookie": "ssepush-token={other}; ssepush-token={token}",
-    },
-    "a cookie of a page of ours": {
-        "Cookie": "ssepush-token={token}",
-        "Origin": "http://127.0.0.1:{port}",
-    },
-    "a cookie of a named origin": {
-        "Cookie": "ssepush-token={token}",
-        "Origin": "https://app.example",
-    },
+OTHER_AND_TOKEN = {  # headers of a request, each of which holds the right token
+    "Authorization": {"Authorization": "Bearer {token} {other}"},
+    "Authorization, as the last of several": {"Authorization": "Bearer {other} {other} {token}"},
+    "a cookie": {"Cookie": "theme=dark; ssepush-token={token}"},
+    "a cookie of several": {"Cookie": "ssepush-token={other} {token}; theme=dark"},
+    "a cookie of several, in quotes": {"Cookie": 'ssepush-token="{other} {token}"'},
+    "a cookie of several, encoded": {"Cookie": "ssepush-token={other}%20{token}"},
+    "the second of two cookies": {"Cookie": "ssepush-token={other}; ssepush-token={token}"},
+    "a cookie of a page of ours": {"Cookie": "ssepush-token={token}", "Origin": "http://127.0.0.1:{port}"},
+    "a cookie of a named origin": {"Cookie": "ssepush-token={token}", "Origin": "https://app.example"},
 }
 
 
-@pytest.mark.parametrize("name", HEADERS)
-def test_a_token_may_come_in(
-    name: str,
-    start: Start,
-    channel: str,
-) -> None:
+@pytest.mark.parametrize("headers", OTHER_AND_TOKEN.values(), ids=OTHER_AND_TOKEN)
+def test_a_token_may_come_in(headers: dict[str, str], start: Start, channel: str) -> None:
     server = start("--allow-origin", "https://app.example", SSEPUSH_SECRET=SECRET)
     private = f"private-{channel}"
-    filled_in = {
-        "token": token(private),
-        "other": token("private-other"),
-        "port": server.port,
-    }
-    headers = {}
-    for field, text in HEADERS[name].items():
-        headers[field] = text.format_map(filled_in)
+    known = {"token": token(private), "other": token("private-other"), "port": server.port}
 
-    with server.stream(private, **headers) as stream:
+    with server.stream(private, **{field: text.format_map(known) for field, text in headers.items()}) as stream:
         server.publish("for you", private)
 
         assert stream.next().data == "for you"
@@ -654,9 +370,7 @@ def test_a_token_may_come_in(
 
 @pytest.mark.parametrize("allowed", ["", "*", "null"])
 def test_a_cookie_does_not_count_for_pages_of_an_origin_that_is_not_named(
-    allowed: str,
-    start: Start,
-    channel: str,
+    allowed: str, start: Start, channel: str
 ) -> None:
     options = ("--allow-origin", allowed) if allowed else ()
     server = start(*options, SSEPUSH_SECRET=SECRET)
@@ -671,33 +385,23 @@ def test_a_cookie_does_not_count_for_pages_of_an_origin_that_is_not_named(
 
 
 APP = "https://app.example"
-ASKED = {
-    "HEAD /stream": 200,
-    "GET /stream?last=x": 400,
-    "GET /stream?channel=private-x": 403,
-    "GET /position": 200,
-    "GET /": 200,
-    "GET /healthz": 200,
-    "GET /metrics": 200,
-    "GET /notifications": 200,
-    "HEAD /numbers": 200,
-    "GET /publish": 405,
-    "POST /publish": 415,
-    "OPTIONS /publish": 204,
-    "GET /nothing": 404,
-}
+ASKED = """
+    200 HEAD /stream, 400 GET /stream?last=x, 403 GET /stream?channel=private-x, 200 GET /position, 200 GET /,
+    200 GET /healthz, 200 GET /metrics, 200 GET /notifications, 200 HEAD /numbers, 405 GET /publish,
+    415 POST /publish, 204 OPTIONS /publish, 404 GET /nothing
+"""
 
 
 def test_each_answer_to_a_named_origin_says_that_credentials_may_come_along_and_no_other_does(start: Start) -> None:
     server = start("--allow-origin", APP, "--allow-origin", "*")
     paths = set()
 
-    for asked, status in ASKED.items():
-        method, path = asked.split()
+    for asked in ASKED.split(","):
+        status, method, path = asked.split()
         paths.add(path.partition("?")[0])
         named = server.get(path, method, Origin=APP)
         other = server.get(path, method, Origin="https://evil.example")
-        assert named.status == status, asked
+        assert named.status == int(status), asked
         assert named.headers["Access-Control-Allow-Origin"] == APP, asked
         assert named.headers["Access-Control-Allow-Credentials"] == "true", asked
         assert named.headers["Vary"] == "Origin", asked
@@ -705,12 +409,7 @@ def test_each_answer_to_a_named_origin_says_that_credentials_may_come_along_and_
     assert ssepush.Handler.routes.keys() <= paths
 
 
-KEPT = {
-    "lastEventId=earliest": "0 1 2 3 4 5",
-    "last=1": "4 5",
-    "last=2": "2 3 4 5",
-    "last=100": "0 1 2 3 4 5",
-}
+KEPT = {"lastEventId=earliest": "0 1 2 3 4 5", "last=1": "4 5", "last=2": "2 3 4 5", "last=100": "0 1 2 3 4 5"}
 
 
 @both_ways
@@ -732,165 +431,45 @@ def test_earliest_is_all_that_is_kept_and_last_the_newest_of_each_channel_then_l
         assert stream.data(2) == ["4", "live"]
 
 
-@both_ways
-@pytest.mark.parametrize("query", ["lastEventId=earliest", "last=5", "last=5&lastEventId=earliest"])
-def test_the_header_of_a_page_that_comes_back_wins_over(
-    query: str,
-    start: Start,
-    channel: str,
-) -> None:
-    server = start()
-    newest = server.publish_id("before", channel)
-
-    with server.stream(channel, query=query, Last_Event_ID=newest) as stream:
-        server.publish("a header wins", channel)
-        assert stream.next().data == "a header wins"
-
-
-IN_THE_QUERY = {  # of a stream, after three events: what it begins with
-    "lastEventId={one}&lastEventId={two}": "three",
-    "lastEventId={two}&lastEventId={one}": "two three",
-    "lastEventId=earliest&lastEventId={two}": "three",
-    "lastEventId={two}&lastEventId=earliest": "one two three",
-    "last=1&lastEventId={one}": "two three",
-    "lastEventId={one}&last=1": "two three",
-    "last=1&lastEventId=earliest": "one two three",
+POSITIONS = {  # what a stream asks for after three events, an id in the header first: what it begins with
+    "|lastEventId={one}&lastEventId={two}": "three",
+    "|lastEventId={two}&lastEventId={one}": "two three",
+    "|lastEventId=earliest&lastEventId={two}": "three",
+    "|lastEventId={two}&lastEventId=earliest": "one two three",
+    "|last=1&lastEventId={one}": "two three",
+    "|lastEventId={one}&last=1": "two three",
+    "|last=1&lastEventId=earliest": "one two three",
+    "{two}|lastEventId=earliest": "three",
+    "{two}|last=5": "three",
+    "{two}|last=5&lastEventId={one}": "three",
 }
 
 
-@one_way
-@pytest.mark.parametrize("query", IN_THE_QUERY)
-def test_of_the_positions_in_a_query_the_last_id_counts_and_last_where_there_is_none(
-    query: str,
-    server: ServerProcess,
-    channel: str,
+@kit.one_way
+@pytest.mark.parametrize("asked", POSITIONS)
+def test_a_header_wins_over_the_query_whose_last_id_counts_and_last_where_there_is_none(
+    asked: str, server: ServerProcess, channel: str
 ) -> None:
     ids = {data: server.publish_id(data, channel) for data in ("one", "two", "three")}
-    expected = IN_THE_QUERY[query].split()
+    header, query = asked.format_map(ids).split("|")
 
-    with server.stream(channel, query=query.format_map(ids)) as stream:
+    with server.stream(channel, query=query, **({"Last_Event_ID": header} if header else {})) as stream:
         server.publish("live", channel)
 
-        assert until(stream, "live") == expected
-
-
-BACKLOG = 2**22  # bytes: less than what is kept of all channels, and more than what is kept of one
-LARGE = 100_000  # bytes of an event: ten of them are kept
-BEGINNINGS = ["lastEventId=earliest", "last=9"]
-
-
-@pytest.fixture
-def six_channels(start: Start, channel: str) -> tuple[ServerProcess, list[str], str]:
-    """A server, channels of which each has every sixth of 54 large events, and a position before all of these."""
-    server = start("--max-backlog", str(BACKLOG))
-    names = [f"{channel}-{number}" for number in range(6)]
-    before = server.publish_id("before", channel)
-    for number in range(54):
-        server.publish(f"{number} {'x' * LARGE}", names[number % 6])
-    return server, names, before
-
-
-@both_ways
-def test_a_page_that_missed_more_than_a_stream_may_have_unsent_is_told_so_and_goes_on(
-    six_channels: tuple[ServerProcess, list[str], str],
-) -> None:
-    server, names, before = six_channels
-
-    with server.stream(*names, Last_Event_ID=before) as stream, server.stream(names[0], Last_Event_ID=before) as one:
-        assert_reset(stream, "too-much")
-        server.publish("live", names[0])
-        assert stream.next().data == "live"
-        assert first_words(one.take(10)) == [*numbers(0, 54)[::6], "live"]
-
-
-@both_ways
-@pytest.mark.parametrize("query", BEGINNINGS)
-def test_who_asks_for_what_is_kept_gets_the_newest_that_fit_and_is_never_reset(
-    query: str,
-    six_channels: tuple[ServerProcess, list[str], str],
-) -> None:
-    server, names, _ = six_channels
-
-    with server.stream(*names, query=query) as stream:
-        stream.position()
-        server.publish("live", names[0])
-        *events, _ = until_event(stream, "live")
-
-    assert BACKLOG / 2 < LARGE * len(events) <= BACKLOG
-    assert first_words(events) == numbers(54 - len(events), 54)
-
-
-def test_of_a_channel_a_mebibyte_is_kept_and_the_oldest_go(start: Start, channel: str) -> None:
-    server = start()
-    ids = []
-    for number in range(30):
-        ids.append(server.publish_id(f"{number} {'x' * LARGE}", channel))
-
-    with server.stream(channel, query="lastEventId=earliest") as stream:
-        assert first_words(stream.take(10)) == numbers(20, 30)
-    with server.stream(channel, Last_Event_ID=ids[19]) as stream:
-        assert first_words(stream.take(10)) == numbers(20, 30)
-    with server.stream(channel, Last_Event_ID=ids[18]) as stream:
-        assert_reset(stream, "trimmed")
-
-
-@both_ways
-def test_with_earliest_and_last_nothing_is_doubled_or_lost_where_history_and_live_meet(
-    start: Start,
-    channel: str,
-) -> None:
-    server = start("--history", "10000")
-    done = threading.Event()
-    published: list[str] = []
-
-    def publish() -> None:
-        while not done.is_set():
-            data = str(len(published))
-            published.append(data)
-            ssepush.publish(
-                data,
-                channel=channel,
-                redis_url=server.redis.url,
-                history=10_000,
-            )
-
-    publisher = threading.Thread(target=publish)
-    publisher.start()
-    from_earliest = []
-    from_last = []
-    for _ in range(10):
-        from_earliest.append(server.stream(channel, query="lastEventId=earliest"))
-        from_last.append(server.stream(channel, query="last=20"))
-    done.set()
-    publisher.join()
-    server.publish("end", channel)
-
-    for stream in from_earliest:
-        assert until(stream, "end") == published
-        stream.close()
-    for stream in from_last:
-        data = until(stream, "end")
-        assert data == published[len(published) - len(data) :]
-        stream.close()
+        assert until(stream, "live") == POSITIONS[asked].split()
 
 
 SMALL = 20
-WANTED = {
-    "lastEventId=earliest": SMALL,
-    f"last={SMALL}": SMALL,
-    "last=5": 5,
-}
+WANTED = {"lastEventId=earliest": SMALL, f"last={SMALL}": SMALL, "last=5": 5}
 
 
 @both_ways
 @pytest.mark.parametrize("query", WANTED)
 def test_a_stream_begins_with_exactly_what_is_kept_at_that_moment_however_fast_it_is_replaced(
-    query: str,
-    start: Start,
-    channel: str,
+    query: str, start: Start, channel: str
 ) -> None:
     server = start("--history", str(SMALL))
-    publisher = Publisher(server.port, "event", channel)
+    publisher = kit.Publisher(server.port, "event", channel)
     acknowledged = publisher.acknowledged
     wait_for(lambda: len(acknowledged) > SMALL, "more events than are kept")
     opened = []
@@ -909,30 +488,22 @@ def test_a_stream_begins_with_exactly_what_is_kept_at_that_moment_however_fast_i
         first = published.index(received[0])
         assert received == published[first:]
         position = next(filter(None, stream.positions))
-        from_history = places.index(place_of(position)) + 1 - first
+        from_history = places.index(kit.place_of(position)) + 1 - first
         assert from_history >= WANTED[query]
         assert first >= at_least - WANTED[query]
         if "earliest" in query:
             assert from_history == SMALL
 
 
-BAD_QUERIES = {
-    "last=0": "last must be",
-    "last=-1": "last must be",
-    "last=x": "last must be",
-    "last=": "last must be",
-    "last=100001": "last must be",
-    "channels=a": "'channels'",
-    "last_event_id=1": "'last_event_id'",
-}
-
-
-@pytest.mark.parametrize("query", BAD_QUERIES)
+@pytest.mark.parametrize(
+    "query", ["last=0", "last=-1", "last=x", "last=", "last=100001", "channels=a", "last_event_id=1"]
+)
 def test_a_wrong_parameter_of_stream_is_named(server: ServerProcess, query: str) -> None:
     answer = server.get(f"/stream?{query}")
 
+    name = query.partition("=")[0]
     assert answer.status == 400
-    assert BAD_QUERIES[query] in answer.error
+    assert ("last must be" if name == "last" else repr(name)) in answer.error
 
 
 def test_parameters_that_stream_does_not_know_are_somebody_elses(server: ServerProcess, channel: str) -> None:
@@ -962,55 +533,29 @@ def test_the_same_key_is_published_once(server: ServerProcess, channel: str) -> 
         first = server.publish("hello", channel, key=key)
         again = server.publish("hello", channel, key=key)
         elsewhere = server.publish("hello", f"{channel}-other", key=key)
-        from_python = ssepush.publish(
-            "hello",
-            channel=channel,
-            key=key,
-            redis_url=server.redis.url,
-        )
+        from_python = ssepush.publish("hello", channel=channel, key=key, redis_url=server.redis.url)
         server.publish("last", channel)
 
         assert stream.data(2) == ["hello", "last"]
     assert "duplicate" not in first
-    assert again == {
-        "state": "ok",
-        "receivers": 0,
-        "id": first["id"],
-        "duplicate": True,
-    }
+    assert again == {"state": "ok", "receivers": 0, "id": first["id"], "duplicate": True}
     assert elsewhere["id"] != first["id"]
-    assert from_python.id == first["id"]
-    assert from_python.duplicate is True
+    assert (from_python.id, from_python.duplicate) == (first["id"], True)
 
 
-BAD_KEYS: dict[str, Any] = {
-    "empty": "",
-    "too long": "x" * 201,
-    "a line break": "a\nb",
-    "a number": 7,
-    "an object": {},
-}
-
-
-@pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
+@pytest.mark.parametrize("key", ["", "x" * 201, "a\nb", 7, {}], ids=repr)
 def test_a_key_that_cannot_be_is_refused_by_name(server: ServerProcess, key: object) -> None:
     answer = server.post({"data": 1, "key": key})
 
     assert answer.status == 400
     assert answer.error.startswith("key must be")
-
-
-@pytest.mark.parametrize("key", ["", "x" * 201])
-def test_nor_does_the_command_take_it(redis_process: RedisProcess, key: str) -> None:
-    refused = run("publish", "sse", "hello", "--key", key, REDIS_URL=redis_process.url)
-
-    assert "key must be" in the_line(refused, 2)
+    if isinstance(key, str):
+        refused = run("publish", "sse", "hello", "--key", key, REDIS_URL=server.redis.url)
+        assert "key must be" in the_line(refused, 2)
 
 
 def test_without_a_history_a_key_is_refused_since_nothing_would_remember_it(
-    redis_process: RedisProcess,
-    start: Start,
-    channel: str,
+    redis_process: RedisProcess, start: Start, channel: str
 ) -> None:
     server = start("--history", "0")
 
@@ -1026,12 +571,7 @@ def test_without_a_history_a_key_is_refused_since_nothing_would_remember_it(
 
 def test_a_key_is_forgotten_when_the_historys_time_is_over(redis_process: RedisProcess, channel: str) -> None:
     publish = functools.partial(
-        ssepush.publish,
-        "hello",
-        channel=channel,
-        key="order 7",
-        redis_url=redis_process.url,
-        history_ttl=1,
+        ssepush.publish, "hello", channel=channel, key="order 7", redis_url=redis_process.url, history_ttl=1
     )
     remembered = f"{ssepush.PUBLISHED_KEY}{channel}\0order 7"
 
@@ -1043,108 +583,52 @@ def test_a_key_is_forgotten_when_the_historys_time_is_over(redis_process: RedisP
     assert str(again.id) > str(first.id)
 
 
-class HangingUp:
-    """Stands before Redis, and hangs up instead of passing on the answer to the next script, once it is told to."""
+class HangingUp(kit.RedisProxy):
+    """Hangs up instead of passing on the answer to the next script, once it is told to."""
 
-    def __init__(self, redis_process: RedisProcess) -> None:
-        self.is_due = False
-        self.redis_process = redis_process
-        hanging_up = self
+    is_due = False
 
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                with connect(redis_process.port) as theirs, contextlib.suppress(OSError):
-                    hanging_up.pass_on(self.request, theirs)
-
-        self._listener = socketserver.ThreadingTCPServer((LOOPBACK, 0), Handler)
-        self._listener.daemon_threads = True
-        self.url = f"redis://{LOOPBACK}:{self._listener.server_address[1]}/0"
-
-    def __enter__(self) -> HangingUp:
-        threading.Thread(target=self._listener.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._listener.shutdown()
-        self._listener.server_close()
-
-    def pass_on(self, ours: socket.socket, theirs: socket.socket) -> None:
-        is_script = False
-        while True:
-            ready, _, _ = select.select([ours, theirs], [], [])
-            source = ready[0]
-            received = source.recv(65536)
-            if not received:
-                return
-            if source is ours:
-                is_script = b"EVAL" in received
-                theirs.sendall(received)
-            elif is_script and self.is_due:
-                self.is_due = False
-                return
-            else:
-                ours.sendall(received)
+    def changed(self, received: bytes, is_from_redis: bool, link: kit.Link) -> bytes:
+        if self.is_due and is_from_redis and b"EVAL" in link.asked:
+            self.is_due = False
+            raise ConnectionError
+        return received
 
 
-def again_from_python(proxy: HangingUp, channel: str, start: Start) -> None:
-    publish = functools.partial(ssepush.publish, "hello", channel=channel, key="k", redis_url=proxy.url)
-    proxy.is_due = True
-
-    with pytest.raises(ssepush.Unanswered):
-        publish()
-
-    assert publish().duplicate
-
-
-def again_over_http(proxy: HangingUp, channel: str, start: Start) -> None:
-    server = start(redis=proxy.url)
-    event = {"data": "hello", "channel": channel, "key": "k"}
-    proxy.is_due = True
-
-    unsure = server.post(event)
-    again = server.post(event)
-
-    assert unsure.status == 503
-    assert "may or may not" in unsure.error
-    assert again.status == 200
-    assert again.json["duplicate"]
-
-
-def again_by_command(proxy: HangingUp, channel: str, start: Start) -> None:
-    command = ("publish", channel, "hello", "--key", "k")
-    proxy.is_due = True
-
-    unsure = run(*command, REDIS_URL=proxy.url)
-    again = run(*command, REDIS_URL=proxy.url)
-
-    assert "may or may not" in the_line(unsure, 1)
-    assert again.returncode == 0
-    assert again.stdout == "0\n"
-
-
-@one_way
-@pytest.mark.parametrize("publish_again", [again_from_python, again_over_http, again_by_command])
+@kit.one_way
 def test_an_event_whose_answer_was_lost_goes_out_once_if_it_is_published_again_with_its_key(
-    publish_again: Callable[[HangingUp, str, Start], None],
-    server: ServerProcess,
-    start: Start,
-    channel: str,
+    server: ServerProcess, start: Start, channel: str
 ) -> None:
     with HangingUp(server.redis) as proxy, server.opened(channel) as stream:
-        publish_again(proxy, channel, start)
-        server.publish("last", channel)
+        behind = start(redis=proxy.url)
+        from_python = functools.partial(ssepush.publish, "hello", channel=channel, key="1", redis_url=proxy.url)
+        over_http = {"data": "hello", "channel": channel, "key": "2"}
+        by_command = functools.partial(run, "publish", channel, "hello", "--key", "3", REDIS_URL=proxy.url)
 
-        assert stream.data(2) == ["hello", "last"]
+        proxy.is_due = True
+        with pytest.raises(ssepush.Unanswered):
+            from_python()
+        assert from_python().duplicate
+        proxy.is_due = True
+        unsure, again = behind.post(over_http), behind.post(over_http)
+        assert (unsure.status, again.status) == (503, 200)
+        assert "may or may not" in unsure.error
+        assert again.json["duplicate"]
+        proxy.is_due = True
+        assert "may or may not" in the_line(by_command(), 1)
+        assert by_command().stdout == "0\n"
+
+        server.publish("last", channel)
+        assert stream.data(4) == ["hello"] * 3 + ["last"]
 
 
 def test_the_first_block_of_a_stream_holds_its_position_and_the_reconnection_time(
-    server: ServerProcess,
-    channel: str,
+    server: ServerProcess, channel: str
 ) -> None:
     with server.opened(channel) as stream:
         block, _, _ = stream.body.partition(b"\n\n")
 
-    assert re.fullmatch(rb"retry: [0-9]+\nevent: stream-position\nid: [0-9]{16}\ndata: ", block)
+    assert re.fullmatch(rb"retry: [0-9]+\nevent: stream-position\nid: [0-9]{16}\ndata: {\"heartbeat\": 15.0}", block)
 
 
 FROM_ENVIRONMENT: dict[str, Any] = {"SSEPUSH_HISTORY": "2", "SSEPUSH_HISTORY_TTL": "50"}
@@ -1175,14 +659,9 @@ def four_from_python(redis: RedisProcess, start: Start) -> None:
             ssepush.publish(data, redis_url=redis.url)
 
 
-@pytest.mark.parametrize(
-    "publish_four",
-    [four_over_http, four_notifications, four_by_command, four_from_python],
-)
+@pytest.mark.parametrize("publish_four", [four_over_http, four_notifications, four_by_command, four_from_python])
 def test_how_much_is_kept_and_for_how_long_comes_from_the_environment(
-    publish_four: Callable[[RedisProcess, Start], None],
-    own_redis: RedisProcess,
-    start: Start,
+    publish_four: Callable[[RedisProcess, Start], None], own_redis: RedisProcess, start: Start
 ) -> None:
     publish_four(own_redis, start)
 
@@ -1191,10 +670,7 @@ def test_how_much_is_kept_and_for_how_long_comes_from_the_environment(
     assert 30 < own_redis.client.ttl(history) <= 50
 
 
-WRONG_SETTINGS = {
-    "SSEPUSH_HISTORY": ["many", "-1", "100001"],
-    "SSEPUSH_HISTORY_TTL": ["long", "0", "1.5", "31536001"],
-}
+WRONG_SETTINGS = {"SSEPUSH_HISTORY": ["many", "-1", "100001"], "SSEPUSH_HISTORY_TTL": ["long", "0", "1.5", "31536001"]}
 
 
 @pytest.mark.parametrize("name", WRONG_SETTINGS)
@@ -1214,19 +690,22 @@ def test_a_setting_of_the_history_that_cannot_be_is_named(name: str, monkeypatch
 # ── For whoever runs it ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_with_admin_metrics_and_health_are_there_and_nowhere_else(start: Start) -> None:
-    port = free_port()
-    server = start("--admin", f"127.0.0.1:{port}")
+def test_with_admin_metrics_and_health_are_there_and_nowhere_else_and_of_one_process(
+    start: Start, redis_process: RedisProcess
+) -> None:
+    port = kit.free_port()
+    admin = f"{kit.LOOPBACK}:{port}"
+    server = start("--admin", admin)
 
-    assert server.get("/metrics").status == 404
-    assert server.get("/healthz").status == 404
-    assert server.get("/nowhere").status == 404
-    metrics = exchange(port, request(b"GET /metrics HTTP/1.1"))
-    health = exchange(port, request(b"GET /healthz HTTP/1.1"))
-    stream = exchange(port, request(b"GET /stream HTTP/1.1"))
-    assert b"ssepush_max_streams" in metrics
-    assert health.startswith(b"HTTP/1.1 200 ")
-    assert stream.startswith(b"HTTP/1.1 404 ")
+    refused = run("--port", "0", "--admin", admin, REDIS_URL=redis_process.url)
+
+    assert admin in the_line(refused, 2).removeprefix("ssepush: cannot listen on")
+    for path in ("/metrics", "/healthz", "/nowhere"):
+        assert server.get(path).status == 404
+    assert b"ssepush_max_streams" in exchange(port, kit.request(b"GET /metrics HTTP/1.1"))
+    for path, status in {"/healthz": b"200", "/stream": b"404"}.items():
+        answer = exchange(port, kit.request(f"GET {path} HTTP/1.1".encode()))
+        assert answer.startswith(b"HTTP/1.1 %b " % status)
 
 
 @pytest.mark.parametrize("as_url", [False, True], ids=["its path", "its URL"])
@@ -1238,48 +717,3 @@ def test_admin_takes_an_address_and_a_redis_keeps_its_unix_socket(own_redis: Red
 
     assert "--admin: must be HOST:PORT" in the_line(refused, 2)
     assert ssepush.publish("still there", redis_url=url) == 0
-
-
-def test_two_processes_cannot_have_one_address_for_admin(start: Start, redis_process: RedisProcess) -> None:
-    admin = f"{LOOPBACK}:{free_port()}"
-    server = start("--admin", admin)
-
-    refused = run("--port", "0", "--admin", admin, REDIS_URL=redis_process.url)
-
-    assert admin in the_line(refused, 2).removeprefix("ssepush: cannot listen on")
-    assert exchange(int(admin.rpartition(":")[2]), request(b"GET /healthz HTTP/1.1")).startswith(b"HTTP/1.1 200 ")
-    assert server.terminate() == 0
-
-
-def test_resets_are_counted_by_reason(server: ServerProcess, channel: str) -> None:
-    before = server.metric('streams_reset_total{reason="unknown-id"}')
-
-    with server.stream(channel, Last_Event_ID="7") as stream:
-        assert_reset(stream, "unknown-id")
-
-    assert server.metric('streams_reset_total{reason="unknown-id"}') == before + 1
-
-
-def test_what_is_forbidden_is_counted_apart(keeper: ServerProcess) -> None:
-    forbidden = keeper.get("/stream?channel=private-x")
-
-    assert forbidden.status == 403
-    assert keeper.refused("forbidden") == 1
-
-
-def test_metrics_follow_prometheus_conventions(server: ServerProcess) -> None:
-    text = server.get("/metrics").body.decode()
-    promtool = found_program("promtool")
-    if promtool:
-        done = subprocess.run(
-            [promtool, "check", "metrics"],
-            input=text,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.stdout + done.stderr == ""
-        assert done.returncode == 0
-    counters = re.findall("^# TYPE (.*) counter$", text, re.MULTILINE)
-    for family in counters:
-        assert family.endswith("_total")
