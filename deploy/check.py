@@ -227,9 +227,9 @@ def has(part: str) -> Callable[[str], bool]:
 
 
 def has_heartbeats(number: int) -> Callable[[str], bool]:
-    """Whether as many heartbeats have come of a stream."""
-    heartbeat = re.compile("^:$", re.MULTILINE)
-    return lambda text: len(heartbeat.findall(text)) >= number
+    """Whether as many heartbeats have come of a stream, after the position at its start."""
+    position = re.compile("^event: stream-position$", re.MULTILINE)
+    return lambda text: len(position.findall(text)) > number
 
 
 def nothing(text: str) -> bool:

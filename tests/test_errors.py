@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,43 +17,27 @@ sys.path.insert(0, {str(HERE)!r})
 import ssepush
 
 left = 3
-event_of = ssepush.event_of
 
-def failing(message):
-    global left
-    if left and b"fault" in message:
-        left -= 1
-        raise MemoryError
-    return event_of(message)
+def failing(function):
+    def fails(*arguments):
+        global left
+        if left and "fault" in repr(arguments):
+            left -= 1
+            raise MemoryError
+        return function(*arguments)
+    return fails
 
-replay = ssepush.replay
-
-def failing_replay(after, history):
-    global left
-    if left and any(b"fault" in entry.frame for entry in history.entries.values()):
-        left -= 1
-        raise MemoryError
-    return replay(after, history)
-
-ssepush.event_of = failing
-ssepush.replay = failing_replay
+ssepush.event_of = failing(ssepush.event_of)
+ssepush.replay = failing(ssepush.replay)
 ssepush.main(sys.argv[2:])
 """
-EVENTS = [
-    *numbers(0, 5),
-    "fault",
-    *numbers(5, 10),
-    "last",
-]
+EVENTS = [*numbers(0, 5), "fault", *numbers(5, 10), "last"]
 PAGES = 6  # some of which the fault hits
 
 
 @pytest.fixture
 def failing_server(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    redis_process: RedisProcess,
-    way: tuple[str, ...],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_process: RedisProcess, way: tuple[str, ...]
 ) -> Iterator[ServerProcess]:
     """A server that runs out of memory, so it seems, the first three times that it reads a certain event."""
     python, program = tmp_path / "python", tmp_path / "failing.py"
@@ -66,39 +50,23 @@ def failing_server(
     server.terminate()
 
 
-def opened(server: ServerProcess, channel: str) -> list[Page]:
-    """Pages that are open before anything is published."""
-    pages = [Page(server.port, channel) for _ in range(PAGES)]
+@both_ways
+@pytest.mark.parametrize("returning", [False, True], ids=["pages that are open", "pages that come back"])
+def test_an_error_of_ours_is_logged_and_costs_no_page_an_event(
+    returning: bool, failing_server: ServerProcess, channel: str
+) -> None:
+    server = failing_server
+    told = server.publish_id("before", channel) if returning else ""
+    pages = [] if returning else [Page(server.port, channel) for _ in range(PAGES)]
     wait_for(lambda: all(page.last_event_id for page in pages), "all pages have a position")
-    publish(server, channel)
-    return pages
-
-
-def returning(server: ServerProcess, channel: str) -> list[Page]:
-    """Pages that come back when all is published."""
-    told = server.publish_id("before", channel)
-    publish(server, channel)
-    return [Page(server.port, channel, told=told) for _ in range(PAGES)]
-
-
-def publish(server: ServerProcess, channel: str) -> None:
     for data in EVENTS:
         ssepush.publish(data, channel=channel, redis_url=server.redis.url)
-
-
-@both_ways
-@pytest.mark.parametrize("pages_of", [opened, returning])
-def test_an_error_of_ours_is_logged_and_costs_no_page_an_event(
-    failing_server: ServerProcess,
-    channel: str,
-    pages_of: Callable[[ServerProcess, str], list[Page]],
-) -> None:
-    pages = pages_of(failing_server, channel)
+    pages = pages or [Page(server.port, channel, told=told) for _ in range(PAGES)]
 
     for page in pages:
         page.wait_for("last")
         assert page.data() == EVENTS
-    wait_for(lambda: failing_server.said("MemoryError"), "the error is logged")
+    wait_for(lambda: server.said("MemoryError"), "the error is logged")
     assert sum(page.streams for page in pages) > PAGES
-    wait_for(lambda: failing_server.streams() == 0, "all pages have left")
-    assert failing_server.metric("backlog_bytes") == 0
+    wait_for(lambda: server.streams() == 0, "all pages have left")
+    assert server.metric("backlog_bytes") == 0

@@ -7,35 +7,22 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import kit
 from tests.engines import Browser, Firefox, Site
-from tests.kit import (
-    HERE,
-    LOOPBACK,
-    Publisher,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    environment_with,
-    free_port,
-    listens,
-    wait_for,
-)
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
-EXAMPLES = HERE / "examples"
-CONTENT = "return document.querySelector(arguments[0])?.textContent"
-ITEMS = "return Array.from(document.querySelectorAll('li'), item => item.textContent)"
+EXAMPLES = kit.HERE / "examples"
 
 
-def example_for(server: ServerProcess, name: str, channel: str) -> str:
+def example_for(server: kit.ServerProcess, name: str, channel: str) -> str:
     """An example's text, with this server and channel instead of those that it names."""
     text = (EXAMPLES / name).read_text()
     documented = "http://127.0.0.1:5000/stream?channel=sse"
@@ -45,103 +32,71 @@ def example_for(server: ServerProcess, name: str, channel: str) -> str:
 
 def items(browser: Browser) -> list[str]:
     """What stands in the page's list."""
-    return list(browser.execute_script(ITEMS) or ())
+    return list(browser.execute_script("return [...document.querySelectorAll('li')].map((item) => item.textContent)"))
 
 
 def content(browser: Browser, selector: str) -> str:
     """What stands in an element of the page."""
-    found = browser.execute_script(CONTENT, selector)
-    return str(found or "")
+    return str(browser.execute_script("return document.querySelector(arguments[0])?.textContent ?? ''", selector))
 
 
-def wait_for_content(
-    browser: Browser,
-    selector: str,
-    text: str,
-) -> None:
+def wait_for_content(browser: Browser, selector: str, text: str) -> None:
     """Until this stands there."""
-    wait_for(lambda: content(browser, selector) == text, f"{selector} says {text}")
+    kit.wait_for(lambda: content(browser, selector) == text, f"{selector} says {text}")
 
 
 @contextlib.contextmanager
-def running_app(
-    name: str,
-    folder: Path,
-    port: int,
-    **environment: str,
-) -> Iterator[str]:
+def running_app(name: str, folder: Path, port: int, **environment: str) -> Iterator[str]:
     """An application of the examples, as its first lines say how to start it; its URL."""
-    variables = environment_with(
-        PYTHONPATH=str(HERE),
-        PORT=str(port),
-        **environment,
-    )
+    variables = kit.environment_with(PYTHONPATH=str(kit.HERE), PORT=str(port), **environment)
     log = folder / f"{name}.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, EXAMPLES / name],
-            env=variables,
-            stdout=output,
-            stderr=output,
-        )
+        process = subprocess.Popen([sys.executable, EXAMPLES / name], env=variables, stdout=output, stderr=output)
 
     def ready() -> bool:
         assert process.poll() is None, log.read_text()
-        return listens(port)
+        return kit.listens(port)
 
     try:
-        wait_for(ready, f"{name} takes connections")
-        yield f"http://{LOOPBACK}:{port}"
+        kit.wait_for(ready, f"{name} takes connections")
+        yield f"http://{kit.LOOPBACK}:{port}"
     finally:
         process.kill()
         process.wait()
 
 
-@pytest.fixture(
-    params=["tab", "second_browser"],
-    ids=["Chromium", "Firefox"],
-)
-def browser(request: pytest.FixtureRequest) -> Any:
-    """Each browser by turns."""
-    return request.getfixturevalue(request.param)
-
-
 # ── minimal.html ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_minimal_page_has_at_most_25_lines() -> None:
-    page = EXAMPLES / "minimal.html"
-    lines = page.read_text().splitlines()
-
-    assert len(lines) <= 25
-
-
+@pytest.mark.parametrize("browser", ["tab", "second_browser"], ids=["Chromium", "Firefox"])
 def test_the_minimal_page_opened_from_disk_shows_what_comes_and_what_it_missed(
-    browser: Browser,
-    start: Start,
-    redis_process: RedisProcess,
+    browser: Any,
+    request: pytest.FixtureRequest,
+    start: kit.Start,
+    redis_process: kit.RedisProcess,
     channel: str,
     tmp_path: Path,
 ) -> None:
+    browser = request.getfixturevalue(browser)
     server = start("--retry", "100")
     page = tmp_path / "minimal.html"
     page.write_text(example_for(server, "minimal.html", channel))
+    assert len(page.read_text().splitlines()) <= 25
     browser.get(page.as_uri())
     wait_for_content(browser, "p", "open")
 
     server.publish("<b>plain</b>", channel)
     server.publish({"value": "PHP"}, channel, type="new_answers")
-    wait_for(lambda: items(browser) == ["PHP", "<b>plain</b>"], "both are shown, the newest first")
+    kit.wait_for(lambda: items(browser) == ["PHP", "<b>plain</b>"], "both are shown, the newest first")
 
     server.kill()
     wait_for_content(browser, "p", "waiting …")
-    other = start()
-    other.publish("missed", channel)
+    start().publish("missed", channel)
     back = start("--retry", "100", port=server.port)
-    wait_for(lambda: items(browser)[:1] == ["missed"], "what was missed is shown")
+    kit.wait_for(lambda: items(browser)[:1] == ["missed"], "what was missed is shown")
 
     back.publish("", channel, type="stream-reset")
-    wait_for(lambda: items(browser) == [], "the page was loaded anew")
+    kit.wait_for(lambda: items(browser) == [], "the page was loaded anew")
     wait_for_content(browser, "p", "open")
 
     back.publish("", channel, type="server_closed")
@@ -154,13 +109,13 @@ def test_the_minimal_page_opened_from_disk_shows_what_comes_and_what_it_missed(
 TABS = 8
 EVENTS = 1000
 CLOSED_LEADERS = 6
-TAKEOVER_S = 1.0
+TAKEOVER_MS = 1000
 MARK_ARRIVALS = """
   const mark = (item) => { item.dataset.at = Date.now(); };
   const observer = new MutationObserver((records) => records.forEach((record) => record.addedNodes.forEach(mark)));
   observer.observe(document.getElementById("events"), { childList: true });
 """
-ROLE = "return document.getElementById('role').textContent"
+LEADS = "return document.getElementById('role').textContent === 'holds the stream'"
 ARRIVALS = """
   const items = document.querySelectorAll("#events li");
   return Array.from(items, (item) => [item.textContent, Number(item.dataset.at ?? 0)]);
@@ -180,43 +135,25 @@ class Tabs:
         self._driver.switch_to.new_window("tab")
         self._driver.get(self._url)
         self._driver.execute_script(MARK_ARRIVALS)
-        handle = str(self._driver.current_window_handle)
-        self.handles.append(handle)
-        return handle
+        self.handles.append(str(self._driver.current_window_handle))
+        return self.handles[-1]
 
     def in_tab(self, handle: str, script: str) -> Any:
         """What a script answers there."""
         self._driver.switch_to.window(handle)
         return self._driver.execute_script(script)
 
-    def role(self, handle: str) -> str:
-        return str(self.in_tab(handle, ROLE))
-
     def leader(self) -> str:
         """The handle of the one tab that holds the stream."""
-        leaders: list[str] = wait_for(self.leaders, "a tab holds the stream")
-        assert len(leaders) == 1
-        return leaders[0]
+        found = kit.wait_for(lambda: [handle for handle in self.handles if self.in_tab(handle, LEADS)], "a tab leads")
+        assert len(found) == 1
+        return str(found[0])
 
-    def leaders(self) -> list[str]:
-        found = []
-        for handle in self.handles:
-            if self.role(handle) == "holds the stream":
-                found.append(handle)
-        return found
-
-    def waiting_for(self, text: str) -> list[str]:
-        """The tabs whose newest event is another."""
-        return [handle for handle in self.handles if self.shown(handle)[-1] != text]
-
-    def shown(self, handle: str) -> list[str]:
-        """The events in a tab, in order."""
-        return [text for text, _ in self.arrivals(handle)]
-
-    def arrivals(self, handle: str) -> list[tuple[str, float]]:
-        """The same, and when each came (Unix time, ms; 0: before that was noted)."""
+    def arrivals(self, handle: str) -> dict[str, float]:
+        """The events in a tab, in order, and when each came (Unix time, ms; 0: before that was noted)."""
         arrivals = self.in_tab(handle, ARRIVALS)
-        return [(text, at) for text, at in arrivals]
+        assert len({text for text, _ in arrivals}) == len(arrivals)
+        return dict(arrivals)
 
     def close(self, handle: str) -> None:
         self._driver.switch_to.window(handle)
@@ -226,7 +163,7 @@ class Tabs:
 
 
 @pytest.fixture
-def tabs_of(chromium: WebDriver) -> Iterator[Any]:
+def tabs_of(chromium: WebDriver) -> Iterator[Callable[[str], Tabs]]:
     """Opens tabs in Chromium; at the end the one is left that was there before."""
     first = chromium.current_window_handle
     yield lambda url: Tabs(chromium, url)
@@ -239,10 +176,7 @@ def tabs_of(chromium: WebDriver) -> Iterator[Any]:
 
 @pytest.mark.alone
 def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_while_leaders_are_closed(
-    tabs_of: Any,
-    start: Start,
-    redis_process: RedisProcess,
-    channel: str,
+    tabs_of: Callable[[str], Tabs], start: kit.Start, redis_process: kit.RedisProcess, channel: str
 ) -> None:
     server = start("--history", str(EVENTS))
     page = example_for(server, "one-stream-for-all-tabs.html", channel)
@@ -250,39 +184,30 @@ def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_whil
         tabs = tabs_of(site.url)
         for _ in range(TABS):
             tabs.open()
-        wait_for(lambda: server.streams() == 1, "the leader's stream is open")
-        publisher = Publisher(server.port, "event", channel, pause=0.008)
-
-        def wait_until_published(number: int) -> None:
-            wait_for(lambda: len(publisher.acknowledged) >= number, f"{number} events")
+        kit.wait_for(lambda: server.streams() == 1, "the leader's stream is open")
+        publisher = kit.Publisher(server.port, "event", channel, pause=0.008)
 
         joined = ""
         left: list[list[str]] = []
-        moments = random.sample(range(EVENTS // 10, EVENTS), CLOSED_LEADERS)
-        for number in sorted(moments):
-            wait_until_published(number)
+        for moment in sorted(random.sample(range(EVENTS // 10, EVENTS), CLOSED_LEADERS)):
+            kit.wait_for(lambda: len(publisher.acknowledged) >= moment, f"{moment} events")  # noqa: B023
             leader = tabs.leader()
             redis_process.wait_for_subscribers(channel, 1)
-            left.append(tabs.shown(leader))
+            left.append(list(tabs.arrivals(leader)))
             tabs.close(leader)
             if len(left) == CLOSED_LEADERS // 2:
                 redis_process.wait_for_subscribers(channel, 1)  # the next one has taken over
                 joined = tabs.open()
-        wait_until_published(EVENTS)
+        kit.wait_for(lambda: len(publisher.acknowledged) >= EVENTS, "all events")
         publisher.stop()
 
-        texts = []
-        published_at = {}
-        for published_us, _, text in publisher.acknowledged:
-            texts.append(text)
-            published_at[text] = published_us / 1000
-        wait_for(lambda: not tabs.waiting_for(texts[-1]), "all tabs have the last event")
+        published_at = {text: place_us / 1000 for place_us, _, text in publisher.acknowledged}
+        texts = list(published_at)
         for handle in tabs.handles:
-            shown = tabs.shown(handle)
-            from_joining = texts[-len(shown) :]
-            assert shown == (from_joining if handle == joined else texts)
-            for text, arrived_at in tabs.arrivals(handle):
-                assert arrived_at - published_at[text] < 1000 * TAKEOVER_S
+            kit.wait_for(lambda: texts[-1] in tabs.arrivals(handle), "the tab has the last event")  # noqa: B023
+            arrivals = tabs.arrivals(handle)
+            assert list(arrivals) == (texts[-len(arrivals) :] if handle == joined else texts)
+            assert all(at - published_at[text] < TAKEOVER_MS for text, at in arrivals.items())
         for shown in left:
             first = texts.index(shown[0])
             assert shown == texts[first : first + len(shown)]
@@ -296,29 +221,19 @@ def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_whil
 
 def words(browser: Browser) -> list[int]:
     """The numbers of the words that the page shows."""
-    answer = content(browser, "#answer")
-    found = re.findall(r"word (\d+) about rivers", answer)
-    return [int(number) for number in found]
+    return [int(number) for number in re.findall(r"word (\d+) about rivers", content(browser, "#answer"))]
 
 
 def wait_for_words(browser: Browser, number: int) -> None:
-    wait_for(lambda: len(words(browser)) >= number, f"{number} words of the answer")
+    kit.wait_for(lambda: len(words(browser)) >= number, f"{number} words of the answer")
 
 
 def test_an_answer_is_whole_on_two_devices_though_it_was_reloaded_and_the_server_killed_in_the_middle(
-    tab: WebDriver,
-    second_browser: Firefox,
-    start: Start,
-    tmp_path: Path,
+    tab: WebDriver, second_browser: Firefox, start: kit.Start, tmp_path: Path
 ) -> None:
     server = start("--retry", "100", SSEPUSH_HISTORY="5000")
-    environment = {
-        "STREAM_URL": f"{server.url}/stream",
-        "REDIS_URL": server.redis.url,
-        "SSEPUSH_HISTORY": "5000",
-        "WORDS_PER_S": "75",
-    }
-    with running_app("llm_stream.py", tmp_path, free_port(), **environment) as url:
+    environment = {"STREAM_URL": f"{server.url}/stream", "REDIS_URL": server.redis.url, "SSEPUSH_HISTORY": "5000"}
+    with running_app("llm_stream.py", tmp_path, kit.free_port(), WORDS_PER_S="75", **environment) as url:
         tab.get(url)
         question = tab.find_element("name", "question")
         question.clear()
@@ -330,8 +245,7 @@ def test_an_answer_is_whole_on_two_devices_though_it_was_reloaded_and_the_server
         second_browser.get(tab.current_url)
         wait_for_words(second_browser, 100)
         server.kill()
-        assert content(tab, "#state") == "is being made …"
-        assert content(second_browser, "#state") == "is being made …"
+        assert content(tab, "#state") == content(second_browser, "#state") == "is being made …"
         start("--retry", "100", port=server.port, SSEPUSH_HISTORY="5000")
 
         wait_for_content(tab, "#state", "complete")
