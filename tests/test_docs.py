@@ -325,7 +325,7 @@ def test_publish_that_is_interrupted_ends_with_the_status_that_is_listed(redis_p
 
 def test_all_code_that_is_shown_can_be_read_by_its_language(tmp_path: Path) -> None:
     """Shell, Python, JSON, and JavaScript, also in pages: whatever else is not run."""
-    node = kit.program("node")
+    node = kit.needs("node")
     script = tmp_path / "script.mjs"
 
     for language, text in blocks_of(*PAGES):
@@ -462,7 +462,7 @@ def test_a_private_channel_opens_as_is_shown(start: kit.Start, own_redis: kit.Re
     lines = shown("export SSEPUSH_SECRET", "sign private-7", "curl -N")
     (export,) = re.findall("^export .*$", lines, re.MULTILINE)
     (listen,) = re.findall("^curl -N .*$", lines, re.MULTILINE)
-    kit.program("openssl")
+    kit.needs("openssl")
     secret = subprocess.check_output(["sh", "-ec", f'{export}; printf %s "$SSEPUSH_SECRET"'], text=True)
     server = start(redis=own_redis, SSEPUSH_SECRET=secret)
 

@@ -806,7 +806,7 @@ def run_line(line: str, redis_process: RedisProcess) -> subprocess.CompletedProc
     command = line.replace("redis-cli ", f"redis-cli -p {redis_process.port} ", 1)
     command = command.replace("python ssepush.py", f"{sys.executable} ssepush.py", 1)
     environment = {**os.environ, "REDIS_URL": redis_process.url}
-    arguments = [kit.program("bash"), "-c", command]
+    arguments = [kit.needs("bash"), "-c", command]
     return subprocess.run(arguments, cwd=HERE, env=environment, capture_output=True, text=True, timeout=kit.DEADLINE_S)
 
 

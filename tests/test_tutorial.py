@@ -57,7 +57,7 @@ class Reader(ExitStack):
         self.log = folder / "stage.log"
         self.stage: subprocess.Popen[bytes] | None = None  # the one that runs
         self.page_port, self.port = "", 0  # what the page calls it by, and its real one
-        redis_cli = kit.program("redis-cli")
+        redis_cli = kit.needs("redis-cli")
         self.redis = kit.RedisProcess(folder)
         self.callback(self.redis.kill)
         self.callback(self.stop)
