@@ -75,7 +75,7 @@ class Reader(ExitStack):
         command = [sys.executable, str(TUTORIAL / name), str(self.port)]
         environment = self.environment | dict(variable.split("=") for variable in variables.split())
         with self.log.open("wb") as log:
-            self.stage = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            self.stage = kit.start_process(*command, stdout=log, stderr=log, env=environment)
         printed: str = wait_for(self.log.read_text, f"{name} has started")
         return printed.replace(str(self.port), self.page_port)
 
@@ -84,10 +84,7 @@ class Reader(ExitStack):
         if self.stage:
             stage, self.stage = self.stage, None
             stage.send_signal(signal.SIGINT)
-            try:
-                assert stage.wait(DEADLINE_S) == 0
-            finally:
-                stage.kill()
+            assert stage.wait(DEADLINE_S) == 0
             assert self.log.read_text().endswith("stopped\n")
 
     def type(self, commands: str, printed: str) -> None:
@@ -114,7 +111,7 @@ class Reader(ExitStack):
     def publish(self, *numbers: int, channel: str = "sse") -> None:
         for number in numbers:
             answer = self.post(b'{"data": %d, "channel": "%b"}' % (number, channel.encode()))
-            assert answer.startswith(b"HTTP/1.0 200 ")
+            assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 def is_like(output: str, expected: str, is_mixed: bool = False) -> bool:
@@ -174,16 +171,6 @@ def test_output_fits_if_the_page_describes_it(output: str, expected: str, is_mix
 # ── What no command shows ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Tab(kit.EventStream):
-    """A browser's tab with an open stream. http.server speaks HTTP/1.0: the stream ends with the connection."""
-
-    def _open(self) -> None:
-        self.is_chunked = self.is_compressed = False
-        with self.sock.makefile("rb", buffering=0) as file:
-            head = {*iter(file.readline, b"\r\n")}
-        assert {b"HTTP/1.0 200 OK\r\n", b"Content-Type: text/event-stream\r\n"} <= head
-
-
 @pytest.fixture
 def reader(tmp_path: Path) -> Iterator[Reader]:
     with Reader(tmp_path) as reader:
@@ -193,23 +180,23 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
 def test_a_browser_gets_no_event_from_the_frames_of_the_article_and_each_digit_from_stage_1(reader: Reader) -> None:
     reader.start("stage1_digits.py")
 
-    with Tab(reader.port, "/stream?article") as tab:
+    with kit.EventStream(reader.port, "/stream?article") as tab:
         tab.wait(lambda: b"data: 3\n" in tab.body, "three digits")
         assert tab.events == []
-    with Tab(reader.port) as tab:
+    with kit.EventStream(reader.port) as tab:
         assert tab.data(2) == ["1", "2"]
 
 
 def test_a_browser_gets_each_event_of_stage_6_once_or_a_reset_until_redis_is_gone(reader: Reader) -> None:
     reader.start("stage6_resume.py", "PAUSE_S=0.01")
     received: list[kit.Received] = []
-    with Tab(reader.port, "/stream?channel=a&channel=b") as tab:
+    with kit.EventStream(reader.port, "/stream?channel=a&channel=b") as tab:
         first = position = tab.position()  # before the first event of all
 
     with ThreadPoolExecutor() as publishers:
         publishing = publishers.map(lambda channel: reader.publish(*range(80), channel=channel), "ab")
         while len(received) < 160:
-            with Tab(reader.port, "/stream?channel=a&channel=b", last_event_id=position) as tab:
+            with kit.EventStream(reader.port, "/stream?channel=a&channel=b", last_event_id=position) as tab:
                 tab.take(1)
                 received += tab.events
                 position = tab.last_event_id
@@ -218,7 +205,7 @@ def test_a_browser_gets_each_event_of_stage_6_once_or_a_reset_until_redis_is_gon
 
     assert [event.id for event in received] == sorted({event.id for event in received})
     assert sorted(event.data for event in received) == sorted(2 * list(map(str, range(80))))
-    with Tab(reader.port, f"/stream?channel=b&channel=a&lastEventId={first}") as tab:
+    with kit.EventStream(reader.port, f"/stream?channel=b&channel=a&lastEventId={first}") as tab:
         assert tab.next() == kit.Received('{"reason": "trimmed"}', "stream-reset", tab.last_event_id)
         reader.redis.kill()
         assert tab.until_end() == []
@@ -243,10 +230,10 @@ def test_bad_messages_end_no_stream_and_each_browser_comes_back_at_another_time(
     reader.start(name)
 
     for what, message in BAD_MESSAGES.items():
-        with Tab(reader.port) as tab:
+        with kit.EventStream(reader.port) as tab:
             tab.wait(lambda: tab.positions, "the stream is open")
             reader.redis.wait_for_subscribers("sse", 1)
-            assert reader.post(message).startswith(b"HTTP/1.0 400 "), what
+            assert reader.post(message).startswith(b"HTTP/1.1 400 "), what
             reader.redis.publish("sse", message)
             reader.redis.publish("sse", '{"data": "the next"}')
             assert tab.data(1) == ["the next"], what

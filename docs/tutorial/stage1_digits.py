@@ -18,6 +18,8 @@ PAGE = Path(__file__).with_name("page.html")
 class Handler(BaseHTTPRequestHandler):
     """One request. Each runs in a thread of its own, so it may go on for ever."""
 
+    protocol_version = "HTTP/1.1"
+
     def do_GET(self):
         if self.path.startswith("/stream"):
             self.answer_stream()
@@ -25,10 +27,11 @@ class Handler(BaseHTTPRequestHandler):
             self.start("text/html; charset=utf-8")
             self.wfile.write(PAGE.read_bytes())
 
-    def start(self, content_type):
+    def start(self, content_type, status=200):
         """Send the head of the answer. It names no length: the body lasts as long as the connection."""
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", content_type)
+        self.send_header("Connection", "close")
         self.end_headers()
 
     def answer_stream(self):

@@ -67,8 +67,7 @@ class Handler(stage3_closed_tabs.Handler):
             answer()
         except HTTPError as error:
             status, why = error.args
-            self.send_response(status)
-            self.end_headers()
+            self.start("text/plain", status)
             self.wfile.write(f"{why}\n".encode())
 
     def check_host(self):
@@ -99,8 +98,8 @@ class Handler(stage3_closed_tabs.Handler):
             raise HTTPError(400, f"this cannot become an event: {error}") from None
         return message
 
-    def start(self, content_type):
-        super().start(content_type)
+    def start(self, content_type, status=200):
+        super().start(content_type, status)
         if content_type == "text/event-stream":
             self.connection.settimeout(None)  # an open stream may be silent for as long as it likes
             self.wfile.write(first_words())
