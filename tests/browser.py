@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -66,6 +66,12 @@ def second_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox
     folder = tmp_path_factory.mktemp("firefox")
     with firefox(folder) as browser:
         yield browser
+
+
+@pytest.fixture(params=["tab", "second_browser"], ids=["Chromium", "Firefox"])
+def browser(request: pytest.FixtureRequest) -> Any:
+    """Each browser by turns."""
+    return request.getfixturevalue(request.param)
 
 
 def text_of(tab: WebDriver, id_: str) -> str:

@@ -12,14 +12,11 @@ import pytest
 import ssepush
 from tests.kit import RedisProcess, ServerProcess, Start, both_ways, wait_for
 from tests.messages import AS_PUBLISHED, NEW_ANSWERS, NO_EVENT_OBJECTS, POISON, publish_all
-from tests.test_examples import browser, example_for, items, wait_for_content
+from tests.test_examples import example_for, items, wait_for_content
 from tests.test_page import MESSAGE, PLACEHOLDER, SECOND_HEARTBEATS, SHOWN_ANSWER, STRANGE, DeafProxy, OpenPage
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
-
-__all__ = ["browser"]  # a fixture
-
 
 # ── The article's page, however the server subscribes ────────────────────────────────────────────────────────────────
 
