@@ -10,10 +10,7 @@ app.config["REDIS_URL"] = os.environ["REDIS_URL"]
 app.register_blueprint(sse, url_prefix="/stream")
 
 
+@app.post("/publish")
 def publish() -> dict[str, str]:
-    message = request.get_json()
-    sse.publish(message["data"], channel=message["channel"])
+    sse.publish(request.json["data"], channel=request.json["channel"])
     return {"state": "ok"}
-
-
-app.add_url_rule("/publish", view_func=publish, methods=["POST"])

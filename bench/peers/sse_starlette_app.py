@@ -14,8 +14,7 @@ CONNECTIONS = redis.asyncio.ConnectionPool.from_url(os.environ["REDIS_URL"], max
 
 
 async def events() -> AsyncIterator[dict[str, str]]:
-    connection = redis.asyncio.Redis(connection_pool=CONNECTIONS)
-    async with connection.pubsub() as pubsub:
+    async with redis.asyncio.Redis(connection_pool=CONNECTIONS).pubsub() as pubsub:
         await pubsub.subscribe("sse")
         async for message in pubsub.listen():
             if message["type"] == "message":
