@@ -1948,18 +1948,13 @@ GUARDED: dict[str, tuple[tuple[str, ...], str | None]] = {
 
 
 @pytest.fixture(scope="module")
-def guarded(redis_process: RedisProcess) -> Iterator[Callable[[str], ServerProcess]]:
-    """The servers of GUARDED, each started when first asked for."""
-    started: dict[str, ServerProcess] = {}
-
-    def server_of(name: str) -> ServerProcess:
-        if name not in started:
-            options, token = GUARDED[name]
-            environment = {} if token is None else {"SSEPUSH_PUBLISH_TOKEN": token}
-            started[name] = ServerProcess(redis_process, *options, port=0, **environment)
-        return started[name]
-
-    yield server_of
+def guarded(redis_process: RedisProcess) -> Iterator[dict[str, ServerProcess]]:
+    """The servers of GUARDED."""
+    started = {}
+    for name, (options, token) in GUARDED.items():
+        environment = {} if token is None else {"SSEPUSH_PUBLISH_TOKEN": token}
+        started[name] = ServerProcess(redis_process, *options, port=0, **environment)
+    yield started
     for server in started.values():
         server.end()
 
@@ -2135,11 +2130,11 @@ def ask(server: ServerProcess, line: str, **given: str) -> Answer:
 
 
 @pytest.mark.parametrize("who", ASKED)
-def test_who_belongs_gets_in_and_nobody_else(guarded: Callable[[str], ServerProcess], who: str) -> None:
+def test_who_belongs_gets_in_and_nobody_else(guarded: dict[str, ServerProcess], who: str) -> None:
     name, line, status, error, fields = ASKED[who]
-    default = guarded("default")
+    default = guarded["default"]
     with default.stream("guarded", "sse") as listener:
-        answer = ask(guarded(name), line, **fields)
+        answer = ask(guarded[name], line, **fields)
         default.redis.publish("guarded", "sentinel")
 
         assert answer.status == status, answer
@@ -2161,10 +2156,10 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_page_is_told_that_it_may_read(guarded: Callable[[str], ServerProcess], reader: str) -> None:
+def test_a_page_is_told_that_it_may_read(guarded: dict[str, ServerProcess], reader: str) -> None:
     name, origin, allowed = READERS[reader]
 
-    with guarded(name).stream(Origin=origin) as stream:
+    with guarded[name].stream(Origin=origin) as stream:
         assert stream.status == 200
         assert stream.headers["access-control-allow-origin"] == allowed
         assert stream.headers["vary"] == "Origin"
@@ -2186,11 +2181,11 @@ PREFLIGHTS = {
 
 
 @pytest.mark.parametrize("asked", PREFLIGHTS)
-def test_a_preflight_allows_what_will_be_allowed(guarded: Callable[[str], ServerProcess], asked: str) -> None:
+def test_a_preflight_allows_what_will_be_allowed(guarded: dict[str, ServerProcess], asked: str) -> None:
     name, path, origin, allowed = PREFLIGHTS[asked]
     wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
 
-    answer = guarded(name).get(path, "OPTIONS", Origin=origin, **wanted)
+    answer = guarded[name].get(path, "OPTIONS", Origin=origin, **wanted)
 
     told = answer.headers.get("Access-Control-Allow-Origin")
     is_allowed = told in ("*", origin) and "Access-Control-Allow-Methods" in answer.headers
