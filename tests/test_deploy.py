@@ -162,7 +162,7 @@ def unit(tmp_path: Path) -> Path:
 
 
 def test_systemd_finds_nothing_wrong_with_the_unit_and_finds_it_hardened(unit: Path) -> None:
-    analyze = kit.program("systemd-analyze")
+    analyze = kit.needs("systemd-analyze")
     instance = unit.with_name("ssepush@1.service")
     instance.write_text(unit.read_text())
 
@@ -339,7 +339,7 @@ def alerts() -> str:
 
 def promtool(*arguments: str | Path, stdin: str = "") -> str:
     """What it prints when it finds nothing wrong."""
-    return said_by(kit.program("promtool"), *arguments, stdin=stdin)
+    return said_by(kit.needs("promtool"), *arguments, stdin=stdin)
 
 
 def test_each_alert_fires_alone_when_it_should_and_none_for_a_quiet_server() -> None:
@@ -381,7 +381,7 @@ def prometheus(folder: Path, configuration: dict[str, Any], scraped: int) -> Ite
         return answer["data"]
 
     options = (f"--config.file={file}", f"--storage.tsdb.path={folder}", f"--web.listen-address={kit.LOOPBACK}:{port}")
-    with kit.running(kit.program("prometheus"), *options, stderr=subprocess.DEVNULL):
+    with kit.running(kit.needs("prometheus"), *options, stderr=subprocess.DEVNULL):
         kit.wait_for(lambda: get(port, "/-/ready")[0] == 200, "Prometheus is ready")
         yield asked
 
@@ -417,7 +417,7 @@ def test_alerts_ask_for_what_is_exported_from_the_start_so_that_the_first_is_an_
     for name, label, values in waited_for:
         for value in values.split("|"):
             assert f'{name}{{{label}="{value}"}} 0\n' in fresh
-    assert run_program(kit.program("promtool"), "check", "metrics", stdin=later).stderr == ""
+    assert run_program(kit.needs("promtool"), "check", "metrics", stdin=later).stderr == ""
 
 
 # ── Upgrading ────────────────────────────────────────────────────────────────────────────────────────────────────────

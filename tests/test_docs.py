@@ -325,7 +325,7 @@ def test_publish_that_is_interrupted_ends_with_the_status_that_is_listed(redis_p
 
 def test_all_code_that_is_shown_can_be_read_by_its_language(tmp_path: Path) -> None:
     """Shell, Python, JSON, and JavaScript, also in pages: whatever else is not run."""
-    node = kit.program("node")
+    node = kit.needs("node")
     script = tmp_path / "script.mjs"
 
     for language, text in blocks_of(*PAGES):
@@ -368,7 +368,7 @@ def here(text: str, server: kit.ServerProcess) -> str:
 def shell(line: str, server: kit.ServerProcess) -> str:
     """What a shell prints that runs this line of an example."""
     for name in ("redis-cli", "curl"):
-        kit.program(name)
+        kit.needs(name)
     command = ["sh", "-ec", here(line, server)]
     environment = kit.environment_with(REDIS_URL=server.redis.url)
     done = subprocess.run(command, capture_output=True, text=True, timeout=kit.DEADLINE_S, env=environment, check=False)
@@ -380,7 +380,7 @@ def shell(line: str, server: kit.ServerProcess) -> str:
 def reading(line: str, server: kit.ServerProcess, **environment: str) -> Iterator[Iterable[bytes]]:
     """The lines that a shell prints while it runs this line of an example, which does not end by itself."""
     for name in ("redis-cli", "curl"):
-        kit.program(name)
+        kit.needs(name)
     with kit.running("sh", "-c", f"exec {here(line, server)}", env=kit.environment_with(**environment)) as process:
         assert process.stdout
         yield process.stdout
@@ -462,7 +462,7 @@ def test_a_private_channel_opens_as_is_shown(start: kit.Start, own_redis: kit.Re
     lines = shown("export SSEPUSH_SECRET", "sign private-7", "curl -N")
     (export,) = re.findall("^export .*$", lines, re.MULTILINE)
     (listen,) = re.findall("^curl -N .*$", lines, re.MULTILINE)
-    kit.program("openssl")
+    kit.needs("openssl")
     secret = subprocess.check_output(["sh", "-ec", f'{export}; printf %s "$SSEPUSH_SECRET"'], text=True)
     server = start(redis=own_redis, SSEPUSH_SECRET=secret)
 

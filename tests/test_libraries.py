@@ -43,7 +43,7 @@ NPM_PACKAGES = (
 def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all the packages of the npm registry that are run here."""
     folder = tmp_path_factory.mktemp("npm")
-    command = [kit.program("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), *NPM_PACKAGES]
+    command = [kit.needs("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), *NPM_PACKAGES]
     installed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert installed.returncode == 0, installed.stderr
     return folder
@@ -181,7 +181,7 @@ class Clients:
         is_python = row.suffix == ".py"
         path = self._folder / f"{self.channel_of[row]}{row.suffix}"
         path.write_text((PYTHON_SHOWS if is_python else NODE_SHOWS) + self._code(row))
-        command = [sys.executable if is_python else kit.program("node"), str(path)]
+        command = [sys.executable if is_python else kit.needs("node"), str(path)]
         log = self._stack.enter_context(path.with_suffix(".log").open("wb"))
         started = kit.running(*command, cwd=self._folder, env=kit.environment_with(), stderr=log)
         process = self._stack.enter_context(started)
@@ -357,7 +357,7 @@ def test_curl_publishes_small_and_large_bodies(
     stream = server.stream(channel)
     body = tmp_path / "body.json"
     body.write_text(json.dumps({"data": "x" * size, "channel": channel}))
-    command = [kit.program("curl"), "-s", f"{server.url}/publish", "-H", "Content-Type: application/json"]
+    command = [kit.needs("curl"), "-s", f"{server.url}/publish", "-H", "Content-Type: application/json"]
     command += ["-H", "Expect: 100-continue", "--expect100-timeout", "60", "--data-binary", f"@{body}"]
 
     answer = json.loads(subprocess.check_output(command, timeout=kit.DEADLINE_S))

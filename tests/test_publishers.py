@@ -25,7 +25,7 @@ def run(redis: kit.RedisProcess, *command: str) -> None:
 def php(server: kit.ServerProcess) -> None:
     connect = f'$redis = new Redis(); $redis->connect("127.0.0.1", {server.redis.port});'
     example = shown("file_get_contents(", "$redis->publish").replace("http://127.0.0.1:5000", server.url)
-    run(server.redis, kit.program("php"), "-r", connect + example)
+    run(server.redis, kit.needs("php"), "-r", connect + example)
 
 
 def flask_sse(server: kit.ServerProcess) -> None:
