@@ -41,9 +41,9 @@ HEARTBEAT_S = 1
 class Deployment:
     """A server with every proxy before it. It can be away, and comes back where it was."""
 
-    def __init__(self, redis: kit.RedisProcess) -> None:
+    def __init__(self, redis: kit.RedisProcess, port: int) -> None:
         self.redis = redis
-        self.port = kit.free_port()
+        self.port = port
         self.start()
 
     def start(self) -> None:
@@ -62,17 +62,20 @@ class Deployment:
 
 
 @pytest.fixture(scope="module")
-def deployment(redis_process: kit.RedisProcess) -> Iterator[Deployment]:
-    deployment = Deployment(redis_process)
+def proxies() -> Iterator[dict[str, Proxy]]:
+    """All of them, before a port."""
+    with proxies_before(kit.free_port()) as proxies:
+        yield proxies
+
+
+@pytest.fixture
+def deployment(redis_process: kit.RedisProcess, proxies: dict[str, Proxy]) -> Iterator[Deployment]:
+    """A server at that port, once all pass on what is for it: some leave it alone for a moment after it was away."""
+    deployment = Deployment(redis_process, proxies["nginx"].upstream)
+    for proxy in proxies.values():
+        kit.wait_for(lambda: ask(proxy, "GET", "/")[0] == 200, f"{proxy.recipe} passes it on")  # noqa: B023
     yield deployment
     deployment.server.end()
-
-
-@pytest.fixture(scope="module")
-def proxies(deployment: Deployment) -> Iterator[dict[str, Proxy]]:
-    """All of them, before it."""
-    with proxies_before(deployment.port) as proxies:
-        yield proxies
 
 
 def connection_to(proxy: Proxy) -> http.client.HTTPConnection:
