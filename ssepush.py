@@ -807,9 +807,7 @@ class Stream:
     expires_at: float = math.inf  # on the monotonic clock, as all times here
     opened_at: float = field(default_factory=monotonic)
     state: State = WAITING
-    position: str = (
-        ""  # the id that the page came with, later that of Redis's answer, at the end that of the last event
-    )
+    position: str = ""  # the id the page came with; then that of Redis's answer; at its end, of the last event
     backlog: deque[memoryview] | None = None  # what the kernel did not take; None rather than empty: memory
     unsent_bytes: int = 0  # of the backlog
     stray_bytes: int = 0  # sent by the browser on the open stream
