@@ -1,4 +1,4 @@
-"""ssepush pushes events to browsers: what is published on a Redis channel appears in every page that has it open.
+"""ssepush pushes events to browsers. Publish on a Redis channel, and every page that has the channel open gets it.
 
     browser ──GET /stream──▶ the thread that accepts: parse, check
                                ▼ hand the socket over; the thread is free again
@@ -7,36 +7,37 @@
     GET  /stream?channel=A&channel=B   the event stream (also lastEventId=, last=, token=)
     POST /publish                      {"channel": "sse", "data": any, "type": "…", "retry": ms, "key": "…"}
     GET  /position                     the newest id, to render a page with
-    GET  /                             the page; /notifications and /numbers are two demonstrations
-    GET  /healthz, /metrics            for those who run it
+    GET  /                             the page; /notifications and /numbers are demos
+    GET  /healthz, /metrics            for operators
 
-| thread  | how many                     | what it does, and what it may touch                                        |
+| thread  | how many                     | what it does                                                               |
 | ------- | ---------------------------- | -------------------------------------------------------------------------- |
 | main    | 1                            | starts the others, waits for SIGTERM or Ctrl-C, drains                     |
-| accept  | 1 per listening socket       | accepts connections; opens streams whose request has come, if Redis is     |
-|         |                              | quick                                                                      |
+| accept  | 1 per listening socket       | accepts connections; opens a stream itself if the request is already there |
+|         |                              | and connecting to Redis is quick                                           |
 | request | 1 per connection that is no  | answers all other requests; publishes                                      |
 |         | stream, at most 1,000        |                                                                            |
-| relay   | 1                            | owns every Stream and Subscriber, and alone reads and writes their sockets |
-| watch   | 1                            | asks Redis every few seconds for the channels' newest ids                  |
-| follow  | 1 with Sentinels, clusters   | asks every second who the master is                                        |
-| log     | 1                            | writes to standard error, which nobody may be reading                      |
+| relay   | 1                            | owns every Stream and Subscriber; no other thread reads or writes them     |
+| watch   | 1                            | asks Redis every few seconds for each channel's newest id                  |
+| follow  | 1 with Sentinels, clusters   | asks every second which node is the master                                 |
+| log     | 1                            | writes to standard error, which may block                                  |
 
-Promised: an event published through ssepush reaches every stream of its channel once, in order, even across lost
-connections; where that cannot be proved, the stream is told so by an event of type `stream-reset`. A plain PUBLISH by
-anyone else is delivered live, to the streams that are open at that moment, and not replayed.
+The promise: an event published through ssepush reaches every stream of its channel once and in order, even across lost
+connections. Where ssepush cannot prove that, it tells the stream with an event of type `stream-reset`. A plain PUBLISH
+by anyone else is delivered live, to the streams open at that moment, and never replayed.
 
-Simplifications, chosen:
-1. One recovery path. A lost Redis, a slow browser, a deploy: each ends the stream, and the browser's own reconnection
-   with its Last-Event-ID is the recovery. Nothing resubscribes in the background.
-2. One sequence of ids orders all channels, so one Redis hands them out.
-3. HTTP/1.1 without TLS: TLS and HTTP/2 belong to the proxy in front.
-4. Without `--shared` each stream has a Redis subscriber of its own: PUBLISH then answers how many pages it reached.
+Deliberate simplifications:
+1. There is one way to recover. Redis goes away, a browser is too slow, you deploy: the stream ends. The browser then
+   reconnects with its Last-Event-ID and resumes. Nothing resubscribes in the background.
+2. All channels share one sequence of ids, so a single Redis has to hand them out.
+3. The server speaks HTTP/1.1 without TLS. TLS and HTTP/2 are the job of the proxy in front.
+4. Each stream has its own Redis subscriber, so PUBLISH answers how many pages it reached. `--shared` trades that number
+   for a single subscriber.
 
-The heart is the four sections from "The event stream format" to "Streams and the relay". If you stop there, you have
-understood the server; you can skip each section after them.
+The core is the four sections from "The event stream format" to "Streams and the relay". Once you have read those, you
+know how the server works; each section after them can be skipped.
 
-The format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+The event stream format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 Redis: https://redis.io/docs/latest/develop/pubsub/ and https://redis.io/docs/latest/develop/reference/protocol-spec/
 """
 
@@ -106,22 +107,22 @@ log = logging.getLogger("ssepush")
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
-MAX_CHANNELS = 20  # on one stream: a browser opens at most 6 connections per host, so pages share one stream
+MAX_CHANNELS = 20  # on one stream: browsers open only 6 connections per host, so a page shares one stream
 MAX_CHANNEL_BYTES = 200
-MAX_ID_BYTES = 128  # what browsers send back across origins without asking first
-MAX_EVENT_BYTES = 2**20  # unless --max-event says more: what publishers may send, and streams must pass on
-KEPT_BYTES = MAX_EVENT_BYTES + 4096  # of a channel's history: any event fits, but one of very many short lines
-MAX_DEPTH = 500  # arrays and objects inside each other: less than any reader's stack has room for
-REDIS_S = 5.0  # for Redis to answer
+MAX_ID_BYTES = 128  # a longer Last-Event-ID costs browsers a CORS preflight
+MAX_EVENT_BYTES = 2**20  # default of --max-event; a PUBLISH by others may always be as long
+KEPT_BYTES = MAX_EVENT_BYTES + 4096  # per channel's history: fits any event that is not thousands of short lines
+MAX_DEPTH = 500  # levels of arrays and objects: few enough for the stack of any JSON parser
+REDIS_S = 5.0  # how long Redis may take to answer
 
 
 def number(low: float, high: float) -> Callable[[str], Any]:
-    """An argparse type: a whole number if low is one."""
+    """An argparse type: a number from low to high, whole if low is an int."""
 
     def value(text: str) -> float:
         with suppress(ValueError):
             given: float = type(low)(text)
-            is_plain = re.fullmatch("[0-9.]{1,20}", text)  # Python takes more: " 5", "+5", "5_0"
+            is_plain = re.fullmatch("[0-9.]{1,20}", text)  # Python also accepts " 5", "+5" and "5_0"
             if is_plain and low <= given <= high:
                 return given
         raise argparse.ArgumentTypeError(f"must be a number from {low} to {high}, not {text!r}")
@@ -140,9 +141,9 @@ def admin_address(text: str) -> str:
 
 
 def option(default: Any, help: str, *limits: float, **how: Any) -> Any:
-    """A field of Settings, and the option of the command line that sets it.
+    """A field of Settings that is also a command-line option.
 
-    limits: of a number, low and high; how: for argparse's add_argument.
+    limits: the lowest and highest number allowed. how: passed to argparse's add_argument.
     """
     if limits:
         how["type"] = number(*limits)
@@ -150,42 +151,42 @@ def option(default: Any, help: str, *limits: float, **how: Any) -> Any:
 
 
 def repeatable(help: str) -> Any:
-    """The same, for an option that may be given several times."""
+    """The same for an option that you can give several times."""
     return field(default_factory=list, metadata={"help": help, "action": "append"})
 
 
 @dataclass
 class Settings:
-    """What the command line chose: each field is an option, `redis_url` is --redis-url."""
+    """The command line, parsed. Each field is an option: `redis_url` is --redis-url."""
 
     host: str = option("127.0.0.1", "address to listen on (127.0.0.1)")
     port: int = option(5000, "port to listen on; 0: any free one (5000)", 0, 65535)
     redis_url: str = option(
         "", "redis://, rediss://, unix://, redis+sentinel:// … (REDIS_URL; else local, or embedded)"
     )
-    prefix: str = option("", "before every channel on Redis; pages do without (SSEPUSH_PREFIX)", type=str)
+    prefix: str = option("", "put before every channel on Redis; pages leave it out (SSEPUSH_PREFIX)", type=str)
     history: int = option(1000, "events kept per channel; 0: none (1000)", 0, 100_000)
-    history_ttl: int = option(86400, "seconds for which they are kept (86400)", 1, YEAR_S)
-    shared: bool = option(False, "one Redis subscriber for all streams instead of one each", action="store_true")
-    heartbeat: float = option(15.0, "seconds between signs of life on each stream (15)", 0.1, 3600)
-    retry: int = option(3000, "ms until browsers reconnect, spread by ±50%% (3000)", 1, 3_600_000)
-    max_streams: int = option(0, "open streams (what open files and Redis's clients allow)", 1, 1_000_000)
-    max_backlog: int = option(2**22, "bytes a stream may have unsent, or may have missed (4 MiB)", 1024, 2**30)
-    max_event: int = option(MAX_EVENT_BYTES, "bytes of the largest event (1 MiB)", 16, 2**28)
-    allow_origin: list[str] = repeatable("repeatable: who else may read, and publish")
-    allow_host: list[str] = repeatable("repeatable: what the Host header may say")
-    admin: str = option("", "HOST:PORT for /metrics and /healthz of this process, and only there", type=admin_address)
+    history_ttl: int = option(86400, "seconds to keep them (86400)", 1, YEAR_S)
+    shared: bool = option(False, "one Redis subscriber for all streams, not one for each", action="store_true")
+    heartbeat: float = option(15.0, "seconds between heartbeats on each stream (15)", 0.1, 3600)
+    retry: int = option(3000, "ms before browsers reconnect, randomized by ±50%% (3000)", 1, 3_600_000)
+    max_streams: int = option(0, "open streams (as many as open files and Redis's maxclients allow)", 1, 1_000_000)
+    max_backlog: int = option(2**22, "bytes that may wait for a slow stream or be replayed (4 MiB)", 1024, 2**30)
+    max_event: int = option(MAX_EVENT_BYTES, "size of the largest event in bytes (1 MiB)", 16, 2**28)
+    allow_origin: list[str] = repeatable("an origin whose pages may read and publish; repeatable")
+    allow_host: list[str] = repeatable("a name that the Host header may have; repeatable")
+    admin: str = option("", "HOST:PORT that alone serves /metrics and /healthz", type=admin_address)
     reuse_port: bool = option(False, "let several processes listen on the port", action="store_true")
-    drain: float = option(5.0, "seconds to close all streams in when told to stop (5)", 0.0, 3600)
+    drain: float = option(5.0, "seconds in which all streams are closed at shutdown (5)", 0.0, 3600)
     log_level: str = option("info", "(info)", choices=("debug", "info", "warning", "error"))
 
 
-PUBLISHING = ("redis_url", "prefix", "history", "history_ttl", "max_event")  # for the command `publish`, too
-ENVIRONMENT = ("prefix", "history", "history_ttl")  # the environment has their defaults
+PUBLISHING = ("redis_url", "prefix", "history", "history_ttl", "max_event")  # options of the command `publish`, too
+ENVIRONMENT = ("prefix", "history", "history_ttl")  # their defaults come from the environment
 
 
 def from_environment(name: str) -> Any:
-    """What SSEPUSH_HISTORY says, for the setting `history`; or else its default. ValueError: it is not such a value."""
+    """The value of SSEPUSH_HISTORY for the setting `history`, else its default. Raises ValueError if malformed."""
     setting = Settings.__dataclass_fields__[name]
     variable = f"SSEPUSH_{name.upper()}"
     text = os.environ.get(variable)
@@ -199,13 +200,13 @@ def from_environment(name: str) -> Any:
 
 # ── The event stream format ──────────────────────────────────────────────────────────────────────────────────────────
 
-LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
+LINE_END = re.compile(r"\r\n|\r|\n")  # no others; str.splitlines() would split at eight more
 ID_BYTES = 16
-EVENT_ID = re.compile("[0-9]{16}")  # ours: microseconds, which as text are in order, too
-REASONS = {  # why a stream ended, as logs and metrics name it: what its browser is told, where it can be told
+EVENT_ID = re.compile("[0-9]{16}")  # one of ours: microseconds since 1970. As text, too, the newer one is greater
+REASONS = {  # why a stream ends. Key: its name in logs and metrics. Value: what its browser is told, if it can be
     "gone": "",  # the browser closed the connection, or reset it, or vanished
-    "slow": "",  # it took less than was published, for too long
-    "redis-lost": "Redis is away",  # or has closed the connection of the subscriber
+    "slow": "",  # it read more slowly than events were published, for too long
+    "redis-lost": "Redis is away",  # or closed the subscriber's connection
     "redis-away": "Redis is away",  # the same, before the stream was open
     "redis-refused": "Redis refused",
     "missed": "events were missed",
@@ -213,23 +214,23 @@ REASONS = {  # why a stream ended, as logs and metrics name it: what its browser
     "drain": "this server is going down",
     "expired": "the token has expired",
 }
-RENEW_MS = 30_000  # until a page comes back that had an expired token, and may do nothing about it
+RENEW_MS = 30_000  # retry for a page that came back with an expired token and may have no way to renew it
 
 
 class Event(NamedTuple):
-    """What a browser dispatches. None: the field is not sent; data "" is an event with empty data."""
+    """What a browser dispatches. A field that is None is not sent; data "" is an event with empty data."""
 
     data: str
     type: str | None = None
     id: str | None = None
     retry: int | None = None  # ms
-    previous: str = ""  # the id before it on its channel, if `publish` gave it one; not sent
+    previous: str = ""  # the id before it on its channel, set by `publish`; browsers do not get it
 
 
 def frame_of(event: Event) -> bytes:
     r"""The event as it goes over the wire: `Event("hi", "greet")` gives `b"event: greet\ndata: hi\n\n"`.
 
-    ValueError: type or id holds what would end its line and forge a field; UnicodeEncodeError: a lone surrogate.
+    Raises ValueError if type or id could end its line and so forge a field, UnicodeEncodeError for a lone surrogate.
     Source: WHATWG HTML 9.2.6, "Interpreting an event stream".
     """
     if event.type and LINE_END.search(event.type):
@@ -243,48 +244,48 @@ def frame_of(event: Event) -> bytes:
 
 
 def notice(type: str, position: str, **members: object) -> bytes:
-    """An event of our own: `stream-position`, `stream-reset` with a reason, or `token-expired`.
+    """An event of ours: `stream-position`, `stream-reset` with a reason, or `token-expired`. Pages may ignore it.
 
-    It sets the browser's last event ID, as a bare id would, which Firefox and WebKit ignore. Nobody need listen for it.
+    It moves the browser's last event ID. A bare id line would do in theory, but Firefox and WebKit ignore one.
     """
     data = json.dumps(members) if members else ""
     return frame_of(Event(data, type, position))
 
 
 def retry_line(low_ms: float, high_ms: float) -> bytes:
-    """A reconnection time between the two, so that not all pages come back at once: the start of a block."""
+    """The first line of a block: a random reconnection time, to keep pages from all coming back at once."""
     return f"retry: {random.uniform(low_ms, high_ms):.0f}\n".encode()
 
 
 def first_words(retry_ms: int) -> bytes:
-    """What each stream begins with."""
+    """The start of every stream."""
     return retry_line(0.5 * retry_ms, 1.5 * retry_ms)
 
 
 def last_words(reason: str, is_open: bool, position: str, retry_ms: int, told: str = "") -> bytes:
-    """What a stream is told at its end: the news, if there is some; why, as a comment; and when to come back.
+    """The end of a stream: a last event if there is something to tell, the reason as a comment, and when to come back.
 
-    reason: a key of REASONS; told: in place of its text. position: what the stream has been sent, or came with.
+    reason: a key of REASONS. told: replaces its text. position: the page has everything up to this id.
     """
     news = b""
     retry = first_words(retry_ms)
-    if reason in ("drain", "expired"):  # these do not all come at once, and should not be away for long
+    if reason in ("drain", "expired"):  # these ends are already spread out, so a short absence is safe
         retry = retry_line(retry_ms / 6, retry_ms / 3)
-    if reason == "expired":  # with a new token, the page can resume at this id
+    if reason == "expired":  # the page renews its token, then resumes from this id
         news = notice("token-expired", position)
         if not is_open:
             retry = retry_line(RENEW_MS, RENEW_MS)
-    if reason == "missed":  # the page's own id may be past what is missing, that of another channel
+    if reason == "missed":  # resuming could skip it: the page's id may be another channel's, and newer
         news = notice("stream-reset", position, reason=reason)
     why = " ".join((told or REASONS[reason]).split())
     return news + f": {why}\n".encode() + retry + b"\n"
 
 
 def body_part(data: bytes | bytearray, chunked: bool) -> bytes:
-    r"""A piece of an event stream as it is sent: `b"2\r\nhi\r\n"` over HTTP/1.1, as it stands over HTTP/1.0.
+    r"""A piece of the body as it is sent: `b"2\r\nhi\r\n"` over HTTP/1.1, unchanged over HTTP/1.0.
 
-    b"" is the end of the stream, so never a piece. The end of the connection would do for that; the chunks are for
-    clients that hand on each chunk at once, but wait for more of a body without. Source: RFC 9112, 7.1.
+    b"" marks the end of the stream, so no other piece may be empty. Closing the connection would mark it, too, but some
+    clients pass on data at once only if it comes in chunks. Source: RFC 9112, 7.1.
     """
     if not chunked:
         return bytes(data)
@@ -292,12 +293,12 @@ def body_part(data: bytes | bytearray, chunked: bool) -> bytes:
 
 
 def named(channels: Sequence[bytes]) -> str:
-    """Channels as the log names them: not all, since anybody can ask for twenty long ones."""
+    """Channels for the log, cut short: anyone can ask for twenty long names."""
     return b", ".join(channels)[:300].decode(errors="replace")
 
 
 def position_of(event_id: str | None) -> str:
-    """One of our ids, which as text is its place in the order of all events; "" for any other id, and for None."""
+    """The id if it is one of ours, else "". Positions compare as text: the greater one is newer."""
     if event_id and EVENT_ID.fullmatch(event_id):
         return event_id
     return ""
