@@ -306,35 +306,40 @@ def position_of(event_id: str | None) -> str:
 
 # ── What Redis sends ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-REPLY = re.compile(  # the head of what a subscriber is sent, in RESP3:
-    rb"(?:-|\+|>3\r\n\$\d+\r\n(?:un)?subscribe\r\n\$\d+\r\n[^\r]*\r\n:)[^\r]*\r\n"  # an error; or all is well;
-    rb"|>3\r\n\$7\r\nmessage\r\n\$\d+\r\n([^\r]*)\r\n\$(\d+)\r\n"  # a message, whose text follows;
+REPLY = re.compile(  # the head of each thing Redis sends a subscriber, in RESP3:
+    rb"(?:-|\+|>3\r\n\$\d+\r\n(?:un)?subscribe\r\n\$\d+\r\n[^\r]*\r\n:)[^\r]*\r\n"  # an error, or a confirmation
+    rb"|>3\r\n\$7\r\nmessage\r\n\$\d+\r\n([^\r]*)\r\n\$(\d+)\r\n"  # a message; its text follows
     rb"|(\*)"  # the answer to EXEC
 )
-READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TLS would hold what no selector can see
+READ_BYTES = 16 * 1024  # per read; not less than a TLS record, or its rest stays inside TLS, unseen by the selector
 EXEC_REFUSED = re.compile(rb"-EXECABORT|-ERR EXEC|-NOPERM .*'exec'")
-MAX_HEAD = 1024  # bytes: more than any of these has
-BOUNDARY = secrets.token_hex(8).encode()  # as in MIME: RESP says how many values an answer has, but not how many bytes
+MAX_HEAD = 1024  # bytes; every head is shorter
+BOUNDARY = secrets.token_hex(8).encode()  # ends an answer, as in MIME: RESP tells how many values follow, not bytes
 END = b"$%d\r\n%b\r\n" % (len(BOUNDARY), BOUNDARY)
 
 
 class Reply(NamedTuple):
-    """A message on a channel; or, without a channel, an error or the answer to EXEC, as it came."""
+    """A message on a channel. With an empty channel: an error or the answer to EXEC, unparsed."""
 
     channel: bytes
-    text: bytes | None  # None: a message that was too large, and was dropped unread
+    text: bytes | None  # None: the message was too large and was dropped unread
 
 
 @dataclass(slots=True)
 class Inbox:
-    """What a subscriber has received, cut into replies. Bytes in, replies out: it reads no socket."""
+    """Cuts what a subscriber has received into replies. Bytes in, replies out: it reads no socket."""
 
-    rest: bytearray = field(default_factory=bytearray)  # the beginning of a reply
-    skip: int = 0  # bytes still to come of a message that is dropped
+    rest: bytearray = field(default_factory=bytearray)  # a reply that is still incomplete
+    skip: int = 0  # bytes still to come of a message that is being dropped
 
     def feed(self, received: bytes, max_message: int) -> list[Reply]:
-        """The replies that are whole now, without mere confirmations. ConnectionError: no subscriber is sent such."""
-        searched = max(0, len(self.rest) - len(END))
+        """Add what was received and return the replies that are now complete, without mere confirmations.
+
+        A message's head gives its length. The answer to EXEC has no length: it goes on up to BOUNDARY, which Redis was
+        asked to echo at the end. A message that is too large is dropped as soon as its head is here, and `skip` counts
+        off the rest as it comes. Raises ConnectionError for bytes that no subscriber should get.
+        """
+        searched = max(0, len(self.rest) - len(END))  # END is not in what came before
         self.rest += received[self.skip :]
         self.skip = max(0, self.skip - len(received))
         data = self.rest
@@ -364,7 +369,7 @@ class Inbox:
         return replies
 
     def take_rest(self) -> bytes | None:
-        """The beginning of a reply, to be fed again with what follows; None: it is long, or being skipped."""
+        """Take out the incomplete reply; feed it again with what follows. None: it is long, or is being dropped."""
         if self.skip or len(self.rest) > READ_BYTES:
             return None
         rest = bytes(self.rest)
@@ -373,17 +378,17 @@ class Inbox:
 
 
 def event_of(message: bytes) -> Event:
-    """The event that a message on a Redis channel stands for.
+    """The event in a message from a Redis channel.
 
-    `b'{"data": {"a": 1}, "type": "greet"}'` (what flask-sse publishes) gives `Event('{"a": 1}', "greet")`; whatever is
-    not a JSON object with a `data` member is data as it stands: `b"hello"` gives `Event("hello")`. ValueError, the
-    publisher's fault: a member is of the wrong kind, or data holds NaN; UnicodeDecodeError: it is not UTF-8.
+    `b'{"data": {"a": 1}, "type": "greet"}'` (what flask-sse publishes) gives `Event('{"a": 1}', "greet")`. Anything
+    but a JSON object with a `data` member is itself the data: `b"hello"` gives `Event("hello")`. Raises ValueError if
+    a member is of the wrong kind or data holds NaN, UnicodeDecodeError if it is not UTF-8: the publisher's fault.
     """
     text = message.decode()
     try:
-        members = json.loads(text.removeprefix("\ufeff"))  # a byte order mark: tools on Windows put it first
+        members = json.loads(text.removeprefix("\ufeff"))  # a byte order mark, which Windows tools put first
         data = members["data"]
-    except (ValueError, RecursionError, TypeError, KeyError):  # no JSON, or none that we can read; no object; no data
+    except (ValueError, RecursionError, TypeError, KeyError):  # not JSON, or too deep for us; not an object; no data
         return Event(text)
     if not isinstance(data, str):
         data = json.dumps(data, ensure_ascii=False, allow_nan=False)
@@ -394,7 +399,7 @@ def event_of(message: bytes) -> Event:
     retry = members.get("retry")
     if not isinstance(event_type, str | None):
         raise ValueError("type must be a string")
-    if type(event_id) is int:  # as some programs number their messages
+    if type(event_id) is int:  # some programs number their messages
         event_id = str(event_id)
     if not isinstance(event_id, str | None):
         raise ValueError("id must be a string")
@@ -408,21 +413,21 @@ def event_of(message: bytes) -> Event:
 
 @dataclass(slots=True)
 class Batch:
-    """Events to be sent as one piece: successive ones of a channel, or what a stream missed."""
+    """Events sent in one piece: consecutive ones of a channel, or all that a stream missed."""
 
     frames: bytearray = field(default_factory=bytearray)
     events: int = 0
-    position: str = ""  # of the last that was given its id by `publish`
-    times_us: list[int] = field(default_factory=list)  # when each of these was published, by Redis's clock
-    previous: str = ""  # whoever has not seen this position has missed something
-    reset: str = ""  # why streams are told that they may have missed something
-    dropped: list[str] = field(default_factory=list)  # why messages are no events
+    position: str = ""  # the newest id here that `publish` gave
+    times_us: list[int] = field(default_factory=list)  # when each of those was published, by Redis's clock
+    previous: str = ""  # a stream must already have seen this id, or it has missed an event
+    reset: str = ""  # the reason, if it tells streams that they may have missed something
+    dropped: list[str] = field(default_factory=list)  # for each message that is no event, the reason
 
     def add(self, message: bytes | None) -> None:
-        """Add the event that a message stands for, or note why it is none."""
+        """Add the event in a message, or note why there is none."""
         if message is None:
             self.dropped.append("message is too large")
-            self.add_reset("too-large")  # it may have been ours
+            self.add_reset("too-large")  # it may have been published through ssepush
             return
         try:
             event = event_of(message)
@@ -438,67 +443,68 @@ class Batch:
             position = position_of(event.id)
             if position and event.previous:  # only `publish` gives both
                 self.times_us.append(int(position))
-                if event.previous > self.position:  # of events that follow each other, only the first can tell of a gap
+                if event.previous > self.position:  # not the one just before it in this batch
                     self.previous = event.previous
                 self.position = max(self.position, position)
 
     def add_reset(self, reason: str) -> None:
-        """Add the event by which streams are told that they may have missed something."""
+        """Tell the streams that they may have missed something."""
         self.reset = reason
         self.events += 1
         self.frames += notice("stream-reset", self.position, reason=reason)
 
 
-# How a page that comes back proves that it missed nothing. Each entry of a channel's history holds the id before it:
+# How a page that comes back knows that it missed nothing. Each entry of a channel's history names the id before it:
 #
 #     id   previous   frame
 #      3      1       one
 #      5      3       two
 #      9      5       three
 #
-# A page that was at 3 comes back. The channel's newest id is 9, which is here: nothing is missing at the end. 9 says
-# that 5 came before it, which is here, and 5 says 3, which the page has seen: nothing is missing between them. Were 5
-# gone, 9 would still name it: reset. 4, 6, 7 and 8 belong to other channels.
+# A page that was at 3 comes back. The channel's newest id is 9, and 9 is here: nothing is missing at the end. 9 says
+# that 5 came before it, and 5 is here. 5 says that 3 came before it, and the page has seen 3: nothing is missing in
+# between. If 5 were gone, 9 would still name it, and the page would get a stream-reset. The ids 4, 6, 7 and 8 belong to
+# other channels.
 #
-# `replay` checks this in the history, and `Subscriber.follows` from then on.
+# `replay` follows these links in the history; `Subscriber.follows` does the same for each live event.
 
 
 class Since(NamedTuple):
-    """From where a stream wants what was published before anything live."""
+    """What a stream wants of the history, before anything live."""
 
-    after: str = "$"  # an id; "$": nothing, "0": all that is kept, as Redis Streams say it; "": an id that is not ours
-    last: int = 0  # if not 0: only so many events of each channel, the newest
+    after: str = "$"  # events after this id; "$": none, "0": all (as in Redis Streams); "": after an id that is unknown
+    last: int = 0  # if not 0: at most this many of each channel, the newest
 
     def reads_history(self) -> bool:
-        """Whether Redis has to read the history for it."""
+        """Whether Redis has to read the history."""
         return self.after not in ("$", "")
 
 
-LIVE_ONLY = Since()  # one for all streams: memory
+LIVE_ONLY = Since()  # shared by all such streams, to save memory
 
 
 class History(NamedTuple):
-    """What Redis answers to whoever asks what it missed. The ids are b"" where no history is kept."""
+    """Redis's answer to what a stream missed. The first three are empty if no history is kept."""
 
-    born: bytes  # older ids prove nothing
-    newest: bytes  # of all channels
+    born: bytes  # when the counter was born; after an older id, events may have been lost
+    newest: bytes  # the newest id of all channels
     newest_of_each: list[bytes]
-    entries: dict[bytes, tuple[bytes, bytes]]  # id: the one before it, and the frame, b"" if that was too large to keep
+    entries: dict[bytes, tuple[bytes, bytes]]  # id: (the id before it, the frame; b"" if it was too large to keep)
 
 
 def history_in(answer: bytes) -> History:
-    """What EXEC answered to the commands of `Redis.question`. ValueError: Redis refused one of them.
+    """Parse EXEC's answer to the commands of `Redis.question`. Raises ValueError if Redis refused one of them.
 
-    [[born, newest, newest of each channel], [[id, [previous, its id, frame, frame]], …] for each channel, boundary]:
-    no value in it holds a carriage return, or begins like the head of one, as frames begin with a field's name. So it
-    need not be taken apart.
+    The answer is [[born, newest, newest of each channel], [[id, ["previous", id, "frame", frame]], …] for each channel,
+    boundary]. No real RESP parser is needed: split it into lines and drop those that announce an array (*) or a length
+    ($). What is left are the values: none of them contains a line end or begins with *, $ or -.
     """
     parts = answer.split(b"\r\n")
     values = [part for part in parts if part[:1] not in (b"*", b"$")]
     for value in values:
         if value[:1] == b"-":
             raise ValueError(value[1:].decode(errors="replace"))
-    born, newest, newest_of_each, *of_entries, _, _ = values  # the boundary, and nothing after the last line
+    born, newest, newest_of_each, *of_entries, _, _ = values  # BOUNDARY, and the b"" after the last line end
     entries = {}
     for at in range(0, len(of_entries), 5):
         event_id, _, previous, _, frame = of_entries[at : at + 5]
@@ -507,9 +513,10 @@ def history_in(answer: bytes) -> History:
 
 
 def replay(after: bytes, history: History) -> tuple[list[tuple[bytes, bytes]], str]:
-    """What was published after an id, as ids and frames; and why some of it may be missing, "" if nothing is.
+    """What was published after an id, as (id, frame) pairs, and why some of it may be missing ("" if nothing is).
 
-    It walks back from each channel's newest event to the one that each entry names as the one before it.
+    For each channel, start at its newest id and go back from each entry to the one that it names as previous, until an
+    id that the page has seen. An id on the way that the history no longer has means a gap.
     """
     if not history.newest:
         return [], "history-off"
@@ -530,17 +537,18 @@ def replay(after: bytes, history: History) -> tuple[list[tuple[bytes, bytes]], s
     return found, reason
 
 
-@functools.lru_cache(maxsize=4)  # all streams that come back from the same position get the same answer
+@functools.lru_cache(maxsize=4)  # all streams that come back from the same position share one answer
 def missed_by(since: Since, answer: bytes, max_bytes: int) -> Batch:
-    """What a stream is sent before anything live. ValueError: Redis refused to say.
+    """What a stream is sent before anything live. Raises ValueError if Redis refused.
 
-    Who asks for what is kept gets the newest that fit; anybody else all that came after an id, or a reset.
+    A stream that resumes gets everything after its id, or a reset. One that just asks for what is kept
+    (`lastEventId=earliest` or `last=N`) gets the newest events that fit into max_bytes.
     """
     history = history_in(answer)
     found, reason = replay(since.after.encode(), history)
     resumes = since.after not in ("$", "0")
     frames = []
-    for event_id, frame in sorted(found, reverse=True):  # the newest first, of all channels
+    for event_id, frame in sorted(found, reverse=True):  # newest first, over all channels
         max_bytes -= len(frame)
         if max_bytes < 0 or not frame:
             reason = reason or "too-much"
@@ -557,7 +565,7 @@ def missed_by(since: Since, answer: bytes, max_bytes: int) -> Batch:
 
 
 def refusal(error: str, channel: str = "") -> str:
-    """Redis's error, and what to do about it."""
+    """Redis's error, with advice."""
     if re.search("NOAUTH|WRONGPASS|unauthenticated|[Aa]uthentication|invalid username", error):
         return "Redis refused the login: give user and password in the Redis URL, as redis://USER:PASSWORD@HOST:PORT/0"
     told = "Redis refused: " + re.sub(" script: .*", "", error)
@@ -566,7 +574,7 @@ def refusal(error: str, channel: str = "") -> str:
     return told
 
 
-Word = str | bytes | int  # of a command
+Word = str | bytes | int  # in a command
 
 
 @functools.lru_cache(maxsize=256)  # all subscribers of a channel send the same
