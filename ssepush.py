@@ -589,23 +589,28 @@ def command(*words: Word) -> bytes:
 
 # ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────
 
-# Keys. In a cluster they begin with ssepush2:{0}: so that all are on one node, where the scripts run.
-COUNTER_KEY = "ssepush2:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); lineage, process
-NEWEST_KEY = "ssepush2:newest"  # sorted set: channel → id of its newest event. The oldest that left it is floor
-HISTORY_KEY = "ssepush2:history:"  # + channel: a Redis Stream of {previous: id, frame: without its id}
-PUBLISHED_KEY = "ssepush2:published:"  # + channel + NUL + key: the id of what was published with it
-MAX_NEWEST = 100_000  # channels, at most 200 bytes each
+# The keys. In a cluster they begin with ssepush2:{0}: and so share a node: scripts need all their keys on one.
+COUNTER_KEY = "ssepush2:counter"  # hash: born, newest (of all channels), floor, lineage, process; see COUNTER_LUA
+NEWEST_KEY = "ssepush2:newest"  # sorted set: channel → id of its newest event
+HISTORY_KEY = "ssepush2:history:"  # + channel: a Redis Stream of {previous: id, frame: without its id line}
+PUBLISHED_KEY = "ssepush2:published:"  # + channel + NUL + key: the id of the event published with that key
+MAX_NEWEST = 100_000  # channels, of at most 200 bytes each
 RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed", "history-off", "too-large")
 
-# Both scripts begin with this. KEYS: counter, newest. The last of ARGV: the newest id that whoever asks has seen.
+# Both scripts begin with this. KEYS: counter, newest. The last of ARGV: the newest id that the caller has seen.
 #
-# An id is the clock's microseconds, or one more than the newest, if the clock has not gone on since: 16 digits, which
-# as text are in order, too. A channel of which the newest id is not known has had no event after floor.
+# An id is Redis's clock in microseconds, always 16 digits; or the last id plus one, if the clock has not moved on.
 #
-# A new counter is born, later than any id before it, when Redis may have lost events: when somebody has seen an id that
-# it does not know (but none ahead of its clock, which nobody can have got from it); and when its replication id has
-# changed, as it does at each start, at each promotion, and with a first replica. But not if the process is the same, or
-# has an append-only file, and was never promoted: then replid2, that of a former master, is zero.
+# No event since `born` is lost: a page that resumes from an older id gets a stream-reset. Whenever Redis may have lost
+# events, a new counter is born, with a later id than any before. There are three cases:
+# 1. There is no counter: Redis is new, or was flushed.
+# 2. The replication id (`lineage`) has changed. It does when Redis starts, is promoted, or gets its first replica.
+#    Nothing is lost by a first replica (the process is the same), nor by a start with an append-only file. A promoted
+#    replica may lack events. You can tell one by its replid2, the id of its former master: it is not all zeros.
+# 3. The caller has seen an id that Redis does not know. Ids ahead of Redis's clock do not count: it never gave them.
+#
+# NEWEST_KEY lists at most MAX_NEWEST channels. When the one with the oldest id is dropped, that id becomes `floor`: a
+# channel that is not listed has had no event after `floor`.
 COUNTER_LUA = """
 local function text(id) return string.format('%.0f', id) end
 local time = redis.call('TIME')
@@ -634,11 +639,10 @@ if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
 local function newest_of(channel) return redis.call('ZSCORE', KEYS[2], channel) end
 """
 
-# One script: two commands can be seen in another order by subscribers, or be cut apart by a crash. Nothing is undone if
-# one fails. So first comes a write that changes nothing, which Redis refuses if memory is short, then PUBLISH, which it
-# refuses for want of a right; after these two nothing fails. A history keeps so many events, and so many bytes: of what
-# is too much the oldest go, an eighth at a time.
-# KEYS: counter, newest, history, published. ARGV: channel, message, frame, events kept, seconds kept, key or ''.
+# It has to be one script. With separate commands, two publishers could publish in another order than that of their ids,
+# and a crash could come in between. Redis does not undo a script that fails, so what may fail comes first: a write that
+# changes nothing (Redis refuses it when memory is short), then PUBLISH (refused without permission). After those two
+# nothing fails. A history is limited in events and in bytes; over its bytes, it drops its oldest eighth until it fits.
 PUBLISH_LUA = f"""{COUNTER_LUA}
 local channel, message, frame, kept, kept_s, key = unpack(ARGV)
 local first = key ~= '' and redis.call('GET', KEYS[4])
@@ -647,13 +651,13 @@ local known = newest_of(channel)
 local previous = text(known or floor)
 local id = text(math.max(clock, newest + 1))
 local members = ', "id": "' .. id .. '", "previous": "' .. previous .. '"}}'
-message = string.sub(message, 1, -2) .. members  -- in place of its last brace
+message = string.sub(message, 1, -2) .. members  -- instead of its closing brace
 redis.call('HSET', KEYS[1], 'floor', floor)
 local receivers = redis.call('PUBLISH', channel, message)
 redis.call('ZADD', KEYS[2], id, channel)
 if redis.call('ZCARD', KEYS[2]) > {MAX_NEWEST} then floor = text(redis.call('ZPOPMIN', KEYS[2])[2]) end
 redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
-if not known then redis.call('UNLINK', KEYS[3]) end  -- it proves nothing any more, and may hold later ids
+if not known then redis.call('UNLINK', KEYS[3]) end  -- a leftover proves nothing; later ids in it would refuse XADD
 redis.call('XADD', KEYS[3], 'MAXLEN', '=', kept, id .. '-0', 'previous', previous, 'frame', frame)
 local length = redis.call('XLEN', KEYS[3])
 while length > 1 and redis.call('MEMORY', 'USAGE', KEYS[3], 'SAMPLES', 0) > {KEPT_BYTES} do
@@ -665,7 +669,7 @@ if key ~= '' then redis.call('SET', KEYS[4], id, 'EX', kept_s) end
 return {{receivers, id, 0}}
 """
 
-# ARGV: channels. Answers born, the newest id of all, and the newest of each channel, between spaces.
+# ARGV: channels. Answers born, the newest id of all, and the newest of each channel, separated by spaces.
 NEWEST_LUA = f"""{COUNTER_LUA}
 local ids = {{}}
 for i = 1, #ARGV - 1 do ids[i] = text(newest_of(ARGV[i]) or floor) end
@@ -674,43 +678,43 @@ return {{born, newest, table.concat(ids, ' ')}}
 
 
 class Published(int):
-    """The number of Redis subscribers that an event reached, as PUBLISH answers it."""
+    """The number of Redis subscribers that an event reached: what PUBLISH answers."""
 
-    id: str | None = None  # None without a history
-    duplicate: bool = False  # it was published before, with this id, and not again
+    id: str | None = None  # None if no history is kept
+    duplicate: bool = False  # this key was published before, as `id`, and not again now
 
 
 class Redis:
-    """What is asked of Redis: publish, and read the history. Any thread. Each method may raise RedisAway."""
+    """Publishes, and reads the history. Any thread. Each method may raise RedisAway."""
 
     def __init__(self, url: str, prefix: str, history: int, history_ttl: int, max_event: int) -> None:
-        """prefix: before every channel on Redis. history: events kept per channel (0: none), for history_ttl seconds.
+        """prefix: put before every channel on Redis. history: events kept per channel for history_ttl seconds; 0: none.
 
-        ValueError: the URL is wrong, or the prefix.
+        Raises ValueError for a malformed URL or prefix.
         """
         self.connections = Connections(url)
         self.prefix = prefix and check_name("prefix", prefix)
         self.history = history
         self.history_ttl = history_ttl
         self.max_event = max_event
-        self.newest_seen = "0"  # id, by this process: a Redis that knows only older ones has forgotten events
+        self.newest_seen = "0"  # newest id this process has seen: a Redis that knows only older ones has lost events
 
     def saw(self, event_id: str) -> None:
-        """An id of ours, from Redis."""
+        """Note an id that Redis gave."""
         self.newest_seen = max(self.newest_seen, event_id)
 
     def _script(self, script: str, keys: Iterable[str], *arguments: Word) -> tuple[Word, ...]:
-        """The command that runs a script."""
+        """The command that runs this script."""
         all_keys = [self.connections.key(name) for name in (COUNTER_KEY, NEWEST_KEY, *keys)]
         return ("EVAL", script, len(all_keys), *all_keys, *arguments, self.newest_seen)
 
     def publish(self, data: object, type: str | None, channel: str, retry: int | None, key: str | None) -> Published:
-        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Errors: as of `publish`."""
+        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Raises as `publish` does."""
         check_name("channel", channel)
         if key is not None:
             check_name("key", key)
         message = message_of(data, type, retry)
-        frame = frame_of(event_of(message))  # what streams would have to drop is refused here
+        frame = frame_of(event_of(message))  # refuse now what streams would have to drop
         if len(message) > self.max_event:
             raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
         if key and not self.history:
@@ -735,7 +739,7 @@ class Redis:
         return published
 
     def newest(self, channels: Sequence[bytes]) -> tuple[str, dict[bytes, str]]:
-        """The newest id of all, and that of each of these channels, which is at most so new if it is not known."""
+        """The newest id of all channels, and of each of these. For one that is not known: an id that is no older."""
         script = self._script(NEWEST_LUA, [], *channels)
         _, newest, newest_of_each = self.connections.call(*script)
         position = newest.decode()
@@ -744,7 +748,7 @@ class Redis:
         return position, dict(zip(channels, ids, strict=True))
 
     def position(self) -> str | None:
-        """The newest id of all, None without a history."""
+        """The newest id of all channels. None: no history is kept."""
         if not self.history:
             return None
         newest, _ = self.newest([])
@@ -753,7 +757,7 @@ class Redis:
     def question(self, channels: Sequence[bytes], since: Since) -> bytes:
         """The commands that ask what a stream missed, as they go to Redis. `history_in` reads the answer.
 
-        A script that answered the entries, too, would take five times as long: it would make Lua's values of them all.
+        The script does not return the entries, too: converting each to a Lua value would take five times as long.
         """
         commands: list[tuple[Word, ...]] = [("MULTI",)]
         if not self.history:
