@@ -300,4 +300,4 @@ def test_a_wrong_redis_url_is_refused_with_the_right_form_and_no_part_of_its_pas
     assert "123" not in line
     if url.startswith("redis+"):
         assert "redis+sentinel://HOST:26379,HOST:26379/NAME/0 or redis+cluster://HOST,HOST" in line
-        assert "in a password are %2F" in line
+        assert "as %2F %3A" in line
