@@ -715,7 +715,7 @@ class Redis:
         message = message_of(data, type, retry)
         frame = frame_of(event_of(message))  # refuse now what streams would have to drop
         if len(message) > self.max_event:
-            raise ValueError(f"the event has {len(message)} bytes; the limit is {self.max_event} (--max-event)")
+            raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are allowed (--max-event)")
         if key and not self.history:
             raise ValueError("key needs a history (--history)")
         if len(frame) > KEPT_BYTES:
@@ -2184,7 +2184,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _check_length(self, length: int) -> None:
         limit = self.settings.max_event
         if length > limit:
-            raise HTTPError(413, f"the body has {length} bytes or more; the limit is {limit}")
+            raise HTTPError(413, f"the body has {length} bytes or more; at most {limit} are allowed")
 
     def _read(self, length: int) -> bytes:
         data = self.rfile.read(length)
