@@ -603,7 +603,7 @@ RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed",
 # No event since `born` is lost: a page that resumes from an older id gets a stream-reset. Whenever Redis may have lost
 # events, a new counter is born, with a later id than any before. There are three cases:
 # 1. There is no counter: Redis is new, or was flushed.
-# 2. The replication id (`lineage`) has changed. It does when Redis starts, is promoted, or gets its first replica.
+# 2. The replication id (`lineage`) has changed. That happens when Redis starts, is promoted or gets a first replica.
 #    Nothing is lost by a first replica (the process is the same), nor by a start with an append-only file. A promoted
 #    replica may lack events. You can tell one by its replid2, the id of its former master: it is not all zeros.
 # 3. The caller has seen an id that Redis does not know. Ids ahead of Redis's clock do not count: it never gave them.
@@ -638,10 +638,10 @@ if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
 local function newest_of(channel) return redis.call('ZSCORE', KEYS[2], channel) end
 """
 
-# It has to be one script. With separate commands, two publishers could publish in another order than that of their ids,
-# and a crash could come in between. Redis does not undo a script that fails, so what may fail comes first: a write that
-# changes nothing (Redis refuses it when memory is short), then PUBLISH (refused without permission). After those two
-# nothing fails. A history is limited in events and in bytes; over its bytes, it drops its oldest eighth until it fits.
+# It has to be one script. With separate commands, events could go out in another order than their ids, and a crash
+# could come in between. Redis does not undo a script that fails, so what may fail comes first: a write that changes
+# nothing (Redis refuses it when memory is short), then PUBLISH (refused without permission). After those two, nothing
+# fails. A history is limited in events and in bytes; over its bytes, it drops its oldest eighth until it fits.
 PUBLISH_LUA = f"""{COUNTER_LUA}
 local channel, message, frame, kept, kept_s, key = unpack(ARGV)
 local first = key ~= '' and redis.call('GET', KEYS[4])
@@ -656,7 +656,7 @@ local receivers = redis.call('PUBLISH', channel, message)
 redis.call('ZADD', KEYS[2], id, channel)
 if redis.call('ZCARD', KEYS[2]) > {MAX_NEWEST} then floor = text(redis.call('ZPOPMIN', KEYS[2])[2]) end
 redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
-if not known then redis.call('UNLINK', KEYS[3]) end  -- a leftover proves nothing; later ids in it would refuse XADD
+if not known then redis.call('UNLINK', KEYS[3]) end  -- a leftover proves nothing; its ids may be too late for XADD
 redis.call('XADD', KEYS[3], 'MAXLEN', '=', kept, id .. '-0', 'previous', previous, 'frame', frame)
 local length = redis.call('XLEN', KEYS[3])
 while length > 1 and redis.call('MEMORY', 'USAGE', KEYS[3], 'SAMPLES', 0) > {KEPT_BYTES} do
@@ -918,7 +918,7 @@ class Questions:
     """Asks Redis what streams missed. Streams that ask the same thing on the same connection share one question.
 
     Questions wait in line: only one is open per connection, and all open ones together ask about at most MAX_CHANNELS
-    channels. However much somebody asks for, Redis has time for others, holds few long answers, and keeps a live event
+    channels. However much one page asks for, Redis has time for others, holds few long answers, and keeps a live event
     behind one answer at most.
     """
 
@@ -1260,7 +1260,7 @@ class Relay:
             self._send_backlog(stream, stream.backlog)
 
     def _tick(self) -> None:
-        """Once a second: whatever is due."""
+        """Do whatever is due. Runs once a second."""
         heartbeat_s = self.settings.heartbeat
         for stream in tuple(self.streams):
             stuck_s = self._loop.now - stream.progress_at
