@@ -218,7 +218,7 @@ def parameters(server: kit.ServerProcess) -> set[str]:
     """Those of /stream: a near miss is told them."""
     refused = server.get("/stream?channels=a")
     assert refused.status == 400
-    return set(refused.error.removesuffix(" meant?").partition("is one of ")[2].split(", "))
+    return set(refused.error.removesuffix("?").partition("did you mean one of ")[2].split(", "))
 
 
 def members(server: kit.ServerProcess) -> set[str]:
