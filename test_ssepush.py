@@ -68,12 +68,11 @@ from tests.kit import (
     first_words,
     free_port,
     listens,
-    next_of_each,
+    needs,
     numbers,
     one_way,
     place_of,
     post,
-    program,
     query_of,
     redis_binary,
     request,
@@ -82,7 +81,6 @@ from tests.kit import (
     ssepush_command,
     stopped,
     the_line,
-    until,
     wait_for,
 )
 from tests.messages import AS_PUBLISHED, NEW_ANSWERS, NO_EVENT_OBJECTS, POISON, as_read
@@ -354,7 +352,7 @@ def test_a_silent_stream_gets_its_position_again_and_again_and_was_told_how_ofte
         lambda: server.redis.publish(channel, str(next(number))) and len(stream.positions) >= beats + 3,
         "heartbeats come between other events, too: a page may not listen for these",
     )
-    until(stream, str(next(number) - 1))
+    stream.until(str(next(number) - 1))
     server.redis.publish(channel, "hello")
     assert stream.next().data == "hello"
 
@@ -390,7 +388,7 @@ def test_a_stream_gets_the_events_of_its_channels_and_no_others_once_each(server
 
 LEAVING: dict[str, Callable[[EventStream], object]] = {
     "a closed tab": EventStream.close,
-    "a reset connection": EventStream.reset,
+    "a reset connection": lambda stream: close_with_reset(stream.sock),
     "a half-close": lambda stream: stream.sock.shutdown(socket.SHUT_WR),
     "a browser that talks too much": lambda stream: stream.sock.sendall(b"x" * 100_000),
 }
@@ -451,7 +449,7 @@ def test_a_stream_that_stops_reading_is_cut_and_all_others_get_every_event_on_ti
     assert first_words(whole) == numbers(0, len(whole))
     assert len(whole) < published
     server.redis.publish(channel, "still here")
-    assert next_of_each(others) == ["still here"] * 3
+    assert [stream.next().data for stream in others] == ["still here"] * 3
 
 
 GROWING = {  # bodies below 1 MiB whose message or frame is larger
@@ -559,7 +557,7 @@ def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
             own_redis.publish(f"{channel}-stalled", "x" * 20_000)
         assert idle.recv(1)
         server.publish("to all", channel)
-        assert next_of_each(streams) == ["to all"] * 150
+        assert [stream.next().data for stream in streams] == ["to all"] * 150
         began = time.monotonic()
 
         server.signal(number)
@@ -638,7 +636,7 @@ def test_a_full_server_sends_newcomers_away_and_those_inside_notice_nothing(star
     server.publish("all of you", channel)
 
     assert server.metric("streams_opened_total") == 3
-    assert next_of_each(inside) == ["all of you"] * 3
+    assert [stream.next().data for stream in inside] == ["all of you"] * 3
     assert server.refused("full") == 50
     inside[0].close()
     wait_for(lambda: server.closed("gone") == 1, "one has left")
@@ -888,7 +886,7 @@ def test_the_last_words_of_a_stream_with_a_hole_say_so(
         assert resets(server, "missed") == 1
         with server.stream(a, b, Last_Event_ID=stream.last_event_id) as again:
             server.publish("last", b)
-            assert set(until(again, "last")) <= {*follows}
+            assert set(again.until("last")) <= {*follows}
 
 
 def test_a_hole_resets_only_who_follows_the_channel(redis_process: RedisProcess, start: Start, channel: str) -> None:
@@ -907,7 +905,7 @@ def test_a_hole_resets_only_who_follows_the_channel(redis_process: RedisProcess,
         assert follower.until_end()[-1].json == {"reason": "missed"}
         with server.opened(b) as later:
             assert redis_process.publish(b, "plain") == 1
-            assert set(until(later, "plain")) <= {"two"}
+            assert set(later.until("plain")) <= {"two"}
         server.publish("last", b)
         page.wait_for("last")
         assert page.data() == ["one", "two", "plain", "last"]
@@ -1186,7 +1184,7 @@ def test_after_flushall_a_page_is_reset_or_gets_each_event_with_its_id(own: Serv
     assert first == Received("after it", id=id) or first.type == "stream-reset"
     with own.stream(channel, Last_Event_ID=first.id) as again:
         last = own.publish_id("last", channel)
-        until(again, "last")
+        again.until("last")
         assert all(event.id for event in again.events)
         assert again.events[-1].id == last
 
@@ -1327,7 +1325,7 @@ def test_redis_may_want_a_user_and_a_password(own_redis: RedisProcess, start: St
 
 
 def test_redis_cli_beside_it_shows_each_message_as_json(server: ServerProcess) -> None:
-    with running(program("redis-cli"), "-p", str(server.redis.port), "subscribe", "sse") as redis_cli:
+    with running(needs("redis-cli"), "-p", str(server.redis.port), "subscribe", "sse") as redis_cli:
         assert redis_cli.stdout
         wait_for(lambda: server.redis.subscribers("sse"), "redis-cli is subscribed")
 
@@ -1377,7 +1375,7 @@ def test_streams_that_lose_redis_are_told_and_resume(
     streams = [own.opened(channel) for _ in range(5)]
     threads, descriptors = threads_of(own), own.descriptors()
     own.publish("seen", channel)
-    assert next_of_each(streams) == ["seen"] * 5
+    assert [stream.next().data for stream in streams] == ["seen"] * 5
 
     harm(own.redis)
 
@@ -2733,7 +2731,7 @@ CANNOT_START = {
 def test_what_keeps_it_from_starting_is_told(redis_process: RedisProcess, before: str, options: str, told: str) -> None:
     prefix = before.split()
     if prefix:
-        program(prefix[0])
+        needs(prefix[0])
     port = redis_process.port
 
     done = run(*options.format(port=port).split(), prefix=tuple(prefix), REDIS_URL=redis_process.url)
@@ -2794,7 +2792,7 @@ def test_start_prints_its_address_the_redis_and_a_way_to_publish_that_works(own:
     assert said.count("\n") <= 4
     printed = re.search(r"publish with: (.*?)(?: {4}|$)", said, re.MULTILINE)
     assert printed
-    program("redis-cli")
+    needs("redis-cli")
 
     with own.stream() as stream:
         command = shlex.split(printed[1])

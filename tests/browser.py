@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.engines import Firefox, firefox
-from tests.kit import DEADLINE_S, HAS_TEST_EXTRA, TEST_EXTRA, needs
+from tests.kit import DEADLINE_S, TEST_EXTRA, needs
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 def chrome(profile: Path, trusts_all: bool = False) -> WebDriver:
     """A Chromium with an empty profile."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip(TEST_EXTRA)
-    from selenium import webdriver
-
+    webdriver = pytest.importorskip("selenium.webdriver", reason=TEST_EXTRA)
     options = webdriver.ChromeOptions()
     options.binary_location = needs("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     options.accept_insecure_certs = trusts_all
@@ -29,7 +26,7 @@ def chrome(profile: Path, trusts_all: bool = False) -> WebDriver:
     options.add_argument("--disable-background-networking")
     options.add_argument("--disable-features=BackForwardCache")  # it would keep the streams of pages that were left
     options.add_argument("--disable-dev-shm-usage")  # a container's is 64 MB
-    driver = webdriver.Chrome(options, webdriver.ChromeService(needs("chromedriver")))
+    driver: WebDriver = webdriver.Chrome(options, webdriver.ChromeService(needs("chromedriver")))
     driver.set_script_timeout(DEADLINE_S)
     driver.set_page_load_timeout(DEADLINE_S)
     return driver
@@ -61,8 +58,7 @@ def tab(chromium: WebDriver) -> Iterator[WebDriver]:
 @pytest.fixture(scope="session")
 def second_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firefox]:
     """One Firefox for all tests, with an empty profile."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip(TEST_EXTRA)
+    pytest.importorskip("marionette_driver", reason=TEST_EXTRA)
     folder = tmp_path_factory.mktemp("firefox")
     with firefox(folder) as browser:
         yield browser

@@ -73,9 +73,8 @@ def listens(port: int) -> bool:
         return sock.connect_ex((LOOPBACK, port)) == 0
 
 
-HAS_TEST_EXTRA = importlib.util.find_spec("selenium") is not None
 TEST_EXTRA = "needs the test extra: pip install '.[test]'"
-needs_test_extra = pytest.mark.skipif(not HAS_TEST_EXTRA, reason=TEST_EXTRA)
+needs_test_extra = pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason=TEST_EXTRA)
 
 # What Debian calls the packages of programs that are not called like their package.
 PACKAGES = {
@@ -114,9 +113,6 @@ def needs(*names: str) -> str:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
-
-
-program = needs
 
 
 # Each process that is started is in one of these lists; whoever has the list ends it.
@@ -185,29 +181,20 @@ def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
 
 def npm_install(folder: Path, package: str) -> Path:
     """The folder, with this package of npm's in it."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip(TEST_EXTRA)
+    pytest.importorskip("selenium", reason=TEST_EXTRA)
     command = [needs("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), package]
     installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert installed.returncode == 0, installed.stderr
     return folder
 
 
-@functools.cache
-def _certificate(names: str, days: int) -> tuple[str, str]:
-    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost -keyout - -out -"
-    details = ["-days", str(days), "-addext", f"subjectAltName={names}"]
-    made = subprocess.run([needs("openssl"), *kind.split(), *details], check=True, capture_output=True, text=True)
-    key, begin, rest = made.stdout.partition("-----BEGIN CERTIFICATE")
-    return begin + rest, key
-
-
 def certificate(folder: Path, names: str = "IP:127.0.0.1,DNS:localhost", days: int = 90) -> tuple[Path, Path]:
     """A self-signed certificate in that folder, of this machine unless told otherwise, and its key."""
-    paths = folder / "certificate.pem", folder / "key.pem"
-    for path, text in zip(paths, _certificate(names, days), strict=True):
-        path.write_text(text)
-    return paths
+    pem, key = folder / "certificate.pem", folder / "key.pem"
+    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
+    details = ["-days", str(days), "-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(pem)]
+    subprocess.run([needs("openssl"), *kind.split(), *details], check=True, capture_output=True)
+    return pem, key
 
 
 # ── Redis ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -343,38 +330,28 @@ def head_of(head: bytes) -> tuple[int, list[tuple[str, str]]]:
     return int(status[1]), [(field[1], field[2]) for field in fields if field]
 
 
-class Chunks(NamedTuple):
-    """A body in chunks, as far as it has come."""
-
-    pieces: list[bytes]
-    rest: bytes
-    is_whole: bool  # its last chunk has come
-
-
-def chunks_in(wire: bytes) -> Chunks:
-    """The chunks at the start of these bytes; rest is what has not come whole, or what follows the last chunk."""
-    pieces: list[bytes] = []
-    at, is_whole = 0, False
-    while not is_whole and (size_line := re.compile(rb"([0-9a-f]+)\r\n").match(wire, at)):
+def chunks_in(wire: bytes) -> tuple[list[bytes], bytes]:
+    """The chunks at the start of these bytes, the last of all being empty, and what follows them."""
+    chunks: list[bytes] = []
+    at = 0
+    while chunks[-1:] != [b""] and (size_line := re.compile(rb"([0-9a-f]+)\r\n").match(wire, at)):
         start = size_line.end()
         end = start + int(size_line[1], 16)
         if len(wire) < end + 2:
             break
         assert wire[end : end + 2] == b"\r\n"
-        at, is_whole = end + 2, end == start
-        if not is_whole:
-            pieces.append(wire[start:end])
-    return Chunks(pieces, wire[at:], is_whole)
+        chunks.append(wire[start:end])
+        at = end + 2
+    return chunks, wire[at:]
 
 
 # Whatever else came would be an attacker's.
-OURS = """
+RESPONSE_FIELDS = """
     Access-Control-Allow-Credentials Access-Control-Allow-Headers Access-Control-Allow-Methods
     Access-Control-Allow-Origin Access-Control-Max-Age Allow Cache-Control Connection Content-Length
     Content-Security-Policy Content-Type Date Server Transfer-Encoding Vary WWW-Authenticate X-Accel-Buffering
     X-Content-Type-Options
 """
-RESPONSE_FIELDS = set(OURS.split())
 
 
 def answers_in(received: bytes) -> list[Answer]:
@@ -386,13 +363,13 @@ def answers_in(received: bytes) -> list[Answer]:
         status, fields = head_of(head)
         headers = dict(fields)
         assert len(headers) == len(fields), fields
-        assert set(headers) <= RESPONSE_FIELDS, fields
+        assert set(headers) <= set(RESPONSE_FIELDS.split()), fields
         if "Transfer-Encoding" in headers:
             assert "Content-Length" not in headers
             assert headers["Connection"] == "close"
-            chunks = chunks_in(received)
-            assert not chunks.rest
-            body, received = b"".join(chunks.pieces), b""
+            chunks, received = chunks_in(received)
+            assert not received
+            body = b"".join(chunks)
         else:
             length = int(headers.get("Content-Length", len(received)))
             assert len(received) >= length
@@ -500,15 +477,6 @@ class Parser:
         self._type = ""
 
 
-def dispatched(frame: bytes) -> Received:
-    """The one event that a browser dispatches for these bytes."""
-    parser = Parser()
-    parser.feed(frame)
-    assert len(parser.events) == 1
-    assert not parser.comments
-    return parser.events[0]
-
-
 class EventStream:
     """A stream read from a bare socket, byte by byte as it comes.
 
@@ -552,11 +520,12 @@ class EventStream:
         if not self.is_chunked:
             self._feed(wire)
             return
-        pieces, self._wire, is_whole = chunks_in(self._wire + wire)
-        self.is_whole |= is_whole
+        chunks, self._wire = chunks_in(self._wire + wire)
+        for chunk in chunks:
+            assert not self.is_whole
+            self.is_whole = not chunk
+            self._feed(chunk)
         assert not (self.is_whole and self._wire)
-        for piece in pieces:
-            self._feed(piece)
 
     def _feed(self, piece: bytes) -> None:
         content = self._inflate(piece) if self.is_compressed else piece
@@ -611,6 +580,13 @@ class EventStream:
         """The data of the next events, as many."""
         return [event.data for event in self.take(number, seconds)]
 
+    def until(self, data: str) -> list[str]:
+        """The data of the events before this one, which is taken, too."""
+        before = []
+        while (event := self.next()).data != data:
+            before.append(event.data)
+        return before
+
     def until_end(self, seconds: float = DEADLINE_S) -> list[Received]:
         """The events up to the stream's end."""
         deadline = time.monotonic() + seconds
@@ -645,24 +621,6 @@ class EventStream:
     def close(self) -> None:
         """Leave, as a closed tab does."""
         self.sock.close()
-
-    def reset(self) -> None:
-        """Leave with a reset."""
-        close_with_reset(self.sock)
-
-
-def until_event(stream: EventStream, data: str) -> list[Received]:
-    """The events up to this one."""
-    events = [stream.next()]
-    while events[-1].data != data:
-        events.append(stream.next())
-    return events
-
-
-def until(stream: EventStream, data: str) -> list[str]:
-    """The data of the events before this one."""
-    *before, _ = until_event(stream, data)
-    return [event.data for event in before]
 
 
 def close_with_reset(sock: socket.socket) -> None:
@@ -702,11 +660,6 @@ def numbers(first: int, end: int) -> list[str]:
 def first_words(events: Sequence[Received]) -> list[str]:
     """The first word of each event's data; padding follows it."""
     return [event.data.split()[0] for event in events]
-
-
-def next_of_each(streams: Sequence[EventStream]) -> list[str]:
-    """The data of each stream's next event."""
-    return [stream.next().data for stream in streams]
 
 
 def place_of(id: str) -> int:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import ssepush
-from tests.kit import DEADLINE_S, Link, RedisProcess, RedisProxy, Start, both_ways, numbers, until, wait_for
+from tests.kit import DEADLINE_S, Link, RedisProcess, RedisProxy, Start, both_ways, numbers, wait_for
 from tests.messages import one_line_end
 
 
@@ -133,7 +133,7 @@ def test_a_hole_on_one_channel_is_told_to_the_streams_that_follow_it_and_the_oth
             went_on = other.data(2)
         with server.stream(holed, whole, Last_Event_ID=reset.id) as back:
             publish("last", holed)
-            since = until(back, "last")
+            since = back.until("last")
 
     assert [event.data for event in before] == ["on the other channel"]
     assert (reset.type, reset.json) == ("stream-reset", {"reason": "missed"})

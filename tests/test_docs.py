@@ -368,7 +368,7 @@ def here(text: str, server: kit.ServerProcess) -> str:
 def shell(line: str, server: kit.ServerProcess) -> str:
     """What a shell prints that runs this line of an example."""
     for name in ("redis-cli", "curl"):
-        kit.program(name)
+        kit.needs(name)
     command = ["sh", "-ec", here(line, server)]
     environment = kit.environment_with(REDIS_URL=server.redis.url)
     done = subprocess.run(command, capture_output=True, text=True, timeout=kit.DEADLINE_S, env=environment, check=False)
@@ -380,7 +380,7 @@ def shell(line: str, server: kit.ServerProcess) -> str:
 def reading(line: str, server: kit.ServerProcess, **environment: str) -> Iterator[Iterable[bytes]]:
     """The lines that a shell prints while it runs this line of an example, which does not end by itself."""
     for name in ("redis-cli", "curl"):
-        kit.program(name)
+        kit.needs(name)
     with kit.running("sh", "-c", f"exec {here(line, server)}", env=kit.environment_with(**environment)) as process:
         assert process.stdout
         yield process.stdout

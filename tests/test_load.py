@@ -198,7 +198,7 @@ def mixed_wave(server: ServerProcess, channel: str) -> None:
     for stream in streams[:20]:
         stream.close()
     for stream in streams[20:40]:
-        stream.reset()
+        kit.close_with_reset(stream.sock)
     for stream in streams[40:50]:
         stream.sock.shutdown(socket.SHUT_WR)
     streams += [server.opened(channel, Last_Event_ID=event_id) for event_id in (position, "foreign") * 10]

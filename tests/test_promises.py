@@ -15,7 +15,7 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.kit import RedisProcess, ServerProcess, Start, both_ways, exchange, numbers, run, the_line, until, wait_for
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, exchange, numbers, run, the_line, wait_for
 
 SECRET = "a secret of these tests"
 
@@ -456,7 +456,7 @@ def test_a_header_wins_over_the_query_whose_last_id_counts_and_last_where_there_
     with server.stream(channel, query=query, **({"Last_Event_ID": header} if header else {})) as stream:
         server.publish("live", channel)
 
-        assert until(stream, "live") == POSITIONS[asked].split()
+        assert stream.until("live") == POSITIONS[asked].split()
 
 
 SMALL = 20
@@ -484,7 +484,7 @@ def test_a_stream_begins_with_exactly_what_is_kept_at_that_moment_however_fast_i
     published = [data for _, _, data in acknowledged]
     for at_least, stream in opened:
         with stream:
-            received = until(stream, "end")
+            received = stream.until("end")
         first = published.index(received[0])
         assert received == published[first:]
         position = next(filter(None, stream.positions))
