@@ -1924,7 +1924,7 @@ def test_no_attack_so_far_has_written_a_line_of_the_log(server: ServerProcess) -
     with server.stream("last-line"):
         wait_for(lambda: server.said("last-line"), "the log is written")
 
-    assert [line for line in server.lines if not LOG_LINE.fullmatch(line)] == []
+    assert [line for line in server.output.splitlines(keepends=True) if not LOG_LINE.fullmatch(line)] == []
     assert not server.said("forged")
 
 

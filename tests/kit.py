@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -212,11 +213,39 @@ def redis_binary() -> str:
     return found
 
 
-class RedisProcess:
-    """A Redis of the tests' own, which they may kill, stop and restart."""
+class Process:
+    """A program of the tests' own, which they may stop, kill and start again; its output is in a file."""
+
+    def __init__(self) -> None:
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+
+    def start_program(self, *command: str, **options: Any) -> None:
+        self.process = start_process(*command, stdout=self._output, stderr=subprocess.STDOUT, **options)
+
+    @property
+    def output(self) -> str:
+        """What it has printed and logged so far."""
+        size = os.fstat(self._output.fileno()).st_size
+        return os.pread(self._output.fileno(), size, 0).decode()
+
+    def said(self, text: str) -> bool:
+        """Whether it printed or logged this."""
+        return text in self.output
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class RedisProcess(Process):
+    """A Redis of the tests' own."""
 
     def __init__(self, folder: Path, *options: str, password: str | None = None) -> None:
         """password: with which the tests' own client logs in; the options have it, too."""
+        super().__init__()
         self.port = free_port()
         self.folder = folder
         self.options = options
@@ -232,25 +261,18 @@ class RedisProcess:
 
     def start(self) -> None:
         """Start it, also again, with what it has kept in its folder."""
-        self.log = (self.folder / "redis.log").open("ab")
-        command = [*self.command(), *self.options]
-        self.process = start_process(*command, stdout=self.log, stderr=self.log)
+        self.start_program(*self.command(), *self.options)
         wait_for(self.answers, "Redis answers")
 
     def answers(self) -> bool:
-        assert self.process.poll() is None, (self.folder / "redis.log").read_text()
+        assert self.process.poll() is None, self.output
         with contextlib.suppress(redis.RedisError):
             return bool(self.client.ping())
         return False
 
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        super().kill()
         self.client.connection_pool.disconnect()
-        self.log.close()
 
     def url_of(self, user: str, password: str = "") -> str:
         """The URL with which this user logs in."""
@@ -705,67 +727,32 @@ def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
 WAYS = {"subscriber each": (), "shared": ("--shared",)}
 both_ways = pytest.mark.usefixtures("way")  # of subscribing; `start` starts servers in the way that is due
 one_way = pytest.mark.parametrize("server", [()], ids=["subscriber each"], indirect=True)  # where it does not matter
-IDLE_THREADS = 7  # main, accept, relay, watch, log, and two that are free for the next requests
-MOST_WAITING = 1000  # connections that are not streams; each has a thread, which is then kept for the next one
 POOL = 32  # connections to Redis that a server keeps
 JSON = {"Content-Type": "application/json"}
 
 
-class ServerProcess:
+class ServerProcess(Process):
     """ssepush as its users start it, on a free port."""
 
     def __init__(self, redis: RedisProcess | str, *options: str, port: int = 0, **environment: str) -> None:
         """redis: "" is for what REDIS_URL names."""
-        url = redis if isinstance(redis, str) else redis.url
-        named = ("--redis-url", url) if url else ()
-        self._redis = redis
-        self.options = options
-        self.process = start_process(
-            *ssepush_command("--port", str(port), *named, *options),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment_with(**environment),
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        wait_for(self._has_started_or_ended, "the server started")
+        super().__init__()
+        if isinstance(redis, RedisProcess):
+            self.redis = redis
+            redis = redis.url
+        named = ("--redis-url", redis) if redis else ()
+        self.is_shared = "--shared" in options  # one Redis subscriber feeds all streams
+        command = ssepush_command("--port", str(port), *named, *options)
+        self.start_program(*command, env=environment_with(**environment))
+        wait_for(lambda: self.said("stop with") or self.process.poll() is not None, "the server started")
         address = re.search(r"http://[^ ]*:(\d+)/", self.output)
         assert address, self.output
         self.port = int(address[1])
         self.url = f"http://{LOOPBACK}:{self.port}"
 
-    def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self.lines.append(line)
-
-    def _has_started_or_ended(self) -> bool:
-        return self.said("stop with") or self.process.poll() is not None
-
-    @property
-    def redis(self) -> RedisProcess:
-        """The Redis that it was started with."""
-        assert isinstance(self._redis, RedisProcess)
-        return self._redis
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether one Redis subscriber feeds all its streams."""
-        return "--shared" in self.options
-
     def subscribers_for(self, streams: int) -> int:
         """How many Redis subscribers it should have for that many streams of one channel."""
         return min(1, streams) if self.is_shared else streams
-
-    @property
-    def output(self) -> str:
-        return "".join(self.lines)
-
-    def said(self, text: str) -> bool:
-        """Whether it printed or logged this."""
-        return text in self.output
 
     def get(self, path: str, method: str = "GET", body: str | bytes | None = None, **headers: str) -> Answer:
         """One request on a connection of its own; underscores in header names become hyphens."""
@@ -802,10 +789,11 @@ class ServerProcess:
         stream.position()
         return stream
 
-    def metric(self, sample: str) -> float:
-        """One sample of GET /metrics, 0 if it is not there yet: `metric('streams_closed_total{reason="gone"}')`."""
-        text = self.get("/metrics").body.decode()
-        found = re.search(rf"^ssepush_{re.escape(sample)} (\S+)$", text, re.MULTILINE)
+    def metric(self, sample: str, reason: str = "") -> float:
+        """One sample of GET /metrics, 0 if it is not there yet: `metric("streams_closed_total", "gone")`."""
+        if reason:
+            sample += f'{{reason="{reason}"}}'
+        found = re.search(rf"^ssepush_{re.escape(sample)} (\S+)$", self.get("/metrics").body.decode(), re.MULTILINE)
         return float(found[1]) if found else 0.0
 
     def streams(self) -> int:
@@ -814,86 +802,47 @@ class ServerProcess:
 
     def closed(self, reason: str) -> int:
         """How many streams it has closed for this reason."""
-        return int(self.metric(f'streams_closed_total{{reason="{reason}"}}'))
+        return int(self.metric("streams_closed_total", reason))
 
     def refused(self, reason: str) -> int:
         """How many streams it has refused for this reason."""
-        return int(self.metric(f'streams_refused_total{{reason="{reason}"}}'))
+        return int(self.metric("streams_refused_total", reason))
 
     def dropped(self, reason: str) -> int:
         """How many messages it has dropped for this reason."""
-        return int(self.metric(f'messages_dropped_total{{reason="{reason}"}}'))
+        return int(self.metric("messages_dropped_total", reason))
 
     @functools.cached_property
-    def _kernel(self) -> Any:
-        """What the kernel knows of the process."""
+    def kernel(self) -> Any:
+        """What the kernel knows of the process: a psutil.Process."""
         return pytest.importorskip("psutil", reason="needs psutil: pip install psutil").Process(self.process.pid)
 
     def threads(self) -> int:
         """How many threads the process has."""
-        return int(self._kernel.num_threads())
+        return int(self.kernel.num_threads())
 
     def connections(self) -> int:
         """How many connections of clients it has not closed yet."""
-        of_clients = [each for each in self._kernel.net_connections("tcp") if each.laddr.port == self.port]
+        of_clients = [each for each in self.kernel.net_connections("tcp") if each.laddr.port == self.port]
         return sum(each.status in ("ESTABLISHED", "CLOSE_WAIT") for each in of_clients)
 
     def descriptors(self) -> int:
         """How many files and sockets it has open."""
-        return int(self._kernel.num_fds())
-
-    def resident_bytes(self) -> int:
-        """The memory that it holds."""
-        return int(self._kernel.memory_info().rss)
-
-    def cpu_s(self) -> float:
-        """The CPU time that it has used."""
-        used = self._kernel.cpu_times()
-        return float(used.user + used.system)
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        return int(self.kernel.num_fds())
 
     def terminate(self) -> int:
         """End it as an operator would; the exit status."""
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
-        status = self.process.wait(DEADLINE_S)
-        self._reader.join()
-        return status
+        return self.process.wait(DEADLINE_S)
 
     def end(self) -> None:
         """The same, at the end of a test: without a traceback."""
         self.terminate()
         assert "Traceback" not in self.output, self.output
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join()
 
-
-class Start:
-    """Starts servers of one test's own: `start("--history", "5")`; they end with it, without a traceback."""
-
-    def __init__(self, common_redis: Callable[[], RedisProcess], way: tuple[str, ...]) -> None:
-        """way: how they subscribe, in the test that is run in both ways."""
-        self._common_redis = common_redis
-        self._way = way
-        self._started: list[ServerProcess] = []
-
-    def __call__(
-        self, *options: str, redis: RedisProcess | str | None = None, port: int = 0, **environment: str
-    ) -> ServerProcess:
-        """redis: None is for the one that the tests have in common."""
-        chosen = self._common_redis() if redis is None else redis
-        server = ServerProcess(chosen, *self._way, *options, port=port, **environment)
-        self._started.append(server)
-        return server
-
-    def end(self) -> None:
-        for server in self._started:
-            server.end()
+Start = Callable[..., ServerProcess]  # the fixture `start`: as ServerProcess; without a Redis, with that of all tests
 
 
 # ── Pages and publishers ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -1082,14 +1031,10 @@ class WithholdingProxy(RedisProxy):
 # ── Floods, and what they must leave as it was ───────────────────────────────────────────────────────────────────────
 
 
-def allow_files(number: int) -> int:
-    """Let the tests themselves have that many files open, as far as the system lets them; how many they may have."""
+def allow_files(number: int) -> None:
+    """Let the tests themselves have that many files open; a ValueError if the system does not."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        number = min(number, hard)
-    allowed = max(soft, number)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    return allowed
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number), hard))
 
 
 @contextlib.contextmanager
@@ -1103,52 +1048,3 @@ def connections(port: int, number: int, sent: bytes = b"") -> Iterator[list[sock
             with contextlib.suppress(ConnectionError):
                 sock.sendall(sent)
         yield socks
-
-
-def is_closed(sock: socket.socket) -> bool:
-    """Whether the other side has closed the connection without a word."""
-    sock.setblocking(False)
-    try:
-        return sock.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True
-
-
-class Baseline:
-    """A server's threads and descriptors before an attack, while one stream is open; and whether it still works."""
-
-    def __init__(self, server: ServerProcess, channel: str) -> None:
-        self.server = server
-        self.channel = channel
-        self.stream = server.stream(channel)
-        self.publish("before")
-        wait_for(lambda: server.threads() <= IDLE_THREADS, "only its own threads run")
-        self.threads = server.threads()
-        self.descriptors = server.descriptors()
-
-    def publish(self, data: str, seconds: float = 5.0) -> None:
-        """Publish over HTTP, and receive it on the stream."""
-        deadline = time.monotonic() + seconds
-        self.server.publish(data, self.channel)
-        assert self.stream.next(seconds).data == data
-        assert time.monotonic() < deadline
-
-    def newcomer(self, seconds: float = 5.0) -> None:
-        """Open another stream, which gets an event too."""
-        deadline = time.monotonic() + seconds
-        with self.server.stream(self.channel) as stream:
-            self.publish("newcomer", seconds)
-            assert stream.next(seconds).data == "newcomer"
-        assert time.monotonic() < deadline
-
-    def end(self, seconds: float = DEADLINE_S) -> None:
-        """The attack is over: nothing of it is left, and the stream was never interrupted."""
-        server, most = self.server, self.descriptors + POOL  # connections to Redis are kept
-        wait_for(lambda: server.connections() == 1, "all connections but the stream's are closed", seconds)
-        wait_for(lambda: server.descriptors() <= most, f"descriptors are back to {most}", seconds)
-        assert server.threads() <= self.threads + MOST_WAITING
-        self.publish("after")
-        assert self.server.streams() == 1
-        self.stream.close()

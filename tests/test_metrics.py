@@ -199,7 +199,7 @@ def test_why_a_stream_ended_is_counted_and_logged(start: Start, own_redis: Redis
     wait_for(lambda: Scraped(server)["streams"] == 0, "the stream has ended")
     wait_for(lambda: server.said(" closed after "), "its end is logged")
     assert Scraped(server)[f'streams_closed_total{{reason="{reason}"}}'] == 1
-    opened, closed = (line for line in server.lines if re.search("stream [0-9]+ (open|closed)", line))
+    opened, closed = (line for line in server.output.splitlines() if re.search("stream [0-9]+ (open|closed)", line))
     assert re.search(r"INFO stream 1 open: 127\.0\.0\.1 on private-log, other$", opened)
     assert re.search(rf"INFO stream 1 closed after [0-9.]+ s: {reason}$", closed)
     assert token not in server.output

@@ -200,7 +200,7 @@ def test_a_stream_of_many_channels_is_a_short_line_of_the_log(start: Start, chan
     with server.opened(*channels):
         wait_for(lambda: server.said("open: "), "its opening is logged")
 
-        [line] = [line for line in server.lines if "open: " in line]
+        [line] = [line for line in server.output.splitlines() if "open: " in line]
     assert len(line) < 1000  # of 20 names with 170 bytes each
 
 
