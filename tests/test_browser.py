@@ -11,7 +11,7 @@ import pytest
 
 import ssepush
 from tests.kit import RedisProcess, ServerProcess, Start, both_ways, wait_for
-from tests.messages import AS_PUBLISHED, NEW_ANSWERS, NO_EVENT_OBJECTS, POISON, publish_all
+from tests.messages import AS_PUBLISHED, NEW_ANSWERS, NO_EVENT_OBJECTS, POISON, as_read
 from tests.test_examples import example_for, items, wait_for_content
 from tests.test_page import MESSAGE, PLACEHOLDER, SECOND_HEARTBEATS, SHOWN_ANSWER, STRANGE, DeafProxy, OpenPage
 
@@ -139,11 +139,13 @@ def listen(tab: WebDriver, server: ServerProcess, channel: str, types: Sequence[
 
 
 def test_chromium_reads_data_exactly_as_published(server: ServerProcess, tab: WebDriver, channel: str) -> None:
-    heard = listen(tab, server, channel, [*(f"type-{at}" for at in range(len(AS_PUBLISHED))), "end"])
+    published = {f"type-{number}": value for number, value in enumerate(AS_PUBLISHED.values())}
+    heard = listen(tab, server, channel, list(published))
 
-    published = publish_all(server.redis, channel)
+    for type, value in published.items():
+        server.redis.publish_event(channel, data=value, type=type)
 
-    assert [event[:2] for event in heard(len(published))] == published
+    assert [event[:2] for event in heard(len(published))] == [[type, as_read(data)] for type, data in published.items()]
 
 
 def test_chromium_hears_any_other_message_and_no_poison(server: ServerProcess, tab: WebDriver, channel: str) -> None:

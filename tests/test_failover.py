@@ -1,4 +1,4 @@
-"""Redis that fails over: URLs of Sentinels and of clusters. What faults do to pages, bench/failover.py plays."""
+"""Redis that fails over: URLs of Sentinels and of clusters. What faults do to pages, bench/chaos.py plays."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 
 import ssepush
 from tests.kit import POOL, Parser, Received, ServerProcess, answers_in, both_ways, exchange, one_way, wait_for
-from tests.messages import one_line_end
+from tests.messages import as_read
 
 pytest.importorskip("hypothesis", reason="needs hypothesis: pip install '.[test]'")
 
@@ -63,7 +63,7 @@ def test_a_message_is_dispatched_exactly_or_refused_and_no_field_is_forged(membe
         return
 
     assert not is_forging
-    assert read.events == [Received(one_line_end(members["data"]), type or "message", id)]
+    assert read.events == [Received(as_read(members["data"]), type or "message", id)]
     assert (read.retry_ms, read.comments) == (members.get("retry"), [])
 
 
@@ -97,7 +97,7 @@ def test_what_is_published_comes_out_whole_or_is_refused(server: ServerProcess, 
         event = stream.next()
 
     assert (event.type, event.id) == (type or "message", answer.json["id"])
-    assert event.data == one_line_end(data) if isinstance(data, str) else event.json == data
+    assert event.data == as_read(data) if isinstance(data, str) else event.json == data
 
 
 HEAD = b" HTTP/1.1\r\nHost: localhost\r\n"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ssepush
-from tests.engines import Firefox, Site
+from tests.browser import Firefox, Site
 from tests.kit import (
     DEADLINE_S,
     HERE,

@@ -18,8 +18,7 @@ from urllib.parse import quote
 import pytest
 
 from tests import kit
-from tests.browser import state_of, text_of
-from tests.engines import Firefox, QuietHandler
+from tests.browser import Firefox, QuietHandler, text_of
 from tests.kit import HERE, LOOPBACK, EventStream, RedisProcess, ServerProcess, Start, free_port, wait_for
 
 if TYPE_CHECKING:
@@ -92,7 +91,8 @@ class OpenPage:
         return text_of(self.tab, id_)
 
     def state(self) -> str:
-        return state_of(self.tab)
+        """The page's connection: connecting, open, waiting or closed."""
+        return str(self.tab.execute_script("return document.getElementById('state').dataset.state"))
 
     def enter(self, id_: str, value: str) -> None:
         """Have this value in a field."""

@@ -17,19 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import pytest
 
 import ssepush
 from tests import kit
-from tests.engines import Browser, QuietHandler, Site, firefox
+from tests.browser import Browser, QuietHandler, Site, chrome, firefox
 from tests.proxies import PROXIES, Change, Proxy, open_folder, proxies_before
 from tests.test_docs import shown
-
-if TYPE_CHECKING:
-    from selenium.webdriver.chrome.webdriver import WebDriver
 
 pytestmark = kit.needs_test_extra
 SECRET = "a secret of the tests that is long enough"
@@ -41,9 +38,9 @@ HEARTBEAT_S = 1
 class Deployment:
     """A server with every proxy before it. It can be away, and comes back where it was."""
 
-    def __init__(self, redis: kit.RedisProcess) -> None:
+    def __init__(self, redis: kit.RedisProcess, port: int) -> None:
         self.redis = redis
-        self.port = kit.free_port()
+        self.port = port
         self.start()
 
     def start(self) -> None:
@@ -62,17 +59,20 @@ class Deployment:
 
 
 @pytest.fixture(scope="module")
-def deployment(redis_process: kit.RedisProcess) -> Iterator[Deployment]:
-    deployment = Deployment(redis_process)
+def proxies() -> Iterator[dict[str, Proxy]]:
+    """All of them, before a port."""
+    with proxies_before(kit.free_port()) as proxies:
+        yield proxies
+
+
+@pytest.fixture
+def deployment(redis_process: kit.RedisProcess, proxies: dict[str, Proxy]) -> Iterator[Deployment]:
+    """A server at that port, once all pass on what is for it: some leave it alone for a moment after it was away."""
+    deployment = Deployment(redis_process, proxies["nginx"].upstream)
+    for proxy in proxies.values():
+        kit.wait_for(lambda: ask(proxy, "GET", "/")[0] == 200, f"{proxy.recipe} passes it on")  # noqa: B023
     yield deployment
     deployment.server.end()
-
-
-@pytest.fixture(scope="module")
-def proxies(deployment: Deployment) -> Iterator[dict[str, Proxy]]:
-    """All of them, before it."""
-    with proxies_before(deployment.port) as proxies:
-        yield proxies
 
 
 def connection_to(proxy: Proxy) -> http.client.HTTPConnection:
@@ -267,21 +267,11 @@ for (const url of new URLSearchParams(location.search).getAll("stream")) {
 </script>"""
 
 
-@contextlib.contextmanager
-def trusting_firefox(folder: Path) -> Iterator[Browser]:
-    """A Firefox that takes self-signed certificates."""
-    with firefox(folder) as browser:
-        browser._marionette.delete_session()
-        browser._marionette.start_session({"acceptInsecureCerts": True})
-        yield browser
-
-
 def test_a_server_that_is_away_for_a_moment_or_for_long_loses_no_event_in_any_browser_behind_any_proxy(
     deployment: Deployment,
     proxies: dict[str, Proxy],
     channel: str,
     tmp_path: Path,
-    trusting_chromium: WebDriver,
 ) -> None:
     """And over HTTP/2 a page may have more than the six streams of HTTP/1.1: there are eight behind nginx."""
     streams = {(name, 1): f"{proxy.url}/stream?channel={channel}" for name, proxy in proxies.items()}
@@ -293,8 +283,11 @@ def test_a_server_that_is_away_for_a_moment_or_for_long_loses_no_event_in_any_br
             published.append(f"event {len(published)}")
             ssepush.publish(published[-1], channel=channel, redis_url=deployment.redis.url)
 
-    with Site({"/": lambda: PAGE}) as page, trusting_firefox(tmp_path) as second:
-        browsers = {"Chromium": trusting_chromium, "Firefox": second}
+    with Site({"/": lambda: PAGE}) as page, contextlib.ExitStack() as stack:
+        browsers: dict[str, Browser] = {
+            "Chromium": stack.enter_context(chrome(tmp_path / "chromium", trusts_all=True)),
+            "Firefox": stack.enter_context(firefox(tmp_path, trusts_all=True)),
+        }
         for browser in browsers.values():
             browser.get(f"{page.url}/?{urlencode([('stream', url) for url in streams.values()])}")
         deployment.redis.wait_for_subscribers(channel, 2 * len(streams))
