@@ -38,7 +38,7 @@ def test_whatever_happens_no_page_loses_doubles_or_reorders_an_event_or_is_reset
     for program in NEEDED if scenario in FAILOVERS else ():
         needs(program)
     streams = "--streams=8" if scenario == "replays" else "--streams=20"
-    printed = printed_by("chaos.py", *scenario.split(), streams, "--seconds=3", "--down-after=2")
+    printed = printed_by("chaos.py", *scenario.split(), streams, "--seconds=5", "--down-after=2")
 
     figures = {name: int(value) for name, value in re.findall(r"^(.+?) +(\d+)$", printed, re.MULTILINE)}
     assert min(figures[name] for name in ("events acknowledged", "events dispatched", "streams opened again")) > 0
