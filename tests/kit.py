@@ -189,7 +189,10 @@ def npm_install(folder: Path, package: str) -> Path:
     return folder
 
 
-def certificate(folder: Path, names: str = "IP:127.0.0.1,DNS:localhost", days: int = 90) -> tuple[Path, Path]:
+LOCAL = "IP:127.0.0.1,DNS:localhost"  # whom a certificate is for
+
+
+def certificate(folder: Path, names: str = LOCAL, days: int = 90) -> tuple[Path, Path]:
     """A self-signed certificate in that folder, of this machine unless told otherwise, and its key."""
     pem, key = folder / "certificate.pem", folder / "key.pem"
     kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"

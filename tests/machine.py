@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import DEADLINE_S, DEPLOY, HERE, needs, redis_binary, start_process, wait_for
+from tests.kit import DEADLINE_S, DEPLOY, HERE, TEST_EXTRA, needs, redis_binary, start_process, wait_for
 
 SYSTEMD = "/lib/systemd/systemd"
 
@@ -83,6 +82,7 @@ class Machine:
     user = 64999
 
     def __init__(self, folder: Path) -> None:
+        self._kernel = pytest.importorskip("psutil", reason=TEST_EXTRA)
         needs("systemctl")
         is_allowed = os.getuid() == 0 and subprocess.run(unshare("exit 0", {})).returncode == 0
         if not is_allowed:
@@ -126,13 +126,8 @@ class Machine:
     def _find_first(self) -> int:
         """The number that systemd has outside, 0 while it is not there yet."""
         assert self._outer.poll() is None, "the machine did not start"
-        outer = self._outer.pid
-        children = Path(f"/proc/{outer}/task/{outer}/children").read_text()
-        for child in children.split():
-            with contextlib.suppress(FileNotFoundError):
-                if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
-                    return int(child)
-        return 0
+        children = self._kernel.Process(self._outer.pid).children()
+        return next((child.pid for child in children if child.name() == "systemd"), 0)
 
     def _is_up(self) -> bool:
         assert self._outer.poll() is None, "the machine did not start"

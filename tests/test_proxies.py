@@ -25,7 +25,7 @@ import pytest
 import ssepush
 from tests import kit
 from tests.browser import Browser, QuietHandler, Site, chrome, firefox
-from tests.proxies import PROXIES, Change, Proxy, open_folder, proxies_before
+from tests.proxies import Change, Proxy, proxies_before
 from tests.test_docs import shown
 
 pytestmark = kit.needs_test_extra
@@ -450,11 +450,10 @@ def reports(start: kit.Start) -> dict[str, tuple[int, str]]:
     with contextlib.ExitStack() as stack:
         before: dict[str, Proxy] = {}
         for name, case in CASES.items():
-            folder = stack.enter_context(open_folder())
-            before[name] = PROXIES[case.proxy](folder, ports[case.server], case.changes, case.names, case.days)
-            stack.callback(before[name].end)
-        for proxy in before.values():
-            proxy.wait()
+            proxy = Proxy(case.proxy, ports[case.server], case.changes, case.names, case.days)
+            before[name] = stack.enter_context(proxy)
+        for name, proxy in before.items():
+            kit.wait_for(proxy.is_up, f"the proxy listens: {name}")
         asked = {name: checking(before[name], case) for name, case in CASES.items()}
         said = {name: process.communicate(timeout=60)[0] for name, process in asked.items()}
         return {name: (process.returncode, said[name]) for name, process in asked.items()}
