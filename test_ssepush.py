@@ -64,7 +64,6 @@ from tests.kit import (
     close_with_reset,
     connect,
     connections,
-    ends,
     environment_with,
     exchange,
     first_words,
@@ -957,7 +956,7 @@ def test_publish_answers_the_number_of_open_streams(server: ServerProcess, chann
     for number in range(1, 6):
         streams.append(server.stream(channel))
         expected = server.subscribers_for(number)
-        assert server.redis.cli_publish(channel, '{"data": 1}') == expected
+        assert server.redis.publish(channel, '{"data": 1}') == expected
         assert server.publish(2, channel)["receivers"] == expected
     for number in range(4, -1, -1):
         streams.pop().close()
@@ -1077,11 +1076,10 @@ def test_an_event_that_is_accepted_arrives_however_it_grows(server: ServerProces
 def test_pages_that_come_and_go_while_others_publish_lose_and_double_nothing(start: Start, channel: str) -> None:
     names = [f"{channel}-{letter}" for letter in "ab"]
     server = start("--history", "100000", "--retry", "1")
-    rng = random.Random(3)
 
     def page(number: int) -> Page:
         followed = names if number % 2 else names[:1]
-        return Page(server.port, *followed, leave_after=lambda: rng.randrange(1, 40))
+        return Page(server.port, *followed, restless=True)
 
     pages = [page(number) for number in range(16)]
     wait_for(lambda: all(each.last_event_id for each in pages), "all pages have a position")
@@ -1139,6 +1137,12 @@ def test_a_log_that_nobody_reads_holds_up_nothing(redis_process: RedisProcess, c
 
 @pytest.mark.alone
 @both_ways
+def time_of_end(stream: EventStream) -> float:
+    """When it ended, without another event."""
+    assert stream.until_end() == []
+    return time.monotonic()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
     own_redis: RedisProcess, start: Start, channel: str, number: signal.Signals
@@ -1155,13 +1159,13 @@ def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
         began = time.monotonic()
 
         server.signal(number)
-        times = ends(streams)
+        with ThreadPoolExecutor(len(streams)) as threads:
+            times = list(threads.map(time_of_end, streams))
         counting.until_end()
 
         assert server.process.wait(DEADLINE_S) == 0
         assert time.monotonic() - began < 3.5
     for stream in streams:
-        assert stream.untaken == []
         assert stream.parser.comments == ["this server is going down"]
         assert stream.comes_back_after(soon=True)  # not all at once, and not away for long
         assert stream.is_whole, "HTTP clients are told that the body is whole"
@@ -1191,7 +1195,8 @@ def test_a_drain_takes_no_new_streams(own_redis: RedisProcess, start: Start, cha
     assert re.search(rb"\n: [^\n]+\nretry: [0-9]+\n\n\r\n0\r\n\r\n\Z", late)
     assert b"\nid:" not in late, "it was opened"
     assert own_redis.subscribers("late") == 0
-    ends(streams)
+    for stream in streams:
+        stream.until_end()
     assert server.process.wait(DEADLINE_S) == 0
 
 

@@ -17,7 +17,6 @@ import os
 import random
 import re
 import resource
-import selectors
 import shutil
 import signal
 import socket
@@ -163,17 +162,12 @@ def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def stop(process: subprocess.Popen[Any]) -> None:
-    """Stop it by a signal that it cannot catch; its parent is told once all its threads have stopped."""
-    process.send_signal(signal.SIGSTOP)
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
-
-
 @contextlib.contextmanager
 def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
     """Stopped by a signal that it cannot catch, and going on afterwards as if nothing had happened."""
-    stop(process)
+    process.send_signal(signal.SIGSTOP)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)  # its parent is told once all its threads have stopped
+    assert os.WIFSTOPPED(status)
     try:
         yield
     finally:
@@ -303,17 +297,6 @@ class RedisProcess(Process):
             for message in messages:
                 pipeline.publish(channel, message)
             return [int(reached) for reached in pipeline.execute()]
-
-    def cli_publish(self, channel: str, message: str) -> int:
-        """`redis-cli publish`, the real one where installed, else the same bytes over a socket; what it prints."""
-        cli = found_program("redis-cli", "valkey-cli")
-        if cli:
-            command = [cli, "-p", str(self.port), "publish", channel, message]
-            return int(subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S).stdout)
-        words = [b"publish", channel.encode(), message.encode()]
-        with connect(self.port) as sock, sock.makefile("rb") as reply:
-            sock.sendall(b"*3\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
-            return int(reply.readline().removeprefix(b":"))
 
 
 # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -655,23 +638,6 @@ def close_with_reset(sock: socket.socket) -> None:
     sock.close()
 
 
-def ends(streams: Sequence[EventStream]) -> list[float]:
-    """Read all of them to their ends; when each ended."""
-    times: list[float] = []
-    deadline = time.monotonic() + DEADLINE_S
-    with selectors.DefaultSelector() as selector:
-        for stream in streams:
-            selector.register(stream.sock, selectors.EVENT_READ, stream)
-        while len(times) < len(streams):
-            assert time.monotonic() < deadline, f"only {len(times)} ended"
-            for key, _ in selector.select(1.0):
-                key.data.read()
-                if key.data.ended:
-                    times.append(time.monotonic())
-                    selector.unregister(key.fileobj)
-    return times
-
-
 def query_of(*channels: str) -> str:
     """`"channel=a&channel=b"`."""
     return urlencode([("channel", channel) for channel in channels])
@@ -854,15 +820,12 @@ Start = Callable[..., ServerProcess]  # the fixture `start`: as ServerProcess; w
 class Page(threading.Thread):
     """A browser's EventSource: reads, and when the stream ends comes back as told, with its last event ID."""
 
-    def __init__(self, port: int, *channels: str, leave_after: Callable[[], int] | None = None, told: str = "") -> None:
-        """leave_after: how many events it reads before it leaves by itself and comes back at once.
-
-        told: the last event ID that it had before, if it comes back from there.
-        """
+    def __init__(self, port: int, *channels: str, restless: bool = False, told: str = "") -> None:
+        """restless: it leaves by itself after some events, and comes back at once. told: the last event ID it had."""
         super().__init__(daemon=True)
         self.port = port
         self.channels = channels
-        self.leave_after = leave_after
+        self.restless = restless
         self.events: list[Received] = []
         self.last_event_id = told
         self.streams = 0
@@ -880,7 +843,7 @@ class Page(threading.Thread):
             self.streams += 1
             assert stream.status == 200
             with stream:
-                self._read(stream, self.leave_after() if self.leave_after else sys.maxsize)
+                self._read(stream, random.randint(1, 40) if self.restless else sys.maxsize)
 
     def _read(self, stream: EventStream, number: int) -> None:
         while number and not stream.ended and not self.left.is_set():
@@ -919,12 +882,13 @@ class Publisher(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self.done.is_set():
-            connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
-            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-                connection.connect()
-                while not self.done.wait(self.pause):
-                    self._publish(connection, next(self.names))
+        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
+        while not self.done.wait(self.pause):
+            try:
+                self._publish(connection, next(self.names))
+            except (OSError, http.client.HTTPException):
+                connection.close()  # the next request opens it again
+        connection.close()
 
     def _publish(self, connection: http.client.HTTPConnection, data: str) -> None:
         channel = random.choice(self.channels)

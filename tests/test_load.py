@@ -79,7 +79,7 @@ class Bad:
         self.stack.callback(ended.set)
 
     def is_stopped(self) -> None:
-        kit.stop(self._process("127.0.0.1"))
+        self.stack.enter_context(kit.stopped(self._process("127.0.0.1")))
 
     def vanishes(self) -> None:
         number = random.SystemRandom().randrange(2**14)
