@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import resource
 import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit import WAYS, RedisProcess, ServerProcess, Start, allow_files, ending_processes
+from tests.kit import WAYS, RedisProcess, ServerProcess, Start, ending_processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,7 +136,8 @@ def channel() -> str:
 @pytest.fixture
 def many_files() -> None:
     """Let the tests themselves open as many connections as a flood needs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        allow_files(6000)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 6000), hard))
     except ValueError:
         pytest.skip("needs 6,000 open files")

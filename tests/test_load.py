@@ -155,8 +155,9 @@ def unread(server: ServerProcess, channel: str, position: str = "") -> socket.so
 
 
 @both_ways
-def test_a_thousand_streams_get_every_message_without_a_thread_more(start: Start, channel: str) -> None:
-    kit.allow_files(4096)
+def test_a_thousand_streams_get_every_message_without_a_thread_more(
+    start: Start, channel: str, many_files: None
+) -> None:
     server = start()
 
     streams = [server.stream(channel) for _ in range(1000)]
