@@ -10,7 +10,7 @@ MAX_WORKERS = 8
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in ("tests.fixtures", "tests.browser"):
+    for name in ("tests.fixtures", "tests.browser", "tests.machine"):
         config.pluginmanager.import_plugin(name)
 
 
