@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ssepush
-from tests.kit import RedisProcess, ServerProcess, Start, both_ways, needs, wait_for
+from tests import kit
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, wait_for
 from tests.messages import AS_PUBLISHED, NEW_ANSWERS, NO_EVENT_OBJECTS, POISON, as_read
 from tests.test_examples import example_for, items, wait_for_content
 from tests.test_page import MESSAGE, PLACEHOLDER, SECOND_HEARTBEATS, SHOWN_ANSWER, STRANGE, DeafProxy, OpenPage
@@ -42,7 +43,7 @@ def test_redis_cli_publish_alone_changes_the_page_and_prints_the_number_of_open_
         article.until(article.state, "open")
     assert article.text("data") == PLACEHOLDER
 
-    command = [needs("redis-cli", "valkey-cli"), "-p", str(server.redis.port), "publish", "sse", MESSAGE]
+    command = [kit.needs("redis-cli", "valkey-cli"), "-p", str(server.redis.port), "publish", "sse", MESSAGE]
     printed = subprocess.run(command, check=True, capture_output=True).stdout
     assert int(printed) == server.subscribers_for(3)
 

@@ -20,7 +20,7 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.kit import POOL, RedisProcess, ServerProcess, Start, both_ways, connect, connections, request, wait_for
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, wait_for
 
 IDLE_THREADS = 7  # main, accept, relay, watch, log, and two that are free for the next requests
 MOST_WAITING = 1000  # connections that are not streams; each has a thread, which is then kept for the next one
@@ -147,7 +147,7 @@ def unread(server: ServerProcess, channel: str, position: str = "") -> socket.so
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.connect((kit.LOOPBACK, server.port))
     begin = f"&lastEventId={position}" if position else ""
-    sock.sendall(request(f"GET /stream?channel={channel}{begin} HTTP/1.1".encode()))
+    sock.sendall(kit.request(f"GET /stream?channel={channel}{begin} HTTP/1.1".encode()))
     return sock
 
 
@@ -186,7 +186,7 @@ def fill_pool(server: ServerProcess, redis: RedisProcess) -> None:
     with kit.stopped(redis.process):
         for publisher in publishers:
             publisher.start()
-        in_use = idle + 40 + POOL - pooled
+        in_use = idle + 40 + kit.POOL - pooled
         wait_for(lambda: server.descriptors() >= in_use, "all its connections to Redis are in use")
     for publisher in publishers:
         publisher.join()
@@ -209,7 +209,7 @@ def mixed_wave(server: ServerProcess, channel: str) -> None:
     for path in ("/nothing", "/stream?channel=", "/healthz", "/", "/metrics") * 4:
         server.get(path)
     for sent in (b"GET /str", b"\r\n\r\n", b"POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"):
-        with connect(server.port) as sock:
+        with kit.connect(server.port) as sock:
             sock.sendall(sent)
     for number in range(130):  # more than the kernel takes for those who do not read
         server.publish(f"{number} {'x' * 12_000}", channel)
@@ -321,8 +321,8 @@ def test_streams_that_end_leave_nothing_behind_in_any_state(
 
     subscribers = server.subscribers_for(ALIKE) if server.is_shared else 0
     wait_for(lambda: server.metric("subscribers") <= subscribers, "their subscribers are gone")
-    wait_for(lambda: server.descriptors() <= descriptors + POOL, "their descriptors are gone")
-    wait_for(lambda: len(own_redis.client.client_list()) <= POOL + 2, "nor a connection to Redis")
+    wait_for(lambda: server.descriptors() <= descriptors + kit.POOL, "their descriptors are gone")
+    wait_for(lambda: len(own_redis.client.client_list()) <= kit.POOL + 2, "nor a connection to Redis")
     assert server.threads() <= IDLE_THREADS + ALIKE
     assert server.metric("backlog_bytes") == 0
     for sock in browsers:
@@ -402,7 +402,7 @@ class Baseline:
 
     def end(self, seconds: float = kit.DEADLINE_S) -> None:
         """The attack is over: nothing of it is left, and the stream was never interrupted."""
-        server, most = self.server, self.descriptors + POOL  # connections to Redis are kept
+        server, most = self.server, self.descriptors + kit.POOL  # connections to Redis are kept
         wait_for(lambda: server.connections() == 1, "all connections but the stream's are closed", seconds)
         wait_for(lambda: server.descriptors() <= most, f"descriptors are back to {most}", seconds)
         assert server.threads() <= self.threads + MOST_WAITING
@@ -421,7 +421,7 @@ HEAD, BODY = b"GET /stream?channel=", kit.post(b"Content-Length: 1000", body=b"{
 FLOODS = {  # how many connections begin with these bytes, and what each of them sends every second from then on
     "say nothing": ({b"": 5000}, b""),
     "send slowly": ({HEAD: 1000, BODY: 200}, b"a"),
-    "count": ({request(b"GET /numbers HTTP/1.1"): MOST_WAITING + 100}, b""),
+    "count": ({kit.request(b"GET /numbers HTTP/1.1"): MOST_WAITING + 100}, b""),
 }
 
 
@@ -444,7 +444,7 @@ def test_more_connections_than_may_wait_hold_no_more_than_their_places_and_the_o
     with contextlib.ExitStack() as stack:
         socks: list[socket.socket] = []
         for sent, many in begin.items():
-            socks += stack.enter_context(connections(server.port, many, sent))
+            socks += stack.enter_context(kit.connections(server.port, many, sent))
         sender = threading.Thread(target=go_on, args=(socks,))
         sender.start()
         stack.callback(sender.join)
@@ -469,9 +469,9 @@ def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def takes_no_answer(port: int) -> socket.socket:
     """Somebody who sends one request after another, and does not read."""
-    sock = connect(port)
+    sock = kit.connect(port)
     with contextlib.suppress(ConnectionError):
-        sock.sendall(request(b"GET / HTTP/1.1") * 200)
+        sock.sendall(kit.request(b"GET / HTTP/1.1") * 200)
     return sock
 
 
@@ -495,7 +495,7 @@ def flood(port: int, per_s: int) -> Iterator[list[socket.socket]]:
         while not ended.wait(0.005):
             passed_s = time.monotonic() - began
             while len(came) < min(per_s * passed_s, MOST_OF_A_FLOOD):
-                came.append(connect(port))
+                came.append(kit.connect(port))
 
     thread = threading.Thread(target=come)
     thread.start()
@@ -511,7 +511,7 @@ def flood(port: int, per_s: int) -> Iterator[list[socket.socket]]:
 def is_answered(port: int) -> bool:
     """Whether an honest request gets its answer within two seconds."""
     try:
-        answer = kit.exchange(port, request(b"GET /position HTTP/1.1"), 2.0)
+        answer = kit.exchange(port, kit.request(b"GET /position HTTP/1.1"), 2.0)
     except OSError:
         return False
     return answer.startswith(b"HTTP/1.1 200 ")
@@ -564,7 +564,7 @@ def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, c
     resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (baseline.descriptors, limits[1]))
     positions, used = len(baseline.stream.positions), cpu_s(server)
 
-    with connections(server.port, 20):
+    with kit.connections(server.port, 20):
         baseline.stream.wait(lambda: len(baseline.stream.positions) >= positions + 4, "the stream goes on for 2 s")
 
         assert cpu_s(server) - used < 0.5
@@ -581,11 +581,11 @@ def test_connections_that_take_no_answer_make_room_for_others(
     server = start("--max-streams", "20")
     baseline = Baseline(server, channel)
 
-    with connections(server.port, 200, request(b"GET / HTTP/1.1") * 200):
+    with kit.connections(server.port, 200, kit.request(b"GET / HTTP/1.1") * 200):
         wait_for(lambda: server.threads() >= 90, "as many as may wait hold a thread")
-        with connect(server.port) as late:
+        with kit.connect(server.port) as late:
             baseline.newcomer()  # who comes after all of them
-            late.sendall(request(b"GET /position HTTP/1.1"))
+            late.sendall(kit.request(b"GET /position HTTP/1.1"))
             assert late.recv(12) == b"HTTP/1.1 200"  # who has been silent meanwhile
         wait_for(lambda: server.connections() <= 105, "the others are ended")
         baseline.publish("meanwhile")
@@ -601,14 +601,14 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
 
     with (
         kit.stopped(own_redis.process),
-        connections(server.port, 300, request(b"GET /healthz HTTP/1.1", b"Connection: close")),
-        connections(server.port, 100, request(b"GET /stream HTTP/1.1")),
+        kit.connections(server.port, 300, kit.request(b"GET /healthz HTTP/1.1", b"Connection: close")),
+        kit.connections(server.port, 100, kit.request(b"GET /stream HTTP/1.1")),
     ):
         wait_for(lambda: server.get("/metrics").status == 200, "the others are served", 2.0)
         wait_for(lambda: server.connections() == 0, "they have been told that Redis is away")
 
     wait_for(lambda: server.get("/healthz").status == 200, "Redis is back")
-    wait_for(lambda: server.descriptors() <= descriptors + POOL, "nothing is left")
+    wait_for(lambda: server.descriptors() <= descriptors + kit.POOL, "nothing is left")
 
 
 @pytest.mark.alone
@@ -619,7 +619,7 @@ def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
 ) -> None:
     own_redis.client.config_set("requirepass", "secret")  # so that each new connection waits for an answer
     server = start(redis=own_redis.url_of("default", "secret"))
-    asks = connections(server.port, number, request(b"GET /stream HTTP/1.1"))
+    asks = kit.connections(server.port, number, kit.request(b"GET /stream HTTP/1.1"))
 
     with kit.stopped(own_redis.process), asks as waiting:
         for path in ("/metrics", "/"):
@@ -639,7 +639,7 @@ def test_a_burst_of_channels_does_not_hold_up_the_others(start: Start, channel: 
 
     with contextlib.ExitStack() as stack:
         for query in queries:
-            stack.enter_context(connect(server.port)).sendall(request(b"GET /stream?" + query + b" HTTP/1.1"))
+            stack.enter_context(kit.connect(server.port)).sendall(kit.request(b"GET /stream?" + query + b" HTTP/1.1"))
         baseline.publish("meanwhile")
         wait_for(lambda: server.streams() == 301, "all of them are open")
     baseline.publish("meanwhile")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 import ssepush
+from tests import kit
 from tests.browser import Browser, Firefox, Site
-from tests.kit import LOOPBACK, RedisProcess, ServerProcess, Start, free_port, wait_for
+from tests.kit import RedisProcess, ServerProcess, Start, wait_for
 from tests.test_examples import items, running_app
 
 if TYPE_CHECKING:
@@ -105,9 +106,9 @@ def deployment(start: Start, channel: str, tmp_path: Path) -> Iterator[Deploymen
         "/url": lambda: page(TOKEN_IN_URL),
         "/cookie": lambda: page(NOTHING_BUT_COOKIE),
     }
-    port = free_port()
+    port = kit.free_port()
     with Site(pages) as site:
-        origins = ["--allow-origin", f"http://{LOOPBACK}:{port}", "--allow-origin", site.url]
+        origins = ["--allow-origin", f"http://{kit.LOOPBACK}:{port}", "--allow-origin", site.url]
         server = start("--retry", "400", *origins, SSEPUSH_SECRET=SECRET)
         environment = {
             "STREAM_URL": f"{server.url}/stream",
