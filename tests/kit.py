@@ -24,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -317,14 +316,15 @@ def header_fields(arguments: dict[str, str]) -> dict[str, str]:
     return {name.replace("_", "-"): text for name, text in arguments.items()}
 
 
-def head_of(head: bytes) -> tuple[int, list[tuple[str, str]]]:
-    """The status and the fields of a response, whose head has to be well-formed."""
+def head_of(head: bytes) -> tuple[int, dict[str, str]]:
+    """The status and the fields of a response, whose head has to be well-formed, with each field but once."""
     status_line, *lines = head.decode("ascii").split("\r\n")
     status = re.fullmatch(r"HTTP/1\.1 ([1-5][0-9][0-9]) [A-Za-z -]+", status_line)
     fields = [re.fullmatch(r"([A-Za-z0-9-]+): ([ -~]+)", line) for line in lines]
+    headers = {field[1]: field[2] for field in fields if field}
     assert status, status_line
-    assert all(fields), lines
-    return int(status[1]), [(field[1], field[2]) for field in fields if field]
+    assert len(headers) == len(lines), lines
+    return int(status[1]), headers
 
 
 def chunks_in(wire: bytes) -> tuple[list[bytes], bytes]:
@@ -357,10 +357,8 @@ def answers_in(received: bytes) -> list[Answer]:
     while received:
         head, blank, received = received.partition(b"\r\n\r\n")
         assert blank, head
-        status, fields = head_of(head)
-        headers = dict(fields)
-        assert len(headers) == len(fields), fields
-        assert set(headers) <= set(RESPONSE_FIELDS.split()), fields
+        status, headers = head_of(head)
+        assert set(headers) <= set(RESPONSE_FIELDS.split()), headers
         if "Transfer-Encoding" in headers:
             assert "Content-Length" not in headers
             assert headers["Connection"] == "close"
@@ -494,10 +492,8 @@ class EventStream:
             received += chunk
         head, _, rest = received.partition(b"\r\n\r\n")
         self.status, fields = head_of(head)
-        self.headers = {name.lower(): text for name, text in fields}
+        self.headers = {name.lower(): text for name, text in fields.items()}
         self.is_chunked = self.headers.get("transfer-encoding") == "chunked"
-        self.is_compressed = self.headers.get("content-encoding") == "gzip"
-        self._inflate = zlib.decompressobj(wbits=31).decompress
         if self.status == 200:
             self._receive(rest)
 
@@ -508,21 +504,16 @@ class EventStream:
         self.close()
 
     def _receive(self, wire: bytes) -> None:
-        if not self.is_chunked:
-            self._feed(wire)
-            return
-        chunks, self._wire = chunks_in(self._wire + wire)
+        assert not (self.is_whole and wire)
+        chunks = [wire]
+        if self.is_chunked:
+            chunks, self._wire = chunks_in(self._wire + wire)
+            self.is_whole = self.is_whole or chunks[-1:] == [b""]
+            assert not (self.is_whole and self._wire)
         for chunk in chunks:
-            assert not self.is_whole
-            self.is_whole = not chunk
-            self._feed(chunk)
-        assert not (self.is_whole and self._wire)
-
-    def _feed(self, piece: bytes) -> None:
-        content = self._inflate(piece) if self.is_compressed else piece
-        if len(self.body) < 100_000:
-            self.body += content
-        self.parser.feed(content)
+            if len(self.body) < 100_000:
+                self.body += chunk
+            self.parser.feed(chunk)
         for event in self.parser.events[self._sorted :]:
             if event.type == "stream-position" and event.data[:12] in ("", '{"heartbeat"'):
                 self.positions.append(event.id)
@@ -752,17 +743,13 @@ class ServerProcess(Process):
         """How many are open."""
         return int(self.metric("streams"))
 
-    def closed(self, reason: str) -> int:
-        """How many streams it has closed for this reason."""
-        return int(self.metric("streams_closed_total", reason))
+    def _counted(self, sample: str, reason: str) -> int:
+        """How many for this reason."""
+        return int(self.metric(sample, reason))
 
-    def refused(self, reason: str) -> int:
-        """How many streams it has refused for this reason."""
-        return int(self.metric("streams_refused_total", reason))
-
-    def dropped(self, reason: str) -> int:
-        """How many messages it has dropped for this reason."""
-        return int(self.metric("messages_dropped_total", reason))
+    closed = functools.partialmethod(_counted, "streams_closed_total")
+    refused = functools.partialmethod(_counted, "streams_refused_total")
+    dropped = functools.partialmethod(_counted, "messages_dropped_total")
 
     @functools.cached_property
     def kernel(self) -> Any:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import ssl
 import string
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -172,16 +171,10 @@ class Proxy:
         """All that it has logged."""
         return "".join(file.read_text(errors="replace") for file in sorted(self.folder.glob("*.log")))
 
-    def trusting(self) -> ssl.SSLContext:
-        """What takes its certificate."""
-        return ssl.create_default_context(cafile=self.certificate)
-
 
 @contextlib.contextmanager
 def proxies_before(upstream: int, *names: str, changes: Sequence[Change] = ()) -> Iterator[dict[str, Proxy]]:
     """The named proxies, all if none is named, before a server; started side by side."""
-    for name in names or RECIPES:
-        needs(RECIPES[name].program)
     with contextlib.ExitStack() as stack:
         proxies = {name: stack.enter_context(Proxy(name, upstream, changes)) for name in names or RECIPES}
         for name, proxy in proxies.items():
