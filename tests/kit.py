@@ -855,9 +855,11 @@ class Publisher(threading.Thread):
         connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
         while not self.done.wait(self.pause):
             try:
+                if not connection.sock:
+                    connection.connect()
                 self._publish(connection, next(self.names))
             except (OSError, http.client.HTTPException):
-                connection.close()  # the next request opens it again
+                connection.close()
         connection.close()
 
     def _publish(self, connection: http.client.HTTPConnection, data: str) -> None:
