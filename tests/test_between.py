@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import ssepush
-from tests.kit import DEADLINE_S, Link, RedisProcess, RedisProxy, Start, both_ways, numbers, until, wait_for
-from tests.messages import one_line_end
+from tests import kit
+from tests.kit import RedisProcess, Start, both_ways, wait_for
+from tests.messages import as_read
 
 
-class HoldingProxy(RedisProxy):
+class HoldingProxy(kit.RedisProxy):
     """What Redis sends to subscribers waits here while `is_open` is not set."""
 
     def __init__(self, redis_process: RedisProcess) -> None:
@@ -21,9 +22,9 @@ class HoldingProxy(RedisProxy):
         self.is_open.set()
         super().__init__(redis_process)
 
-    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+    def changed(self, received: bytes, is_from_redis: bool, link: kit.Link) -> bytes:
         if link.is_subscribed and is_from_redis:
-            self.is_open.wait(DEADLINE_S)
+            self.is_open.wait(kit.DEADLINE_S)
         return received
 
 
@@ -40,7 +41,7 @@ def test_what_a_shared_subscriber_has_yet_to_read_is_not_sent_again_to_a_page_th
         for number in range(0, 20, 2):
             redis_process.publish(channel, str(number))  # no id of ours: a page's position tells nothing about it
             ssepush.publish(str(number + 1), channel=channel, redis_url=redis_process.url)
-        assert leaves.data(20) == numbers(0, 20)
+        assert leaves.data(20) == kit.numbers(0, 20)
 
         coming_back = threads.submit(server.stream, channel, Last_Event_ID=leaves.last_event_id)
         wait_for(lambda: server.streams() == 2, "it is coming back")
@@ -48,13 +49,13 @@ def test_what_a_shared_subscriber_has_yet_to_read_is_not_sent_again_to_a_page_th
         elsewhere.publish("last", channel)
 
         assert coming_back.result().next().data == "last"
-        assert stays.data(21) == [*numbers(0, 20), "last"]
+        assert stays.data(21) == [*kit.numbers(0, 20), "last"]
 
 
-class CuttingProxy(RedisProxy):
+class CuttingProxy(kit.RedisProxy):
     """Whoever reads a history has the connection closed instead of an answer."""
 
-    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+    def changed(self, received: bytes, is_from_redis: bool, link: kit.Link) -> bytes:
         if b"XREVRANGE" in received and not is_from_redis:
             raise ConnectionError
         return received
@@ -85,7 +86,7 @@ DATA = ["one", "", "*2\r\n$3\r\n", "é" * 300, "last"]
 def test_what_comes_from_redis_in_pieces_is_whole_live_and_after_a_return(
     redis_process: RedisProcess, start: Start, channel: str, size: int
 ) -> None:
-    with RedisProxy(redis_process) as proxy:
+    with kit.RedisProxy(redis_process) as proxy:
         proxy.size = size
         server = start(redis=proxy.url)
         first = str(ssepush.publish("first", channel=channel, redis_url=redis_process.url).id)
@@ -98,16 +99,16 @@ def test_what_comes_from_redis_in_pieces_is_whole_live_and_after_a_return(
             missed = back.data(len(DATA))
         dropped = server.dropped("message is not UTF-8")
 
-    assert came == missed == [one_line_end(data) for data in DATA]
+    assert came == missed == [as_read(data) for data in DATA]
     assert dropped == 1
 
 
-class SwallowingProxy(RedisProxy):
+class SwallowingProxy(kit.RedisProxy):
     """Messages in which it says "swallowed" do not arrive."""
 
     SWALLOWED = re.compile(rb"[*>]3\r\n\$7\r\nmessage\r\n\$\d+\r\n[^\r]*\r\n\$\d+\r\n[^\r]*swallowed[^\r]*\r\n")
 
-    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+    def changed(self, received: bytes, is_from_redis: bool, link: kit.Link) -> bytes:
         return self.SWALLOWED.sub(b"", received)
 
 
@@ -133,7 +134,7 @@ def test_a_hole_on_one_channel_is_told_to_the_streams_that_follow_it_and_the_oth
             went_on = other.data(2)
         with server.stream(holed, whole, Last_Event_ID=reset.id) as back:
             publish("last", holed)
-            since = until(back, "last")
+            since = back.until("last")
 
     assert [event.data for event in before] == ["on the other channel"]
     assert (reset.type, reset.json) == ("stream-reset", {"reason": "missed"})

@@ -23,8 +23,7 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.browser import text_of
-from tests.engines import Browser, Site
+from tests.browser import Browser, Site, text_of
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver

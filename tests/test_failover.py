@@ -14,7 +14,7 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.kit import DEADLINE_S, HERE, LOOPBACK, RedisProcess, Start, both_ways, free_port, run, the_line, wait_for
+from tests.kit import RedisProcess, Start, both_ways, wait_for
 
 OUR_SLOT = 13907
 MASTER_PASSWORD = "of the master"
@@ -37,7 +37,7 @@ class SentinelProcess(RedisProcess):
         super().__init__(folder, password=SENTINEL_PASSWORD)
 
     def command(self) -> list[str]:
-        own = ("--port", str(self.port), "--bind", LOOPBACK, "--dir", str(self.folder))
+        own = ("--port", str(self.port), "--bind", kit.LOOPBACK, "--dir", str(self.folder))
         return [kit.needs("redis-server"), str(self.config), "--sentinel", *own]
 
     def names(self, master: RedisProcess) -> None:
@@ -84,7 +84,7 @@ def test_sentinels_lead_to_the_master_with_logins_of_their_own_which_are_not_pri
     with server.opened(channel) as stream:
         server.publish("over HTTP", channel)
         ssepush.publish("from Python", channel=channel, redis_url=url)
-        done = run("publish", channel, "from the shell", REDIS_URL=url)
+        done = kit.run("publish", channel, "from the shell", REDIS_URL=url)
 
         assert stream.data(3) == ["over HTTP", "from Python", "from the shell"]
     assert done.returncode == 0, done.stderr
@@ -113,13 +113,13 @@ def test_when_sentinels_name_another_master_streams_go_there_and_are_told_what_i
 
 
 def test_a_master_that_no_sentinel_knows_is_named_and_nothing_is_published(sentinel: SentinelProcess) -> None:
-    done = run("publish", "sse", "hello", REDIS_URL=sentinel.url_for("yourmaster"))
+    done = kit.run("publish", "sse", "hello", REDIS_URL=sentinel.url_for("yourmaster"))
 
-    line = the_line(done, 1)
+    line = kit.the_line(done, 1)
     assert line.startswith("ssepush: it was not published: no host in the Redis URL knows a master yourmaster")
     assert "REDIS_URL" in line
     with pytest.raises(ssepush.RedisAway, match="no host in the Redis URL knows a master mymaster"):
-        ssepush.publish("hello", redis_url=f"redis+sentinel://127.0.0.1:{free_port()}/mymaster")
+        ssepush.publish("hello", redis_url=f"redis+sentinel://127.0.0.1:{kit.free_port()}/mymaster")
 
 
 @pytest.fixture
@@ -195,7 +195,11 @@ def test_a_process_that_is_forked_while_a_sentinel_hangs_publishes_as_its_parent
     url = sentinel.url_for().replace(own, f"{own},{{hangs}}")
     with server.opened(channel) as stream:
         done = subprocess.run(
-            [sys.executable, "-c", FORKS, channel, url], cwd=HERE, capture_output=True, text=True, timeout=DEADLINE_S
+            [sys.executable, "-c", FORKS, channel, url],
+            cwd=kit.HERE,
+            capture_output=True,
+            text=True,
+            timeout=kit.DEADLINE_S,
         )
 
         assert done.returncode == 0, done.stderr
@@ -220,7 +224,7 @@ def cluster(tmp_path: Path) -> Iterator[list[RedisProcess]]:
 
 def node(folder: Path) -> RedisProcess:
     """One that has met nobody yet."""
-    return RedisProcess(folder, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    return RedisProcess(folder, "--cluster-enabled", "yes", "--cluster-port", str(kit.free_port()))
 
 
 def join(first: RedisProcess, second: RedisProcess) -> None:
@@ -293,7 +297,7 @@ WRONG = """
 
 @pytest.mark.parametrize("url", WRONG.split())
 def test_a_wrong_redis_url_is_refused_with_the_right_form_and_no_part_of_its_password(url: str) -> None:
-    line = the_line(run("publish", "sse", "hello", REDIS_URL=url), 2)
+    line = kit.the_line(kit.run("publish", "sse", "hello", REDIS_URL=url), 2)
 
     assert "the Redis URL is wrong" in line
     assert "secret" not in re.sub("(parameter|redis-py,) secret", "", line)  # a parameter's name one has to be told

@@ -21,25 +21,8 @@ from typing import Any
 import pytest
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    HERE,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    WithholdingProxy,
-    answers_in,
-    both_ways,
-    environment_with,
-    exchange,
-    needs,
-    npm_install,
-    one_way,
-    post,
-    request,
-    run,
-    the_line,
-)
+from tests import kit
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, request
 
 SECRET = "a secret of the tests"
 NEEDS_EXTRA = "comes with the test extra"
@@ -58,7 +41,7 @@ def test_with_a_prefix_pages_read_nothing_else_of_this_redis(
         ssepush.publish("another prefix", channel=channel, redis_url=url, prefix="else:")
         redis_process.publish(channel, "another program")
         ssepush.publish("python", channel=channel, redis_url=url, prefix="shop:")
-        of_shell = run("--prefix", "shop:", "publish", channel, "shell", REDIS_URL=url)
+        of_shell = kit.run("--prefix", "shop:", "publish", channel, "shell", REDIS_URL=url)
         server.publish("http", channel)
         redis_process.publish(f"shop:{channel}", "redis")
 
@@ -81,7 +64,7 @@ def test_privacy_is_judged_by_the_name_that_pages_use(start: Start, channel: str
 
 @pytest.mark.parametrize("prefix", ["a\nb", "x" * 201, "__keyspace@0__:"])
 def test_a_prefix_that_cannot_be_one_is_refused(prefix: str) -> None:
-    assert re.search("prefix must be|begin with __", the_line(run("--prefix", prefix), 2))
+    assert re.search("prefix must be|begin with __", kit.the_line(kit.run("--prefix", prefix), 2))
 
 
 WITHOUT_PREFIX = "pages can read every channel of this Redis"
@@ -137,15 +120,15 @@ def test_other_libraries_sign_tokens(start: Start, channel: str, library: str, t
         pytest.importorskip("jwt", reason=NEEDS_EXTRA)
         command = [sys.executable, "-c"]
     else:
-        npm_install(tmp_path, "jsonwebtoken@9")
-        command = [needs("node"), "-e"]
+        kit.npm_install(tmp_path, "jsonwebtoken@9")
+        command = [kit.needs("node"), "-e"]
     done = subprocess.run(
         [*command, SIGNERS[library], name, SECRET],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
-        timeout=DEADLINE_S,
+        timeout=kit.DEADLINE_S,
     )
 
     with server.stream(name, query=f"token={done.stdout.strip()}") as page:
@@ -162,7 +145,9 @@ def test_cookies_in_several_lines_are_one_list(start: Start, channel: str) -> No
     token = ssepush.sign(name, secret=SECRET)
     cookies = [b"Cookie: a=1", f"Cookie: ssepush-token={token}".encode(), b"Cookie: b=2"]
 
-    [answer] = answers_in(exchange(server.port, request(f"HEAD /stream?channel={name} HTTP/1.1".encode(), *cookies)))
+    [answer] = kit.answers_in(
+        kit.exchange(server.port, request(f"HEAD /stream?channel={name} HTTP/1.1".encode(), *cookies))
+    )
 
     assert answer.status == 200
 
@@ -198,7 +183,7 @@ CHUNKED_BODIES = {
 }
 
 
-@one_way
+@kit.one_way
 @pytest.mark.parametrize("name", CHUNKED_BODIES)
 def test_a_body_in_chunks_is_taken_and_the_next_request_is_read_after_it(
     server: ServerProcess, channel: str, name: str
@@ -207,9 +192,9 @@ def test_a_body_in_chunks_is_taken_and_the_next_request_is_read_after_it(
     wire = CHUNKED_BODIES[name] % (len(body), body)
 
     with server.opened(channel) as page:
-        first = post(b"Transfer-Encoding: chunked", body=wire)
+        first = kit.post(b"Transfer-Encoding: chunked", body=wire)
         health = request(b"GET /healthz HTTP/1.1", b"Connection: close")
-        answers = answers_in(exchange(server.port, first + health))
+        answers = kit.answers_in(kit.exchange(server.port, first + health))
 
         assert [answer.status for answer in answers] == [200, 200]
         assert page.next().data == "in chunks"
@@ -220,7 +205,7 @@ def test_a_body_in_many_chunks_counts_as_a_whole(start: Start, channel: str) -> 
     body = json.dumps({"channel": channel, "data": "x" * 100}).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
 
-    [answer] = answers_in(exchange(server.port, post(b"Transfer-Encoding: chunked", body=chunks)))
+    [answer] = kit.answers_in(kit.exchange(server.port, kit.post(b"Transfer-Encoding: chunked", body=chunks)))
 
     assert answer.status == 413
 
@@ -245,7 +230,7 @@ def test_a_byte_order_mark_does_not_count(server: ServerProcess, channel: str) -
 # ── A dead connection that nobody notices ────────────────────────────────────────────────────────────────────────────
 
 
-class IdleProxy(WithholdingProxy):
+class IdleProxy(kit.WithholdingProxy):
     """Stands before Redis, and cuts whoever is silent for idle_s seconds, as haproxy does after 50 by default.
 
     While is_mute is set, subscribers get nothing through it.
@@ -404,7 +389,7 @@ def test_each_kind_of_worker_publishes(redis_process: RedisProcess, channel: str
 
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WORKERS[worker], channel, redis_process.url],
-        cwd=HERE,
+        cwd=kit.HERE,
         capture_output=True,
         text=True,
         timeout=60,
@@ -449,17 +434,17 @@ def redis_py(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_older_versions_of_redis_py_publish_and_serve(
     redis_py: Path, redis_process: RedisProcess, start: Start, channel: str
 ) -> None:
-    path = f"{redis_py}{os.pathsep}{HERE}"
+    path = f"{redis_py}{os.pathsep}{kit.HERE}"
     server = start(PYTHONPATH=path)
     script = f"{PUBLISH_MANY}\nassert publish(7)"
 
     with server.opened(channel) as page:
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", script, channel, redis_process.url],
-            env=environment_with(PYTHONPATH=path),
+            env=kit.environment_with(PYTHONPATH=path),
             capture_output=True,
             text=True,
-            timeout=DEADLINE_S,
+            timeout=kit.DEADLINE_S,
             check=False,
         )
 

@@ -20,7 +20,10 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.kit import POOL, RedisProcess, ServerProcess, Start, both_ways, connect, connections, request, wait_for
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, wait_for
+
+IDLE_THREADS = 7  # main, accept, relay, watch, log, and two that are free for the next requests
+MOST_WAITING = 1000  # connections that are not streams; each has a thread, which is then kept for the next one
 
 # ── Slow and gone ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -76,7 +79,7 @@ class Bad:
         self.stack.callback(ended.set)
 
     def is_stopped(self) -> None:
-        kit.stop(self._process("127.0.0.1"))
+        self.stack.enter_context(kit.stopped(self._process("127.0.0.1")))
 
     def vanishes(self) -> None:
         number = random.SystemRandom().randrange(2**14)
@@ -144,7 +147,7 @@ def unread(server: ServerProcess, channel: str, position: str = "") -> socket.so
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.connect((kit.LOOPBACK, server.port))
     begin = f"&lastEventId={position}" if position else ""
-    sock.sendall(request(f"GET /stream?channel={channel}{begin} HTTP/1.1".encode()))
+    sock.sendall(kit.request(f"GET /stream?channel={channel}{begin} HTTP/1.1".encode()))
     return sock
 
 
@@ -152,18 +155,19 @@ def unread(server: ServerProcess, channel: str, position: str = "") -> socket.so
 
 
 @both_ways
-def test_a_thousand_streams_get_every_message_without_a_thread_more(start: Start, channel: str) -> None:
-    kit.allow_files(4096)
+def test_a_thousand_streams_get_every_message_without_a_thread_more(
+    start: Start, channel: str, many_files: None
+) -> None:
     server = start()
 
     streams = [server.stream(channel) for _ in range(1000)]
 
-    wait_for(lambda: server.threads() <= kit.IDLE_THREADS, "no thread stays with a stream")
+    wait_for(lambda: server.threads() <= IDLE_THREADS, "no thread stays with a stream")
     for number in range(20):
         assert server.redis.publish(channel, f'{{"data": {number}}}') == server.subscribers_for(1000)
     for stream in streams:
         assert stream.data(20) == kit.numbers(0, 20)
-    assert server.threads() <= kit.IDLE_THREADS
+    assert server.threads() <= IDLE_THREADS
     assert server.streams() == 1000
     for stream in streams:
         stream.close()
@@ -182,7 +186,7 @@ def fill_pool(server: ServerProcess, redis: RedisProcess) -> None:
     with kit.stopped(redis.process):
         for publisher in publishers:
             publisher.start()
-        in_use = idle + 40 + POOL - pooled
+        in_use = idle + 40 + kit.POOL - pooled
         wait_for(lambda: server.descriptors() >= in_use, "all its connections to Redis are in use")
     for publisher in publishers:
         publisher.join()
@@ -198,14 +202,14 @@ def mixed_wave(server: ServerProcess, channel: str) -> None:
     for stream in streams[:20]:
         stream.close()
     for stream in streams[20:40]:
-        stream.reset()
+        kit.close_with_reset(stream.sock)
     for stream in streams[40:50]:
         stream.sock.shutdown(socket.SHUT_WR)
     streams += [server.opened(channel, Last_Event_ID=event_id) for event_id in (position, "foreign") * 10]
     for path in ("/nothing", "/stream?channel=", "/healthz", "/", "/metrics") * 4:
         server.get(path)
     for sent in (b"GET /str", b"\r\n\r\n", b"POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"):
-        with connect(server.port) as sock:
+        with kit.connect(server.port) as sock:
             sock.sendall(sent)
     for number in range(130):  # more than the kernel takes for those who do not read
         server.publish(f"{number} {'x' * 12_000}", channel)
@@ -234,10 +238,10 @@ def test_after_each_of_two_mixed_loads_everything_is_given_back(
         for _ in range(3):  # so that caches and the allocator have what they need
             mixed_wave(server, channel)
         wait_for(lambda: held() == baseline, f"back to {baseline}")
-        resident.append(server.resident_bytes())
+        resident.append(server.kernel.memory_info().rss)
 
     assert resident[1] <= 1.05 * resident[0]
-    assert server.threads() <= kit.IDLE_THREADS + 50  # 40 were busy at once, when the pool was filled
+    assert server.threads() <= IDLE_THREADS + 50  # 40 were busy at once, when the pool was filled
 
 
 ALIKE = 40  # streams: more than a server keeps connections to Redis, so that one left behind by each shows
@@ -317,9 +321,9 @@ def test_streams_that_end_leave_nothing_behind_in_any_state(
 
     subscribers = server.subscribers_for(ALIKE) if server.is_shared else 0
     wait_for(lambda: server.metric("subscribers") <= subscribers, "their subscribers are gone")
-    wait_for(lambda: server.descriptors() <= descriptors + POOL, "their descriptors are gone")
-    wait_for(lambda: len(own_redis.client.client_list()) <= POOL + 2, "nor a connection to Redis")
-    assert server.threads() <= kit.IDLE_THREADS + ALIKE
+    wait_for(lambda: server.descriptors() <= descriptors + kit.POOL, "their descriptors are gone")
+    wait_for(lambda: len(own_redis.client.client_list()) <= kit.POOL + 2, "nor a connection to Redis")
+    assert server.threads() <= IDLE_THREADS + ALIKE
     assert server.metric("backlog_bytes") == 0
     for sock in browsers:
         sock.close()
@@ -346,23 +350,78 @@ def test_a_drain_ends_streams_in_any_state(own_redis: RedisProcess, start: Start
 def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
     server = start()
     with server.opened(channel) as stream:
-        before = server.resident_bytes()
+        before = server.kernel.memory_info().rss
 
         for number in range(150):
             ssepush.publish(f"{number} {'x' * 900_000}", channel=channel, redis_url=server.redis.url, history=1)
             assert stream.next().data.startswith(f"{number} ")
 
-        assert server.resident_bytes() - before < 80_000_000
+        assert server.kernel.memory_info().rss - before < 80_000_000
 
 
 # ── Floods ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Whether the other side has closed the connection without a word."""
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+class Baseline:
+    """A server's threads and descriptors before an attack, while one stream is open; and whether it still works."""
+
+    def __init__(self, server: ServerProcess, channel: str) -> None:
+        self.server = server
+        self.channel = channel
+        self.stream = server.stream(channel)
+        self.publish("before")
+        wait_for(lambda: server.threads() <= IDLE_THREADS, "only its own threads run")
+        self.threads = server.threads()
+        self.descriptors = server.descriptors()
+
+    def publish(self, data: str, seconds: float = 5.0) -> None:
+        """Publish over HTTP, and receive it on the stream."""
+        deadline = time.monotonic() + seconds
+        self.server.publish(data, self.channel)
+        assert self.stream.next(seconds).data == data
+        assert time.monotonic() < deadline
+
+    def newcomer(self, seconds: float = 5.0) -> None:
+        """Open another stream, which gets an event too."""
+        deadline = time.monotonic() + seconds
+        with self.server.stream(self.channel) as stream:
+            self.publish("newcomer", seconds)
+            assert stream.next(seconds).data == "newcomer"
+        assert time.monotonic() < deadline
+
+    def end(self, seconds: float = kit.DEADLINE_S) -> None:
+        """The attack is over: nothing of it is left, and the stream was never interrupted."""
+        server, most = self.server, self.descriptors + kit.POOL  # connections to Redis are kept
+        wait_for(lambda: server.connections() == 1, "all connections but the stream's are closed", seconds)
+        wait_for(lambda: server.descriptors() <= most, f"descriptors are back to {most}", seconds)
+        assert server.threads() <= self.threads + MOST_WAITING
+        self.publish("after")
+        assert self.server.streams() == 1
+        self.stream.close()
+
+
+def cpu_s(server: ServerProcess) -> float:
+    """The CPU time that it has used."""
+    used = server.kernel.cpu_times()
+    return float(used.user + used.system)
 
 
 HEAD, BODY = b"GET /stream?channel=", kit.post(b"Content-Length: 1000", body=b"{")
 FLOODS = {  # how many connections begin with these bytes, and what each of them sends every second from then on
     "say nothing": ({b"": 5000}, b""),
     "send slowly": ({HEAD: 1000, BODY: 200}, b"a"),
-    "count": ({request(b"GET /numbers HTTP/1.1"): kit.MOST_WAITING + 100}, b""),
+    "count": ({kit.request(b"GET /numbers HTTP/1.1"): MOST_WAITING + 100}, b""),
 }
 
 
@@ -373,7 +432,7 @@ def test_more_connections_than_may_wait_hold_no_more_than_their_places_and_the_o
 ) -> None:
     begin, trickle = FLOODS[flood]
     server = start()
-    baseline = kit.Baseline(server, channel)
+    baseline = Baseline(server, channel)
     ended = threading.Event()
 
     def go_on(socks: list[socket.socket]) -> None:
@@ -385,16 +444,16 @@ def test_more_connections_than_may_wait_hold_no_more_than_their_places_and_the_o
     with contextlib.ExitStack() as stack:
         socks: list[socket.socket] = []
         for sent, many in begin.items():
-            socks += stack.enter_context(connections(server.port, many, sent))
+            socks += stack.enter_context(kit.connections(server.port, many, sent))
         sender = threading.Thread(target=go_on, args=(socks,))
         sender.start()
         stack.callback(sender.join)
         stack.callback(ended.set)
         baseline.publish("meanwhile")
         baseline.newcomer()
-        wait_for(lambda: server.connections() <= kit.MOST_WAITING + 2, "the oldest have made room")
-        assert flood == "count" or kit.is_closed(socks[0])
-        assert server.threads() <= kit.IDLE_THREADS + kit.MOST_WAITING
+        wait_for(lambda: server.connections() <= MOST_WAITING + 2, "the oldest have made room")
+        assert flood == "count" or is_closed(socks[0])
+        assert server.threads() <= IDLE_THREADS + MOST_WAITING
 
     baseline.end()
 
@@ -410,9 +469,9 @@ def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def takes_no_answer(port: int) -> socket.socket:
     """Somebody who sends one request after another, and does not read."""
-    sock = connect(port)
+    sock = kit.connect(port)
     with contextlib.suppress(ConnectionError):
-        sock.sendall(request(b"GET / HTTP/1.1") * 200)
+        sock.sendall(kit.request(b"GET / HTTP/1.1") * 200)
     return sock
 
 
@@ -436,7 +495,7 @@ def flood(port: int, per_s: int) -> Iterator[list[socket.socket]]:
         while not ended.wait(0.005):
             passed_s = time.monotonic() - began
             while len(came) < min(per_s * passed_s, MOST_OF_A_FLOOD):
-                came.append(connect(port))
+                came.append(kit.connect(port))
 
     thread = threading.Thread(target=come)
     thread.start()
@@ -452,7 +511,7 @@ def flood(port: int, per_s: int) -> Iterator[list[socket.socket]]:
 def is_answered(port: int) -> bool:
     """Whether an honest request gets its answer within two seconds."""
     try:
-        answer = kit.exchange(port, request(b"GET /position HTTP/1.1"), 2.0)
+        answer = kit.exchange(port, kit.request(b"GET /position HTTP/1.1"), 2.0)
     except OSError:
         return False
     return answer.startswith(b"HTTP/1.1 200 ")
@@ -500,15 +559,15 @@ def test_a_stream_that_is_read_slowly_is_not_cut_by_a_flood_of_those_who_say_not
 @pytest.mark.alone
 def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, channel: str) -> None:
     server = start("--heartbeat", "0.5")
-    baseline = kit.Baseline(server, channel)
+    baseline = Baseline(server, channel)
     limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (baseline.descriptors, limits[1]))
-    positions, used = len(baseline.stream.positions), server.cpu_s()
+    positions, used = len(baseline.stream.positions), cpu_s(server)
 
-    with connections(server.port, 20):
+    with kit.connections(server.port, 20):
         baseline.stream.wait(lambda: len(baseline.stream.positions) >= positions + 4, "the stream goes on for 2 s")
 
-        assert server.cpu_s() - used < 0.5
+        assert cpu_s(server) - used < 0.5
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
         baseline.publish("meanwhile")
 
@@ -520,13 +579,13 @@ def test_connections_that_take_no_answer_make_room_for_others(
     start: Start, channel: str, few_files: None, many_files: None
 ) -> None:
     server = start("--max-streams", "20")
-    baseline = kit.Baseline(server, channel)
+    baseline = Baseline(server, channel)
 
-    with connections(server.port, 200, request(b"GET / HTTP/1.1") * 200):
+    with kit.connections(server.port, 200, kit.request(b"GET / HTTP/1.1") * 200):
         wait_for(lambda: server.threads() >= 90, "as many as may wait hold a thread")
-        with connect(server.port) as late:
+        with kit.connect(server.port) as late:
             baseline.newcomer()  # who comes after all of them
-            late.sendall(request(b"GET /position HTTP/1.1"))
+            late.sendall(kit.request(b"GET /position HTTP/1.1"))
             assert late.recv(12) == b"HTTP/1.1 200"  # who has been silent meanwhile
         wait_for(lambda: server.connections() <= 105, "the others are ended")
         baseline.publish("meanwhile")
@@ -542,14 +601,14 @@ def test_a_stopped_redis_does_not_let_requests_pile_up(own_redis: RedisProcess, 
 
     with (
         kit.stopped(own_redis.process),
-        connections(server.port, 300, request(b"GET /healthz HTTP/1.1", b"Connection: close")),
-        connections(server.port, 100, request(b"GET /stream HTTP/1.1")),
+        kit.connections(server.port, 300, kit.request(b"GET /healthz HTTP/1.1", b"Connection: close")),
+        kit.connections(server.port, 100, kit.request(b"GET /stream HTTP/1.1")),
     ):
         wait_for(lambda: server.get("/metrics").status == 200, "the others are served", 2.0)
         wait_for(lambda: server.connections() == 0, "they have been told that Redis is away")
 
     wait_for(lambda: server.get("/healthz").status == 200, "Redis is back")
-    wait_for(lambda: server.descriptors() <= descriptors + POOL, "nothing is left")
+    wait_for(lambda: server.descriptors() <= descriptors + kit.POOL, "nothing is left")
 
 
 @pytest.mark.alone
@@ -560,7 +619,7 @@ def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
 ) -> None:
     own_redis.client.config_set("requirepass", "secret")  # so that each new connection waits for an answer
     server = start(redis=own_redis.url_of("default", "secret"))
-    asks = connections(server.port, number, request(b"GET /stream HTTP/1.1"))
+    asks = kit.connections(server.port, number, kit.request(b"GET /stream HTTP/1.1"))
 
     with kit.stopped(own_redis.process), asks as waiting:
         for path in ("/metrics", "/"):
@@ -575,12 +634,12 @@ def test_streams_that_wait_for_a_redis_that_hangs_hold_up_nobody_else(
 @pytest.mark.alone
 def test_a_burst_of_channels_does_not_hold_up_the_others(start: Start, channel: str, many_files: None) -> None:
     server = start("--shared")
-    baseline = kit.Baseline(server, channel)
+    baseline = Baseline(server, channel)
     queries = [b"&".join(b"channel=%d-%d" % (number, n) for n in range(20)) for number in range(300)]
 
     with contextlib.ExitStack() as stack:
         for query in queries:
-            stack.enter_context(connect(server.port)).sendall(request(b"GET /stream?" + query + b" HTTP/1.1"))
+            stack.enter_context(kit.connect(server.port)).sendall(kit.request(b"GET /stream?" + query + b" HTTP/1.1"))
         baseline.publish("meanwhile")
         wait_for(lambda: server.streams() == 301, "all of them are open")
     baseline.publish("meanwhile")

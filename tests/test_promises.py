@@ -15,7 +15,7 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.kit import RedisProcess, ServerProcess, Start, both_ways, exchange, numbers, run, the_line, until, wait_for
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, wait_for
 
 SECRET = "a secret of these tests"
 
@@ -79,11 +79,11 @@ def test_live_events_go_on_when_redis_lost_its_data_and_its_clock_went_back(
     with server.opened(channel) as stream:
         own_redis.client.flushall()
 
-        for data in numbers(0, 5):
+        for data in kit.numbers(0, 5):
             published = server.publish(data, channel)
             assert published["receivers"] == 1
 
-        assert stream.data(5) == numbers(0, 5)
+        assert stream.data(5) == kit.numbers(0, 5)
 
 
 # ── Ids that somebody else sends ─────────────────────────────────────────────────────────────────────────────────────
@@ -170,7 +170,7 @@ def test_one_ping_a_second_serves_all_who_ask_for_health(own_redis: RedisProcess
 def test_a_password_on_the_command_line_is_warned_of(redis_process: RedisProcess) -> None:
     url = redis_process.url.replace("redis://", "redis://default:nonsense@")
 
-    done = run("publish", "sse", "hi", "--redis-url", url)
+    done = kit.run("publish", "sse", "hi", "--redis-url", url)
 
     assert "warning" in done.stderr
     assert "REDIS_URL" in done.stderr
@@ -181,16 +181,16 @@ def test_http_1_0_is_not_told_to_continue(server: ServerProcess) -> None:
     fields = (b"Content-Type: application/json", b"Expect: 100-continue", b"Content-Length: 11")
     sent = kit.request(b"POST /publish HTTP/1.0", *fields, body=b'{"data": 1}')
 
-    assert exchange(server.port, sent).startswith(b"HTTP/1.1 200 ")
+    assert kit.exchange(server.port, sent).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("arguments", ["--port 0", "sign private-x"])
 def test_a_secret_that_can_be_guessed_is_refused_with_how_to_make_one(
     arguments: str, redis_process: RedisProcess
 ) -> None:
-    refused = run(*arguments.split(), REDIS_URL=redis_process.url, SSEPUSH_SECRET="12345")
+    refused = kit.run(*arguments.split(), REDIS_URL=redis_process.url, SSEPUSH_SECRET="12345")
 
-    assert "secrets.token_urlsafe" in the_line(refused, 2)
+    assert "secrets.token_urlsafe" in kit.the_line(refused, 2)
 
 
 def test_a_stream_of_many_channels_is_a_short_line_of_the_log(start: Start, channel: str) -> None:
@@ -200,7 +200,7 @@ def test_a_stream_of_many_channels_is_a_short_line_of_the_log(start: Start, chan
     with server.opened(*channels):
         wait_for(lambda: server.said("open: "), "its opening is logged")
 
-        [line] = [line for line in server.lines if "open: " in line]
+        [line] = [line for line in server.output.splitlines() if "open: " in line]
     assert len(line) < 1000  # of 20 names with 170 bytes each
 
 
@@ -233,7 +233,7 @@ def test_a_replay_of_many_channels_reads_from_redis_what_it_sends_and_little_mor
     server = start(redis=own_redis)
     position = server.publish_id("first", names[0])
     for name in names:
-        for data in numbers(0, 10):
+        for data in kit.numbers(0, 10):
             server.publish(f"{data} {'x' * 15_000}", name)
     before = stat(own_redis, "total_net_output_bytes")
 
@@ -242,7 +242,7 @@ def test_a_replay_of_many_channels_reads_from_redis_what_it_sends_and_little_mor
 
     after = stat(own_redis, "total_net_output_bytes")
     sent = sum(len(event.data) for event in events)
-    assert kit.first_words(events) == numbers(0, 10) * 20
+    assert kit.first_words(events) == kit.numbers(0, 10) * 20
     assert after - before < 1.5 * sent
 
 
@@ -339,8 +339,8 @@ def test_a_token_opens_the_up_to_twenty_channels_that_it_names_and_no_other(
     for wrong in ([], [*twenty, another]):
         with pytest.raises(ValueError, match="1 to 20 channels"):
             token(*wrong)
-    assert "1 to 20 channels" in the_line(run("sign", *twenty, another, SSEPUSH_SECRET=SECRET), 2)
-    assert "CHANNEL" in the_line(run("sign", SSEPUSH_SECRET=SECRET), 2)
+    assert "1 to 20 channels" in kit.the_line(kit.run("sign", *twenty, another, SSEPUSH_SECRET=SECRET), 2)
+    assert "CHANNEL" in kit.the_line(kit.run("sign", SSEPUSH_SECRET=SECRET), 2)
 
 
 OTHER_AND_TOKEN = {  # headers of a request, each of which holds the right token
@@ -456,7 +456,7 @@ def test_a_header_wins_over_the_query_whose_last_id_counts_and_last_where_there_
     with server.stream(channel, query=query, **({"Last_Event_ID": header} if header else {})) as stream:
         server.publish("live", channel)
 
-        assert until(stream, "live") == POSITIONS[asked].split()
+        assert stream.until("live") == POSITIONS[asked].split()
 
 
 SMALL = 20
@@ -484,7 +484,7 @@ def test_a_stream_begins_with_exactly_what_is_kept_at_that_moment_however_fast_i
     published = [data for _, _, data in acknowledged]
     for at_least, stream in opened:
         with stream:
-            received = until(stream, "end")
+            received = stream.until("end")
         first = published.index(received[0])
         assert received == published[first:]
         position = next(filter(None, stream.positions))
@@ -550,8 +550,8 @@ def test_a_key_that_cannot_be_is_refused_by_name(server: ServerProcess, key: obj
     assert answer.status == 400
     assert answer.error.startswith("key must be")
     if isinstance(key, str):
-        refused = run("publish", "sse", "hello", "--key", key, REDIS_URL=server.redis.url)
-        assert "key must be" in the_line(refused, 2)
+        refused = kit.run("publish", "sse", "hello", "--key", key, REDIS_URL=server.redis.url)
+        assert "key must be" in kit.the_line(refused, 2)
 
 
 def test_without_a_history_a_key_is_refused_since_nothing_would_remember_it(
@@ -560,11 +560,11 @@ def test_without_a_history_a_key_is_refused_since_nothing_would_remember_it(
     server = start("--history", "0")
 
     over_http = server.post({"data": 1, "channel": channel, "key": "k"})
-    by_command = run("publish", channel, "1", "--key", "k", REDIS_URL=redis_process.url, SSEPUSH_HISTORY="0")
+    by_command = kit.run("publish", channel, "1", "--key", "k", REDIS_URL=redis_process.url, SSEPUSH_HISTORY="0")
 
     assert over_http.status == 400
     assert "key needs a history" in over_http.error
-    assert "key needs a history" in the_line(by_command, 2)
+    assert "key needs a history" in kit.the_line(by_command, 2)
     with pytest.raises(ValueError, match="key needs a history"):
         ssepush.publish(1, channel=channel, key="k", redis_url=redis_process.url, history=0)
 
@@ -603,7 +603,7 @@ def test_an_event_whose_answer_was_lost_goes_out_once_if_it_is_published_again_w
         behind = start(redis=proxy.url)
         from_python = functools.partial(ssepush.publish, "hello", channel=channel, key="1", redis_url=proxy.url)
         over_http = {"data": "hello", "channel": channel, "key": "2"}
-        by_command = functools.partial(run, "publish", channel, "hello", "--key", "3", REDIS_URL=proxy.url)
+        by_command = functools.partial(kit.run, "publish", channel, "hello", "--key", "3", REDIS_URL=proxy.url)
 
         proxy.is_due = True
         with pytest.raises(ssepush.Unanswered):
@@ -615,7 +615,7 @@ def test_an_event_whose_answer_was_lost_goes_out_once_if_it_is_published_again_w
         assert "may or may not" in unsure.error
         assert again.json["duplicate"]
         proxy.is_due = True
-        assert "may or may not" in the_line(by_command(), 1)
+        assert "may or may not" in kit.the_line(by_command(), 1)
         assert by_command().stdout == "0\n"
 
         server.publish("last", channel)
@@ -636,7 +636,7 @@ FROM_ENVIRONMENT: dict[str, Any] = {"SSEPUSH_HISTORY": "2", "SSEPUSH_HISTORY_TTL
 
 def four_over_http(redis: RedisProcess, start: Start) -> None:
     server = start(redis=redis, **FROM_ENVIRONMENT)
-    for data in numbers(0, 4):
+    for data in kit.numbers(0, 4):
         server.publish(data)
 
 
@@ -647,7 +647,7 @@ def four_notifications(redis: RedisProcess, start: Start) -> None:
 
 
 def four_by_command(redis: RedisProcess, start: Start) -> None:
-    done = run("publish", "sse", "-", stdin="0\n1\n2\n3\n", REDIS_URL=redis.url, **FROM_ENVIRONMENT)
+    done = kit.run("publish", "sse", "-", stdin="0\n1\n2\n3\n", REDIS_URL=redis.url, **FROM_ENVIRONMENT)
     assert done.returncode == 0, done
 
 
@@ -655,7 +655,7 @@ def four_from_python(redis: RedisProcess, start: Start) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in FROM_ENVIRONMENT.items():
             patch.setenv(name, value)
-        for data in numbers(0, 4):
+        for data in kit.numbers(0, 4):
             ssepush.publish(data, redis_url=redis.url)
 
 
@@ -680,11 +680,11 @@ def test_a_setting_of_the_history_that_cannot_be_is_named(name: str, monkeypatch
         with pytest.raises(ValueError, match=f"{name} must be"):
             ssepush.publish("hello")
     setting: dict[str, Any] = {name: value}
-    server = run("--port", "0", **setting)
-    command = run("publish", "sse", "hello", **setting)
+    server = kit.run("--port", "0", **setting)
+    command = kit.run("publish", "sse", "hello", **setting)
 
-    assert f"{name} must be" in the_line(server, 2)
-    assert f"{name} must be" in the_line(command, 2)
+    assert f"{name} must be" in kit.the_line(server, 2)
+    assert f"{name} must be" in kit.the_line(command, 2)
 
 
 # ── For whoever runs it ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -697,14 +697,14 @@ def test_with_admin_metrics_and_health_are_there_and_nowhere_else_and_of_one_pro
     admin = f"{kit.LOOPBACK}:{port}"
     server = start("--admin", admin)
 
-    refused = run("--port", "0", "--admin", admin, REDIS_URL=redis_process.url)
+    refused = kit.run("--port", "0", "--admin", admin, REDIS_URL=redis_process.url)
 
-    assert admin in the_line(refused, 2).removeprefix("ssepush: cannot listen on")
+    assert admin in kit.the_line(refused, 2).removeprefix("ssepush: cannot listen on")
     for path in ("/metrics", "/healthz", "/nowhere"):
         assert server.get(path).status == 404
-    assert b"ssepush_max_streams" in exchange(port, kit.request(b"GET /metrics HTTP/1.1"))
+    assert b"ssepush_max_streams" in kit.exchange(port, kit.request(b"GET /metrics HTTP/1.1"))
     for path, status in {"/healthz": b"200", "/stream": b"404"}.items():
-        answer = exchange(port, kit.request(f"GET {path} HTTP/1.1".encode()))
+        answer = kit.exchange(port, kit.request(f"GET {path} HTTP/1.1".encode()))
         assert answer.startswith(b"HTTP/1.1 %b " % status)
 
 
@@ -713,7 +713,7 @@ def test_admin_takes_an_address_and_a_redis_keeps_its_unix_socket(own_redis: Red
     path = str(own_redis.socket_path)
     url = f"unix://{path}"
 
-    refused = run("--port", "0", "--admin", url if as_url else path, REDIS_URL=url)
+    refused = kit.run("--port", "0", "--admin", url if as_url else path, REDIS_URL=url)
 
-    assert "--admin: must be HOST:PORT" in the_line(refused, 2)
+    assert "--admin: must be HOST:PORT" in kit.the_line(refused, 2)
     assert ssepush.publish("still there", redis_url=url) == 0

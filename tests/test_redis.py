@@ -15,7 +15,7 @@ import redis
 
 import ssepush
 from tests import kit
-from tests.kit import DEPLOY, LOOPBACK, RedisProcess, Start, both_ways, free_port, numbers, run, the_line, wait_for
+from tests.kit import RedisProcess, Start, both_ways, wait_for
 
 # ── Over TLS ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -25,8 +25,8 @@ class EncryptedRedis(RedisProcess):
 
     def command(self) -> list[str]:
         pem, key = kit.certificate(self.folder)
-        port = str(free_port())
-        self.tls_url = f"rediss://{LOOPBACK}:{port}/0?ssl_ca_certs={pem}"
+        port = str(kit.free_port())
+        self.tls_url = f"rediss://{kit.LOOPBACK}:{port}/0?ssl_ca_certs={pem}"
         files = ("--tls-cert-file", str(pem), "--tls-key-file", str(key))
         _, *own = super().command()
         return [kit.needs("redis-server"), *own, "--tls-port", port, *files, "--tls-auth-clients", "no"]
@@ -50,15 +50,15 @@ def test_over_tls_all_comes_whole_and_in_order_live_and_after_a_return(
 
     with server.opened(channel) as stream:
         server.publish("by HTTP", channel)
-        run("publish", channel, "by command", REDIS_URL=url)
+        kit.run("publish", channel, "by command", REDIS_URL=url)
         ssepush.publish("by Python", channel=channel, redis_url=url)
         assert stream.data(3) == ["by HTTP", "by command", "by Python"]
         for data in larger_than_a_record:
             encrypted_redis.publish_event(channel, data=data)
         came = stream.data(5)
         assert came == larger_than_a_record, [len(data) for data in came]
-        encrypted_redis.publish_all(channel, numbers(0, 2000))
-        assert stream.data(2000) == numbers(0, 2000)
+        encrypted_redis.publish_all(channel, kit.numbers(0, 2000))
+        assert stream.data(2000) == kit.numbers(0, 2000)
     with server.stream(channel, Last_Event_ID=first) as stream:
         assert stream.data(3) == ["by HTTP", "by command", "by Python"]
     assert server.said(url.partition("?")[0])
@@ -71,8 +71,8 @@ def test_a_redis_whose_certificate_cannot_be_checked_gets_nothing_and_is_a_reaso
 ) -> None:
     url = encrypted_redis.tls_url.partition("?")[0] + query
 
-    assert "not published" in the_line(run("publish", "sse", "hi", "--redis-url", url), 1)
-    assert query or "certificate verify failed" in the_line(run("--port", "0", REDIS_URL=url), 2)
+    assert "not published" in kit.the_line(kit.run("publish", "sse", "hi", "--redis-url", url), 1)
+    assert query or "certificate verify failed" in kit.the_line(kit.run("--port", "0", REDIS_URL=url), 2)
 
 
 # ── Over a Unix socket ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -86,7 +86,7 @@ def test_redis_is_reached_over_a_unix_socket(start: Start, redis_process: RedisP
     stream = server.stream(channel, Last_Event_ID=first["id"])
 
     ssepush.publish("x" * 200_000, channel=channel, redis_url=url)
-    done = run("publish", channel, "three", REDIS_URL=url)
+    done = kit.run("publish", channel, "three", REDIS_URL=url)
 
     assert stream.data(2) == ["x" * 200_000, "three"]
     assert done.stdout == "1\n"
@@ -101,7 +101,7 @@ def test_redis_is_reached_over_a_unix_socket(start: Start, redis_process: RedisP
 def restricted_redis(tmp_path: Path) -> Iterator[RedisProcess]:
     """A Redis that knows the deployed user."""
     users = tmp_path / "users.acl"
-    users.write_text((DEPLOY / "redis.acl").read_text())
+    users.write_text((kit.DEPLOY / "redis.acl").read_text())
     process = RedisProcess(tmp_path, "--aclfile", str(users))
     yield process
     process.kill()
@@ -127,7 +127,7 @@ def test_the_deployed_redis_user_may_do_everything_that_is_needed(
 
     stream = server.stream(query=query)
     first = server.publish("by HTTP", "sse:news")
-    run("publish", "private-a", "by command", REDIS_URL=url, SSEPUSH_PREFIX="pages:")
+    kit.run("publish", "private-a", "by command", REDIS_URL=url, SSEPUSH_PREFIX="pages:")
     ssepush.publish("by Python", redis_url=url, history=2)
     resumed = server.stream(query=query, Last_Event_ID=first["id"])
 
@@ -224,7 +224,7 @@ def replica(snapshot_redis: RedisProcess, tmp_path: Path) -> Iterator[RedisProce
 
 def follow(replica: RedisProcess, master: RedisProcess) -> None:
     """Be its replica, and have all that it has."""
-    replica.client.replicaof(LOOPBACK, str(master.port))
+    replica.client.replicaof(kit.LOOPBACK, str(master.port))
     wait_for(lambda: replica.client.info("replication")["master_link_status"] == "up", "it follows")
     wait_for(lambda: master.client.wait(1, 100) == 1, "it has everything")
 
@@ -296,8 +296,8 @@ def test_a_page_is_reset_when_a_lagging_replica_was_promoted_whatever_was_publis
     master = start(redis=snapshot_redis)
     before = master.publish_id("known to both", channel)
     follow(replica, snapshot_redis)
-    nobody = str(free_port())
-    replica.client.replicaof(LOOPBACK, nobody)
+    nobody = str(kit.free_port())
+    replica.client.replicaof(kit.LOOPBACK, nobody)
     after = master.publish_id("the replica never had it", channel)
     replica.client.replicaof("NO", "ONE")
 
