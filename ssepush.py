@@ -242,6 +242,7 @@ def frame_of(event: Event) -> bytes:
     return "\n".join([*lines, "\n"]).encode()
 
 
+@functools.lru_cache(maxsize=64)  # all pages of a crowd that comes back are told the same
 def notice(type: str, position: str, **members: object) -> bytes:
     """An event of ours: `stream-position`, `stream-reset` with a reason, or `token-expired`. Pages may ignore it.
 
@@ -914,6 +915,9 @@ class Question(NamedTuple):
     asked_at: float
 
 
+MAX_ASKERS = 50  # streams that share a question: live events wait until each has been sent the answer
+
+
 class Questions:
     """Asks Redis what streams missed. Streams that ask the same thing on the same connection share one question.
 
@@ -940,8 +944,10 @@ class Questions:
             if subscriber in self.asked or being_read + len(channels) > MAX_CHANNELS:
                 return
             streams = [stream for stream in self._waiting.pop(asked) if stream.state is WAITING]
+            if len(streams) > MAX_ASKERS:
+                self._waiting[asked] = streams[MAX_ASKERS:]
             if streams:  # if all have left, nobody needs the answer
-                self.asked[subscriber] = Question(streams, channels, now)
+                self.asked[subscriber] = Question(streams[:MAX_ASKERS], channels, now)
                 subscriber.ask(channels, self._redis.question(channels, since))
 
     def answered(self, subscriber: Subscriber, text: bytes) -> list[Stream]:
@@ -2405,6 +2411,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STOP_S = 0.1  # within which an accepting thread notices that it should stop
+MAX_BURST = 100  # connections that are accepted in one go
 MAX_WAITING = 1000  # connections that are not streams: each has a thread
 STREAM_REQUEST = re.compile(rb"GET /stream[ ?].*\r\n\r\n", re.DOTALL)
 
@@ -2433,16 +2440,25 @@ class Listener(http.server.ThreadingHTTPServer):
         if sys.platform == "linux":
             timeout_ms = round(2000 * self.app.settings.heartbeat)  # for browsers that vanished
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+        self.socket.setblocking(False)
         socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. If we are out of file descriptors, close the oldest and pause, rather than spin."""
         try:
             return super().get_request()
+        except BlockingIOError:
+            raise
         except OSError:
             self.end_oldest()
             self.app.stopping.wait(0.05)
             raise
+
+    def service_actions(self) -> None:
+        """Accept more of the connections that are waiting already: `serve_forever` itself takes one at a time."""
+        with suppress(OSError):
+            for _ in range(MAX_BURST):
+                self.process_request(*self.socket.accept())
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Open a stream right here, since nothing in it has to wait; give any other request a thread.
@@ -2509,10 +2525,7 @@ class Listener(http.server.ThreadingHTTPServer):
     def stop(self) -> None:
         """Stop accepting. The queue is still answered, since closing would reset it; requests have a second left."""
         self.shutdown()
-        self.socket.setblocking(False)
-        with suppress(OSError):
-            for _ in range(100):
-                self.process_request(*self.socket.accept())
+        self.service_actions()
         self.server_close()
         answering_s = min(1.0, self.app.settings.drain / 5)
         until = monotonic() + answering_s
