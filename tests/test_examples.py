@@ -7,7 +7,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +20,21 @@ if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
 EXAMPLES = kit.HERE / "examples"
+ITEMS = "return [...document.querySelectorAll('li')].map((item) => item.textContent)"
+SECOND_HEARTBEATS = ("--heartbeat", "0.4")  # a stream is dead after one second
 
 
-def example_for(server: kit.ServerProcess, name: str, channel: str) -> str:
+def example_for(url: str, name: str, channel: str) -> str:
     """An example's text, with this server and channel instead of those that it names."""
     text = (EXAMPLES / name).read_text()
     documented = "http://127.0.0.1:5000/stream?channel=sse"
     assert documented in text
-    return text.replace(documented, f"{server.url}/stream?channel={channel}")
+    return text.replace(documented, f"{url}/stream?channel={channel}")
 
 
 def items(browser: Browser) -> list[str]:
     """What stands in the page's list."""
-    return list(browser.execute_script("return [...document.querySelectorAll('li')].map((item) => item.textContent)"))
+    return list(browser.execute_script(ITEMS))
 
 
 def content(browser: Browser, selector: str) -> str:
@@ -65,20 +67,60 @@ def running_app(name: str, folder: Path, port: int, **environment: str) -> Itera
         process.wait()
 
 
+class Tab:
+    """A tab of Chromium or Firefox, which comes to the front when it is asked something."""
+
+    def __init__(self, browser: Any, url: str = "") -> None:
+        """url: what a new tab shows; "" is for the one that is in front."""
+        self.browser = browser
+        self.is_firefox = isinstance(browser, Firefox)
+        self.driver = browser.marionette if self.is_firefox else browser
+        if url and self.is_firefox:
+            self.handle = self.driver.open(type="tab", focus=True)["handle"]
+        elif url:
+            self.driver.switch_to.new_window("tab")
+            self.handle = self.driver.current_window_handle
+        else:
+            self.handle = self.driver.current_window_handle
+        if url:
+            self.come_to_front()
+            browser.get(url)
+
+    def come_to_front(self) -> None:
+        switch_to = self.driver.switch_to_window if self.is_firefox else self.driver.switch_to.window
+        switch_to(self.handle)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        self.come_to_front()
+        return self.browser.execute_script(script, *arguments)
+
+    def close(self) -> None:
+        """With the cookies of its page's host."""
+        self.come_to_front()
+        self.driver.delete_all_cookies()
+        self.driver.close()
+
+
+@contextlib.contextmanager
+def tabs_of(browser: Any) -> Iterator[list[Tab]]:
+    """For the tabs that a test opens: those that are left in the list are closed."""
+    first = Tab(browser)
+    tabs: list[Tab] = []
+    yield tabs
+    for tab in tabs:
+        tab.close()
+    first.come_to_front()
+
+
 # ── minimal.html ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_minimal_page_opened_from_disk_shows_what_comes_and_what_it_missed(
-    browser: Any,
-    start: kit.Start,
-    redis_process: kit.RedisProcess,
-    channel: str,
-    tmp_path: Path,
+    browser: Any, start: kit.Start, redis_process: kit.RedisProcess, channel: str, tmp_path: Path
 ) -> None:
     server = start("--retry", "100")
     page = tmp_path / "minimal.html"
-    page.write_text(example_for(server, "minimal.html", channel))
-    assert len(page.read_text().splitlines()) <= 31
+    page.write_text(example_for(server.url, "minimal.html", channel))
     browser.get(page.as_uri())
     wait_for_content(browser, "p", "open")
 
@@ -93,12 +135,35 @@ def test_the_minimal_page_opened_from_disk_shows_what_comes_and_what_it_missed(
     kit.wait_for(lambda: items(browser)[:1] == ["missed"], "what was missed is shown")
 
     back.publish("", channel, type="stream-reset")
-    kit.wait_for(lambda: items(browser) == [], "the page was loaded anew")
+    kit.wait_for(lambda: browser.execute_script(ITEMS) == [], "the page was loaded anew")  # Firefox: None meanwhile
     wait_for_content(browser, "p", "open")
 
     back.publish("", channel, type="server_closed")
     wait_for_content(browser, "p", "closed")
     redis_process.wait_for_subscribers(channel, 0)
+
+
+@pytest.mark.parametrize("example", ["minimal.html", "one-stream-for-all-tabs.html"])
+def test_a_stream_that_went_dead_without_a_word_is_opened_anew_and_nothing_is_missed(
+    example: str, browser: Any, start: kit.Start, channel: str, tmp_path: Path
+) -> None:
+    server, other = start(*SECOND_HEARTBEATS), start(*SECOND_HEARTBEATS)
+    page = tmp_path / example
+    page.write_text(example_for(server.url, example, channel))
+    browser.get(page.as_uri())
+    kit.wait_for(lambda: server.streams() == 1, "the page listens")
+    server.publish("before", channel)
+    kit.wait_for(lambda: items(browser) == ["before"], "the first one")
+
+    with kit.stopped(server.process):
+        other.publish("missed", channel)
+        clock = other.stream(channel)
+        clock.wait(lambda: len(clock.positions) >= 5, "two seconds of heartbeats")
+
+    kit.wait_for(lambda: sorted(items(browser)) == ["before", "missed"], "what was missed")
+    assert server.metric("streams_opened_total") > 1
+    server.publish("after", channel)
+    kit.wait_for(lambda: sorted(items(browser)) == ["after", "before", "missed"], "what came later")
 
 
 # ── one-stream-for-all-tabs.html ─────────────────────────────────────────────────────────────────────────────────────
@@ -119,92 +184,54 @@ ARRIVALS = """
 """
 
 
-class Tabs:
-    """The tabs of one browser that all show the same page."""
-
-    def __init__(self, driver: WebDriver, url: str) -> None:
-        self._driver = driver
-        self._url = url
-        self.handles: list[str] = []
-
-    def open(self) -> str:
-        """One more; its handle."""
-        self._driver.switch_to.new_window("tab")
-        self._driver.get(self._url)
-        self._driver.execute_script(MARK_ARRIVALS)
-        self.handles.append(str(self._driver.current_window_handle))
-        return self.handles[-1]
-
-    def in_tab(self, handle: str, script: str) -> Any:
-        """What a script answers there."""
-        self._driver.switch_to.window(handle)
-        return self._driver.execute_script(script)
-
-    def leader(self) -> str:
-        """The handle of the one tab that holds the stream."""
-        found = kit.wait_for(lambda: [handle for handle in self.handles if self.in_tab(handle, LEADS)], "a tab leads")
-        assert len(found) == 1
-        return str(found[0])
-
-    def arrivals(self, handle: str) -> dict[str, float]:
-        """The events in a tab, in order, and when each came (Unix time, ms; 0: before that was noted)."""
-        arrivals = self.in_tab(handle, ARRIVALS)
-        assert len({text for text, _ in arrivals}) == len(arrivals)
-        return dict(arrivals)
-
-    def close(self, handle: str) -> None:
-        self._driver.switch_to.window(handle)
-        self._driver.close()
-        self.handles.remove(handle)
-        self._driver.switch_to.window(self.handles[0])
-
-
-@pytest.fixture
-def tabs_of(chromium: WebDriver) -> Iterator[Callable[[str], Tabs]]:
-    """Opens tabs in Chromium; at the end the one is left that was there before."""
-    first = chromium.current_window_handle
-    yield lambda url: Tabs(chromium, url)
-    for handle in chromium.window_handles:
-        if handle != first:
-            chromium.switch_to.window(handle)
-            chromium.close()
-    chromium.switch_to.window(first)
+def arrivals(tab: Tab) -> dict[str, float]:
+    """The events in a tab, in order, and when each came (Unix time, ms; 0: before that was noted)."""
+    found = tab.run(ARRIVALS)
+    assert len({text for text, _ in found}) == len(found)
+    return dict(found)
 
 
 @pytest.mark.alone
 def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_while_leaders_are_closed(
-    tabs_of: Callable[[str], Tabs], start: kit.Start, redis_process: kit.RedisProcess, channel: str
+    chromium: WebDriver, start: kit.Start, redis_process: kit.RedisProcess, channel: str
 ) -> None:
     server = start("--history", str(EVENTS))
-    page = example_for(server, "one-stream-for-all-tabs.html", channel)
-    with Site({"/": lambda: page}) as site:
-        tabs = tabs_of(site.url)
+    page = example_for(server.url, "one-stream-for-all-tabs.html", channel)
+    with Site({"/": lambda: page}) as site, tabs_of(chromium) as tabs:
+
+        def open_tab() -> Tab:
+            tabs.append(Tab(chromium, site.url))
+            tabs[-1].run(MARK_ARRIVALS)
+            return tabs[-1]
+
         for _ in range(TABS):
-            tabs.open()
+            open_tab()
         kit.wait_for(lambda: server.streams() == 1, "the leader's stream is open")
         publisher = kit.Publisher(server.port, "event", channel, pause=0.008)
 
-        joined = ""
+        joined: Tab | None = None
         left: list[list[str]] = []
         for moment in sorted(random.sample(range(EVENTS // 10, EVENTS), CLOSED_LEADERS)):
             kit.wait_for(lambda: len(publisher.acknowledged) >= moment, f"{moment} events")  # noqa: B023
-            leader = tabs.leader()
+            (leader,) = kit.wait_for(lambda: [tab for tab in tabs if tab.run(LEADS)], "a tab leads")
             redis_process.wait_for_subscribers(channel, 1)
-            left.append(list(tabs.arrivals(leader)))
-            tabs.close(leader)
+            left.append(list(arrivals(leader)))
+            leader.close()
+            tabs.remove(leader)
+            tabs[0].come_to_front()
             if len(left) == CLOSED_LEADERS // 2:
                 redis_process.wait_for_subscribers(channel, 1)  # the next one has taken over
-                joined = tabs.open()
+                joined = open_tab()
         kit.wait_for(lambda: len(publisher.acknowledged) >= EVENTS, "all events")
         publisher.stop()
 
         published_at = {text: place_us / 1000 for place_us, _, text in publisher.acknowledged}
         texts = list(published_at)
-        for handle in tabs.handles:
-            kit.wait_for(lambda: texts[-1] in tabs.arrivals(handle), "the tab has the last event")  # noqa: B023
-            arrivals = tabs.arrivals(handle)
-            assert list(arrivals) == (texts[-len(arrivals) :] if handle == joined else texts)
-            assert all(at - published_at[text] < TAKEOVER_MS for text, at in arrivals.items())
+        for tab in tabs:
+            kit.wait_for(lambda: texts[-1] in arrivals(tab), "the tab has the last event")  # noqa: B023
+            came = arrivals(tab)
+            assert list(came) == (texts[-len(came) :] if tab is joined else texts)
+            assert all(at - published_at[text] < TAKEOVER_MS for text, at in came.items())
         for shown in left:
             first = texts.index(shown[0])
             assert shown == texts[first : first + len(shown)]
