@@ -308,6 +308,7 @@ def position_of(event_id: str | None) -> str:
 
 REPLY = re.compile(  # the head of each thing Redis sends a subscriber, in RESP3:
     rb"(?:-|\+|>3\r\n\$\d+\r\n(?:un)?subscribe\r\n\$\d+\r\n[^\r]*\r\n:)[^\r]*\r\n"  # an error, or a confirmation
+    rb"|%\d+\r\n(?:[^>+\r-][^\r]*\r\n)*"  # the answer to HELLO, where Redis was too busy to skip it
     rb"|>3\r\n\$7\r\nmessage\r\n\$\d+\r\n([^\r]*)\r\n\$(\d+)\r\n"  # a message; its text follows
     rb"|(\*)"  # the answer to EXEC
 )
@@ -594,6 +595,7 @@ COUNTER_KEY = "ssepush2:counter"  # hash: born, newest (of all channels), floor,
 NEWEST_KEY = "ssepush2:newest"  # sorted set: channel → id of its newest event
 HISTORY_KEY = "ssepush2:history:"  # + channel: a Redis Stream of {previous: id, frame: without its id line}
 PUBLISHED_KEY = "ssepush2:published:"  # + channel + NUL + key: the id of the event published with that key
+MAX_REPLAYED = 5000  # events of a channel: with RESP around each, 20 channels stay below the 32 MB that Redis holds
 MAX_NEWEST = 100_000  # channels, of at most 200 bytes each
 RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed", "history-off", "too-large")
 
@@ -766,10 +768,10 @@ class Redis:
             commands.append(self._script(NEWEST_LUA, [], *channels))
         if self.history and since.reads_history():
             oldest = "-" if since.after == "0" else f"({since.after}"
-            count = ("COUNT", since.last) if since.last else ()
+            count = min(since.last or MAX_REPLAYED, MAX_REPLAYED)
             for channel in channels:
                 key = self.connections.key(HISTORY_KEY + channel.decode())
-                commands.append(("XREVRANGE", key, "+", oldest, *count))
+                commands.append(("XREVRANGE", key, "+", oldest, "COUNT", count))
         commands += [("ECHO", BOUNDARY), ("EXEC",)]
         return b"".join(command(*words) for words in commands)
 
@@ -1047,6 +1049,8 @@ class Relay:
         self.streams: set[Stream] = set()
         self.subscribers: set[Subscriber] = set()
         self.unsent_bytes = 0  # of all streams
+        self._kept_bytes = 0  # in memory, until the last stream has taken them
+        self._keepers: Counter[int] = Counter()  # how many streams keep each piece, by its id()
         self.draining = False
         self.finishing = False  # no more streams will be handed over
         self.counts: defaultdict[str, float] = defaultdict(int)  # the samples of GET /metrics
@@ -1111,7 +1115,7 @@ class Relay:
         for stream in self._questions.answered(subscriber, text):
             try:
                 if text[:1] == b"-":
-                    raise ValueError(text[1:].decode(errors="replace"))
+                    raise ValueError(text[1:].decode(errors="replace").strip())
                 self._begin(stream, missed_by(stream.since, text, self.settings.max_backlog))
             except (ValueError, LookupError) as error:
                 self.end(stream, "redis-refused", refusal(str(error), named(stream.channels)))
@@ -1225,10 +1229,11 @@ class Relay:
             self._loop.watch_writing(stream.sock, True)
         stream.backlog.append(rest)
         self._add_unsent(stream, len(rest))
+        self._keep(rest, 1)
         # The piece being sent does not count: no single event or replay, however large, makes a stream slow.
         if stream.unsent_bytes - len(stream.backlog[0]) > self.settings.max_backlog:
             self.end(stream, "slow")
-        while self.unsent_bytes > UNSENT_BYTES:
+        while self._kept_bytes > UNSENT_BYTES:
             largest = max(self.streams, key=lambda stream: stream.unsent_bytes)
             self.end(largest, "slow")
 
@@ -1243,6 +1248,7 @@ class Relay:
                 backlog[0] = piece[sent:]
             else:
                 backlog.popleft()
+                self._keep(piece, -1)
         stream.backlog = None
         stream.state = LIVE
         self._loop.watch_writing(stream.sock, False)
@@ -1252,6 +1258,17 @@ class Relay:
     def _add_unsent(self, stream: Stream, number: int) -> None:
         stream.unsent_bytes += number
         self.unsent_bytes += number
+
+    def _keep(self, piece: memoryview, change: int) -> None:
+        """One stream more, or less, keeps this in memory. An event counts once, however many streams wait for it."""
+        whole: Any = piece.obj
+        before = self._keepers[id(whole)]
+        self._keepers[id(whole)] = before + change
+        if not before:
+            self._kept_bytes += len(whole)
+        elif not before + change:
+            self._kept_bytes -= len(whole)
+            del self._keepers[id(whole)]
 
     def _on_browser(self, stream: Stream) -> None:
         """The browser has sent something, or left, or can take more."""
@@ -1334,7 +1351,9 @@ class Relay:
         """
         is_open = stream.state is not WAITING
         if stream.backlog:
-            being_sent = stream.backlog[0]
+            being_sent, *others = stream.backlog
+            for piece in others:
+                self._keep(piece, -1)
             self._add_unsent(stream, len(being_sent) - stream.unsent_bytes)
             stream.backlog = deque([being_sent])
             if stream.ends != "missed":  # dropped events must not move the page's id; after a reset it starts anew
@@ -1355,6 +1374,8 @@ class Relay:
         stream.state = ENDED
         self.streams.discard(stream)
         self._add_unsent(stream, -stream.unsent_bytes)
+        for piece in stream.backlog or ():
+            self._keep(piece, -1)
         stream.backlog = None
         self._loop.unwatch(stream.sock)
         stream.sock.close()
@@ -1435,8 +1456,9 @@ def check_name(what: str, name: object) -> str:
     is_text = isinstance(name, str) and name.isprintable()
     if not is_text or not 0 < len(str(name).encode()) <= MAX_CHANNEL_BYTES:
         raise ValueError(f"{what} must be a name of 1 to {MAX_CHANNEL_BYTES} bytes of printable characters")
-    if what != "key" and str(name).startswith("__"):
-        raise ValueError("channels that begin with __ are Redis's own")
+    starts = {"channel": "__", "prefix": "_"}  # a prefix and a channel could make up one of Redis's names
+    if what in starts and str(name).startswith(starts[what]):
+        raise ValueError(f"{what} must not begin with {starts[what]}: such channels are Redis's own")
     return str(name)
 
 
@@ -1453,7 +1475,7 @@ def jsonable(value: object) -> object:
 
 def depth_of(text: str) -> int:
     """How deeply arrays and objects are nested in a JSON text."""
-    brackets = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][{}"]+', "", text)
+    brackets = re.sub(r'"(?:[^"\\]+|\\.)*"|[^][{}"]+', "", text)
     depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
     return max(depths, default=0)
 
@@ -1974,6 +1996,7 @@ class Request:
 # ── Who may read private channels ────────────────────────────────────────────────────────────────────────────────────
 
 MIN_SECRET_BYTES = 16
+MAX_EXPIRY = 1e12  # Unix time, s
 MAX_TOKENS = 20  # per request; any more are ignored
 TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")  # header, claims, signature
 
@@ -2035,7 +2058,7 @@ def claims_of(token: str, secret: str) -> tuple[list[str], float]:
     is_list = isinstance(channels, list) and all(isinstance(channel, str) for channel in channels)
     if not is_valid or not is_list or type(expiry) not in (int, float):
         raise ValueError("a claim is malformed")
-    return channels, expiry
+    return channels, min(expiry, MAX_EXPIRY)
 
 
 def readable_until(channels: Iterable[str], tokens: Sequence[str]) -> float:
