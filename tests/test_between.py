@@ -26,9 +26,7 @@ class HoldingProxy(RedisProxy):
         return received
 
 
-def test_what_a_shared_subscriber_has_yet_to_read_is_not_sent_again_to_a_page_that_has_seen_it(
-    redis_process: RedisProcess, start: Start, channel: str
-) -> None:
+def test_what_a_page_has_seen_is_not_sent_to_it_again(redis_process: RedisProcess, start: Start, channel: str) -> None:
     elsewhere = start(redis=redis_process)
     proxy = HoldingProxy(redis_process)
     with proxy, ThreadPoolExecutor() as threads:
@@ -64,9 +62,7 @@ class CuttingProxy(RedisProxy):
 
 @both_ways
 @pytest.mark.parametrize("hangs", [False, True], ids=["hangs up", "hangs"])
-def test_pages_whose_history_redis_does_not_answer_are_told_to_come_back(
-    redis_process: RedisProcess, start: Start, channel: str, hangs: bool
-) -> None:
+def test_who_gets_no_history_comes_back(redis_process: RedisProcess, start: Start, channel: str, hangs: bool) -> None:
     with CuttingProxy(redis_process) as proxy:
         proxy.hangs = hangs
         server = start("--heartbeat", "0.5", redis=proxy.url)
@@ -86,9 +82,7 @@ DATA = ["one", "", "*2\r\n$3\r\n", "é" * 300, "last"]
 
 @both_ways
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_what_comes_from_redis_in_pieces_is_whole_live_and_after_a_return(
-    redis_process: RedisProcess, start: Start, channel: str, size: int
-) -> None:
+def test_pieces_from_redis_become_whole(redis_process: RedisProcess, start: Start, channel: str, size: int) -> None:
     with RedisProxy(redis_process) as proxy:
         proxy.size = size
         server = start(redis=proxy.url)

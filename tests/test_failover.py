@@ -86,9 +86,7 @@ def sentinel(tmp_path: Path, masters: list[RedisProcess]) -> Iterator[SentinelPr
 
 
 @both_ways
-def test_sentinels_lead_to_the_master_with_logins_of_their_own_which_are_not_printed(
-    sentinel: SentinelProcess, start: Start, channel: str
-) -> None:
+def test_sentinels_lead_to_the_master_and_print_no_login(sentinel: SentinelProcess, start: Start, channel: str) -> None:
     url = sentinel.url_for()
     server = start(redis="", REDIS_URL=url)
 
@@ -183,9 +181,7 @@ os._exit(0)
 """
 
 
-def test_processes_forked_while_a_sentinel_hangs_publish_as_all_threads_of_their_parent_do(
-    sentinel: SentinelProcess, start: Start, channel: str
-) -> None:
+def test_forks_beside_a_hanging_sentinel_publish(sentinel: SentinelProcess, start: Start, channel: str) -> None:
     server = start(redis="", REDIS_URL=sentinel.url_for())
     with server.opened(channel) as stream, socket.create_server((LOOPBACK, 0)) as hangs:
         url = sentinel.url_for(others=f",{LOOPBACK}:{hangs.getsockname()[1]}")
@@ -215,9 +211,7 @@ def wait_until_whole(node: RedisProcess, known: int) -> None:
 
 
 @both_ways
-def test_a_cluster_is_served_by_the_node_of_our_keys_and_a_publish_at_any_node_arrives(
-    tmp_path: Path, start: Start, channel: str
-) -> None:
+def test_a_cluster_is_served_by_the_node_of_our_keys(tmp_path: Path, start: Start, channel: str) -> None:
     first = node(own(tmp_path, "first"), 0, OUR_SLOT - 1)
     second = node(own(tmp_path, "second"), OUR_SLOT, 16383)  # the keys of ssepush belong to this one
     bus_port = second.options[-1]
@@ -239,9 +233,7 @@ def test_a_cluster_is_served_by_the_node_of_our_keys_and_a_publish_at_any_node_a
         assert stream.next().data == "through ssepush"
 
 
-def test_a_node_that_has_met_nobody_and_does_not_know_its_own_address_is_where_it_was_asked(
-    tmp_path: Path, channel: str
-) -> None:
+def test_a_node_alone_that_does_not_know_its_address_is_where_it_was_asked(tmp_path: Path, channel: str) -> None:
     alone = node(tmp_path, 0, 16383)
     wait_until_whole(alone, 1)
 

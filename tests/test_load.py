@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import re
 import resource
@@ -20,18 +19,7 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.kit import (
-    LOOPBACK,
-    POOL,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    both_ways,
-    connect,
-    connections,
-    request,
-    wait_for,
-)
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, connect, connections, request, wait_for
 
 # ── Slow and gone ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -55,7 +43,7 @@ class Bad:
     def __init__(self, server: ServerProcess, channel: str, stack: contextlib.ExitStack) -> None:
         self.server, self.channel, self.stack = server, channel, stack
 
-    def reads(self, size: int, host: str = LOOPBACK, wrapper: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    def reads(self, size: int, host: str = kit.LOOPBACK, wrapper: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         """A process that reads so many bytes a second."""
         arguments = (host, str(self.server.port), self.channel, str(size))
         process = self.stack.enter_context(kit.running(*wrapper, sys.executable, "-c", CLIENT, *arguments))
@@ -102,9 +90,7 @@ BADS: dict[str, tuple[Callable[[Bad], object], int, float]] = {  # events of 20 
 
 @both_ways
 @pytest.mark.parametrize("case", BADS)
-def test_a_stream_that_is_gone_or_stalled_ends_within_its_bound_and_the_others_get_everything(
-    own_redis: RedisProcess, start: Start, channel: str, case: str
-) -> None:
+def test_who_stalls_or_is_gone_is_cut_in_time(own_redis: RedisProcess, start: Start, channel: str, case: str) -> None:
     bad, number, bound_s = BADS[case]
     server = start("--host", "0.0.0.0", "--heartbeat", str(HEARTBEAT_S), redis=own_redis)
     pages = [kit.Page(server.port, channel) for _ in range(3)]
@@ -127,7 +113,7 @@ def unread(server: ServerProcess, channel: str, position: str = "") -> socket.so
     """A browser that has asked for a stream, from that position, and reads nothing; its kernel takes little."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.connect((LOOPBACK, server.port))
+    sock.connect((kit.LOOPBACK, server.port))
     begin = f"&lastEventId={position}" if position else ""
     sock.sendall(request(f"GET /stream?channel={channel}{begin} HTTP/1.1".encode()))
     return sock
@@ -166,7 +152,7 @@ def browsers_that_are(state: str, server: ServerProcess, channel: str) -> Iterat
     """Browsers, all of whose streams are in one state.
 
     opening: Redis does not answer the subscription. resuming: the browser does not take what it missed.
-    behind: it does not take live events. live: it has taken all.
+    behind: it does not take live events. live: it has taken all, also what it missed.
     """
     with contextlib.ExitStack() as stack:
         position = ""
@@ -174,13 +160,13 @@ def browsers_that_are(state: str, server: ServerProcess, channel: str) -> Iterat
             server.opened(channel).close()  # a shared subscriber is connected from now on
             wait_for(lambda: server.streams() == 0, "it is closed")
             stack.enter_context(kit.stopped(server.redis.process))
-        if state == "resuming":
+        if state in ("resuming", "live"):
             position = server.publish_id("first", channel)
             for _ in range(10):
-                server.publish("x" * 100_000, channel)
+                server.publish("x" * (100_000 if state == "resuming" else 500), channel)
         opened = server.metric("streams_opened_total")
         if state == "live":
-            browsers = [server.opened(channel).sock for _ in range(ALIKE)]
+            browsers = [server.opened(channel, Last_Event_ID=position).sock for _ in range(ALIKE)]
         else:
             browsers = [unread(server, channel, position) for _ in range(ALIKE)]
         if state == "opening":
@@ -194,80 +180,42 @@ def browsers_that_are(state: str, server: ServerProcess, channel: str) -> Iterat
         yield browsers
 
 
-STATES = ["opening", "resuming", "behind", "live"]
-in_each_state = pytest.mark.parametrize("state", STATES)
+in_each_state = pytest.mark.parametrize("state", ["opening", "resuming", "behind", "live"])
 
 
-def half_close(sock: socket.socket) -> None:
-    sock.shutdown(socket.SHUT_WR)
-
-
-def mixed_wave(server: ServerProcess, channel: str) -> None:
-    """Streams in each state that are left in each way, and other requests."""
-    leave = itertools.cycle([socket.socket.close, kit.close_with_reset, half_close])
-    for state in STATES:
-        with browsers_that_are(state, server, channel) as browsers:
-            for sock in browsers:
-                next(leave)(sock)
-            wait_for(lambda: server.streams() == 0, "all streams are gone")
-    for _ in range(20):
-        for path in ("/nothing", "/stream?channel=", "/healthz", "/", "/metrics"):
-            server.get(path)
-        server.opened(channel, Last_Event_ID="foreign").close()
-        for sent in (b"GET /str", b"\r\n\r\n", kit.post(b"Content-Length: 9", body=b"")):
-            with connect(server.port) as sock:
-                sock.sendall(sent)
-
-
-@both_ways
-def test_after_mixed_loads_everything_is_given_back(own_redis: RedisProcess, start: Start, channel: str) -> None:
-    server = start("--heartbeat", "1", "--history", "50", redis=own_redis)
-    idle, resident = server.descriptors(), []
-
-    for _ in range(2):
-        for _ in range(2):  # so that caches and the allocator have what they need
-            mixed_wave(server, channel)
-        wait_for(lambda: server.connections() == 0, "all connections are closed")
-        resident.append(server.resident_bytes())
-
-    # There were more than a pool's of each kind: were one of each not given back, it would show.
-    wait_for(lambda: server.descriptors() <= idle + POOL, "their descriptors are gone")
-    wait_for(lambda: len(own_redis.client.client_list()) <= POOL + 2, "so are their connections to Redis")
-    assert resident[1] <= 1.05 * resident[0]
-    assert server.threads() <= kit.IDLE_THREADS + ALIKE
+LEAVE = [socket.socket.close, kit.close_with_reset, lambda sock: sock.shutdown(socket.SHUT_WR)]
+ENDS: list[Callable[[socket.socket], object] | None] = [*LEAVE * 6, None]  # None: Redis dies
 
 
 @both_ways
 @in_each_state
-@pytest.mark.parametrize("end", ["browsers leave", "Redis dies"])
-def test_streams_that_end_leave_nothing_behind_in_any_state(
-    own_redis: RedisProcess, start: Start, channel: str, state: str, end: str
-) -> None:
+def test_streams_that_end_leave_nothing_behind(own_redis: RedisProcess, start: Start, channel: str, state: str) -> None:
     # A browser that takes nothing is given up after two heartbeats, also when Redis is gone.
     server = start("--max-streams", str(ALIKE), "--heartbeat", "1", redis=own_redis)
     server.get("/healthz")
-    descriptors = server.descriptors()
+    idle, resident = server.descriptors(), []
 
-    with browsers_that_are(state, server, channel) as browsers:
-        if end == "browsers leave":
-            for sock in browsers:
-                sock.close()
-        else:
-            own_redis.kill()
-            own_redis.start()
-        wait_for(lambda: server.streams() == 0, "all streams are gone")
+    for end in ENDS:
+        with browsers_that_are(state, server, channel) as browsers:  # the places of those before are free
+            if end:
+                for sock in browsers:
+                    end(sock)
+            else:
+                own_redis.kill()
+                own_redis.start()
+            wait_for(lambda: server.streams() == 0, "all streams are gone")
+        for sock in browsers:
+            sock.close()
+        subscribers = server.subscribers_for(ALIKE) if server.is_shared else 0
+        wait_for(lambda: server.metric("subscribers") <= subscribers, "their subscribers are gone")  # noqa: B023
+        wait_for(lambda: server.descriptors() <= idle + kit.POOL, "their descriptors are gone")
+        wait_for(lambda: len(own_redis.client.client_list()) <= kit.POOL + 2, "nor a connection to Redis")
+        assert server.threads() <= kit.IDLE_THREADS + ALIKE
+        assert server.metric("backlog_bytes") == 0
+        resident.append(server.resident_bytes())
 
-    subscribers = server.subscribers_for(ALIKE) if server.is_shared else 0
-    wait_for(lambda: server.metric("subscribers") <= subscribers, "their subscribers are gone")
-    wait_for(lambda: server.descriptors() <= descriptors + POOL, "their descriptors are gone")
-    wait_for(lambda: len(own_redis.client.client_list()) <= POOL + 2, "nor a connection to Redis")
-    assert server.threads() <= kit.IDLE_THREADS + ALIKE
-    assert server.metric("backlog_bytes") == 0
-    for sock in browsers:
-        sock.close()
-    again = [server.opened(channel) for _ in range(ALIKE)]  # their places are free
-    for stream in again:
-        stream.close()
+    if state != "resuming":  # of 40 MB that are missed at once, the allocator keeps some
+        assert min(resident[-6:]) <= 1.05 * max(resident[:6])
 
 
 @both_ways
@@ -301,13 +249,18 @@ def test_large_events_do_not_stay_in_memory(start: Start, channel: str) -> None:
 
 
 HEAD, BODY = b"GET /stream?channel=", kit.post(b"Content-Length: 1000", body=b"{")
+FEW_FILES = "--max-streams 20"  # for a server that may have few
 POSITION = request(b"GET /position HTTP/1.1")
 PIPELINE = request(b"GET / HTTP/1.1") * 200
-FLOODS = {  # how many connections begin with these bytes; what each sends every second from then on; with few files?
-    "say nothing": ({b"": 5000}, b"", False),
-    "send slowly": ({HEAD: 1000, BODY: 200}, b"a", False),
-    "count": ({request(b"GET /numbers HTTP/1.1"): kit.MOST_WAITING + 100}, b"", False),
-    "take no answer": ({PIPELINE: 200}, b"", True),
+CHANNELS = [b"&".join(b"channel=%d-%d" % (number, n) for n in range(20)) for number in range(300)]
+FLOODS: dict[str, tuple[dict[bytes, int], bytes, str]] = {
+    # how many connections begin with these bytes; what each sends every second from then on; the server's options
+    "say nothing": ({b"": 5000}, b"", ""),
+    "send slowly": ({HEAD: 1000, BODY: 200}, b"a", ""),
+    "break off": ({b"GET /str": 100, b"\r\n\r\n": 100, request(b"GET /nothing HTTP/1.1"): 100}, b"", ""),
+    "count": ({request(b"GET /numbers HTTP/1.1"): kit.MOST_WAITING + 100}, b"", ""),
+    "take no answer": ({PIPELINE: 200}, b"", FEW_FILES),
+    "ask for 6,000 channels": ({request(b"GET /stream?%b HTTP/1.1" % query): 1 for query in CHANNELS}, b"", "--shared"),
 }
 
 
@@ -343,11 +296,11 @@ def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_connections_than_may_wait_hold_no_more_than_their_places_and_the_oldest_go_when_they(
     flood: str, request: pytest.FixtureRequest, start: Start, channel: str, many_files: None
 ) -> None:
-    begin, trickle, is_narrow = FLOODS[flood]
-    if is_narrow:
+    begin, trickle, options = FLOODS[flood]
+    if options == FEW_FILES:
         request.getfixturevalue("few_files")
-    server = start("--max-streams", "20")
-    most = 105 if is_narrow else kit.MOST_WAITING + 2
+    server = start(*options.split())
+    most = 105 if options == FEW_FILES else kit.MOST_WAITING + 2
     baseline = kit.Baseline(server, channel)
 
     with contextlib.ExitStack() as stack:
@@ -365,9 +318,12 @@ def test_more_connections_than_may_wait_hold_no_more_than_their_places_and_the_o
         baseline.newcomer()
         late.sendall(POSITION)
         assert late.recv(12) == b"HTTP/1.1 200"  # though it has been silent
-        wait_for(lambda: server.connections() <= most, "the oldest have made room")
+        if "channels" in flood:
+            wait_for(lambda: server.streams() == 301, "all of them are open")
+        else:
+            wait_for(lambda: server.connections() <= most, "the oldest have made room")
         baseline.publish("meanwhile")
-        assert flood in ("count", "take no answer") or kit.is_closed(socks[0])
+        assert flood not in ("say nothing", "send slowly") or kit.is_closed(socks[0])
         assert server.threads() <= kit.IDLE_THREADS + kit.MOST_WAITING
 
     baseline.end()
@@ -413,9 +369,7 @@ def is_answered(port: int) -> bool:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("keep", KEEP_THREADS)
-def test_every_honest_request_is_answered_beside_a_flood_while_two_keep_a_thread(
-    start: Start, many_files: None, keep: str
-) -> None:
+def test_every_honest_request_is_answered_beside_a_flood(start: Start, many_files: None, keep: str) -> None:
     server = start()
     answered = []
 
@@ -471,9 +425,7 @@ def test_without_a_free_descriptor_the_accept_loop_does_not_spin(start: Start, c
 @pytest.mark.alone
 @both_ways
 @pytest.mark.parametrize("number", [1, 100])
-def test_requests_that_wait_for_a_redis_that_hangs_hold_up_nobody_else_and_are_told(
-    own_redis: RedisProcess, start: Start, number: int
-) -> None:
+def test_a_redis_that_hangs_holds_up_nobody_else(own_redis: RedisProcess, start: Start, number: int) -> None:
     own_redis.client.config_set("requirepass", "secret")  # so that each new connection waits for an answer
     server = start(redis=own_redis.url_of("default", "secret"))
     assert server.get("/healthz").status == 200
@@ -493,23 +445,7 @@ def test_requests_that_wait_for_a_redis_that_hangs_hold_up_nobody_else_and_are_t
             wait_for(lambda: server.connections() == 0, "they have been told that Redis is away")
 
     wait_for(lambda: server.get("/healthz").status == 200, "Redis is back")
-    wait_for(lambda: server.descriptors() <= descriptors + POOL, "nothing is left")
-
-
-@pytest.mark.alone
-def test_a_burst_of_channels_does_not_hold_up_the_others(start: Start, channel: str, many_files: None) -> None:
-    server = start("--shared")
-    baseline = kit.Baseline(server, channel)
-    queries = [b"&".join(b"channel=%d-%d" % (number, n) for n in range(20)) for number in range(300)]
-
-    with contextlib.ExitStack() as stack:
-        for query in queries:
-            stack.enter_context(connect(server.port)).sendall(request(b"GET /stream?" + query + b" HTTP/1.1"))
-        baseline.publish("meanwhile")
-        wait_for(lambda: server.streams() == 301, "all of them are open")
-    baseline.publish("meanwhile")
-
-    baseline.end()
+    wait_for(lambda: server.descriptors() <= descriptors + kit.POOL, "nothing is left")
 
 
 PIPELINES = """
@@ -528,9 +464,7 @@ while True:
 
 @pytest.mark.alone
 @both_ways
-def test_pages_open_beside_nine_hundred_connections_that_send_request_after_request(
-    start: Start, channel: str, many_files: None
-) -> None:
+def test_pages_open_beside_nine_hundred_who_send_requests(start: Start, channel: str, many_files: None) -> None:
     server = start()
     command = [sys.executable, "-c", PIPELINES, str(server.port), "900"]
 

@@ -33,9 +33,7 @@ def stat(process: RedisProcess, name: str) -> int:
 
 
 @both_ways
-def test_live_events_go_on_when_redis_lost_its_data_and_its_clock_went_back(
-    own_redis: RedisProcess, start: Start, channel: str
-) -> None:
+def test_live_events_survive_a_loss_and_a_clock_set_back(own_redis: RedisProcess, start: Start, channel: str) -> None:
     server = start(redis=own_redis)
     server.publish("before", channel)
     in_a_minute_s = int(time.time()) + 60
@@ -108,9 +106,7 @@ def test_one_ping_a_second_serves_all_who_ask_for_health(own_redis: RedisProcess
     assert stat(own_redis, "total_connections_received") - before <= passed_s + 4
 
 
-def test_a_replay_of_many_channels_reads_from_redis_what_it_sends_and_little_more(
-    own_redis: RedisProcess, start: Start, channel: str
-) -> None:
+def test_a_replay_reads_from_redis_what_it_sends(own_redis: RedisProcess, start: Start, channel: str) -> None:
     names = [f"{channel}-{number}" for number in range(20)]
     server = start(redis=own_redis)
     position = server.publish_id("first", names[0])
@@ -138,9 +134,7 @@ def test_http_1_0_is_not_told_to_continue(server: ServerProcess) -> None:
 
 @both_ways
 @pytest.mark.parametrize("number", [1, 18], ids=["has got everything", "reads slowly"])
-def test_a_browser_whose_token_expires_is_told_how_far_it_is_and_gets_the_rest_with_another(
-    start: Start, channel: str, number: int
-) -> None:
+def test_who_is_cut_by_an_expiry_gets_the_rest_with_another_token(start: Start, channel: str, number: int) -> None:
     server = start(SSEPUSH_SECRET=SECRET)
     name = f"private-{channel}"
     published = [f"{data} {'x' * 50_000}" for data in range(number)]
@@ -164,9 +158,7 @@ def test_a_browser_whose_token_expires_is_told_how_far_it_is_and_gets_the_rest_w
 
 
 @both_ways
-def test_a_stream_with_a_genuine_token_that_has_expired_is_told_so_and_redis_is_asked_for_nothing(
-    own_redis: RedisProcess, start: Start, channel: str
-) -> None:
+def test_a_token_that_has_expired_asks_nothing_of_redis(own_redis: RedisProcess, start: Start, channel: str) -> None:
     server = start(redis=own_redis, SSEPUSH_SECRET=SECRET)
     name = f"private-{channel}"
     told = server.publish_id("hello", name)
@@ -211,9 +203,7 @@ WITH_TOKEN = [  # {0} is the right token, {1} another
 
 
 @pytest.mark.parametrize("allowed", ["", "*", "null", APP])
-def test_a_token_may_come_in_a_header_and_in_a_cookie_but_of_foreign_pages(
-    allowed: str, start: Start, channel: str
-) -> None:
+def test_a_token_comes_in_a_header_or_in_a_cookie_of_no_foreign_page(allowed: str, start: Start, channel: str) -> None:
     options = ("--allow-origin", allowed) if allowed else ()
     server = start(*options, SSEPUSH_SECRET=SECRET)
     path = f"/stream?channel=private-{channel}"
@@ -287,9 +277,7 @@ WANTED = {"lastEventId=earliest": SMALL, f"last={SMALL}": SMALL, "last=5": 5}
 
 @both_ways
 @pytest.mark.parametrize("query", WANTED)
-def test_a_stream_begins_with_exactly_what_is_kept_at_that_moment_however_fast_it_is_replaced(
-    query: str, start: Start, channel: str
-) -> None:
+def test_a_stream_begins_with_exactly_what_is_kept_at_that_moment(query: str, start: Start, channel: str) -> None:
     server = start("--history", str(SMALL))
     publisher = kit.Publisher(server.port, "event", channel)
     acknowledged = publisher.acknowledged
@@ -311,9 +299,7 @@ def test_a_stream_begins_with_exactly_what_is_kept_at_that_moment_however_fast_i
         assert from_history == SMALL or "last=" in query
 
 
-def test_a_wrong_parameter_of_stream_is_named_and_one_of_somebody_else_is_none(
-    server: ServerProcess, channel: str
-) -> None:
+def test_a_wrong_parameter_of_stream_is_named_and_a_foreign_one_ignored(server: ServerProcess, channel: str) -> None:
     for wrong in ("last=0", "last=-1", "last=x", "last=", "last=100001", "channels=a", "last_event_id=1"):
         answer = server.get(f"/stream?{wrong}")
         name = wrong.partition("=")[0]
@@ -339,9 +325,7 @@ def test_a_page_that_was_rendered_with_the_position_gets_all_that_came_since(sta
         assert stream.next().data == "since"
 
 
-def test_the_first_block_of_a_stream_holds_its_position_and_the_reconnection_time(
-    server: ServerProcess, channel: str
-) -> None:
+def test_a_stream_begins_with_its_position_and_reconnection_time(server: ServerProcess, channel: str) -> None:
     with server.opened(channel) as stream:
         block, _, _ = stream.body.partition(b"\n\n")
 
@@ -406,9 +390,7 @@ class HangingUp(kit.RedisProxy):
 
 
 @kit.one_way
-def test_an_event_whose_answer_was_lost_goes_out_once_if_it_is_published_again_with_its_key(
-    server: ServerProcess, start: Start, channel: str
-) -> None:
+def test_an_unanswered_event_goes_out_once_with_a_key(server: ServerProcess, start: Start, channel: str) -> None:
     with HangingUp(server.redis) as proxy, server.opened(channel) as stream:
         behind = start(redis=proxy.url)
         from_python = functools.partial(ssepush.publish, "hello", channel=channel, key="1", redis_url=proxy.url)
@@ -435,9 +417,7 @@ def test_an_event_whose_answer_was_lost_goes_out_once_if_it_is_published_again_w
 # ── For whoever runs it ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_how_much_is_kept_and_for_how_long_comes_from_the_environment(
-    own_redis: RedisProcess, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variables_say_what_is_kept(own_redis: RedisProcess, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"SSEPUSH_HISTORY": "2", "SSEPUSH_HISTORY_TTL": "50"}
     server = start(redis=own_redis, **settings)
     for name, value in settings.items():
@@ -505,9 +485,7 @@ def test_a_stream_of_many_channels_is_a_short_line_of_the_log(start: Start, chan
     assert len(line) < 1000  # of 20 names with 170 bytes each
 
 
-def test_with_admin_metrics_and_health_are_there_and_nowhere_else_and_of_one_process(
-    start: Start, redis_process: RedisProcess
-) -> None:
+def test_with_admin_metrics_and_health_are_there_and_nowhere_else(start: Start, redis_process: RedisProcess) -> None:
     port = kit.free_port()
     admin = f"{kit.LOOPBACK}:{port}"
     server = start("--admin", admin)
