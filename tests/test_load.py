@@ -214,8 +214,8 @@ def test_streams_that_end_leave_nothing_behind(own_redis: RedisProcess, start: S
         assert server.metric("backlog_bytes") == 0
         resident.append(server.resident_bytes())
 
-    if state != "resuming":  # of 40 MB that are missed at once, the allocator keeps some
-        assert min(resident[-6:]) <= 1.05 * max(resident[:6])
+    grown_to = min(resident[-6:]) / max(resident[:6])
+    assert grown_to <= (1.05 if state in ("opening", "live") else 2)  # of 40 MB at once, the allocator keeps some
 
 
 @both_ways
