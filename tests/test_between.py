@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import ssepush
-from tests.kit import DEADLINE_S, Link, RedisProcess, RedisProxy, Start, both_ways, numbers, wait_for
-from tests.messages import one_line_end
+from tests import kit
+from tests.kit import RedisProcess, Start, both_ways, wait_for
+from tests.messages import as_read
 
 
-class HoldingProxy(RedisProxy):
+class HoldingProxy(kit.RedisProxy):
     """What Redis sends to subscribers waits here while `is_open` is not set."""
 
     def __init__(self, redis_process: RedisProcess) -> None:
@@ -20,9 +21,9 @@ class HoldingProxy(RedisProxy):
         self.is_open.set()
         super().__init__(redis_process)
 
-    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+    def changed(self, received: bytes, is_from_redis: bool, link: kit.Link) -> bytes:
         if link.is_subscribed and is_from_redis:
-            self.is_open.wait(DEADLINE_S)
+            self.is_open.wait(kit.DEADLINE_S)
         return received
 
 
@@ -37,7 +38,7 @@ def test_what_a_page_has_seen_is_not_sent_to_it_again(redis_process: RedisProces
         for number in range(0, 20, 2):
             redis_process.publish(channel, str(number))  # no id of ours: a page's position tells nothing about it
             ssepush.publish(str(number + 1), channel=channel, redis_url=redis_process.url)
-        assert leaves.data(20) == numbers(0, 20)
+        assert leaves.data(20) == kit.numbers(0, 20)
 
         coming_back = threads.submit(server.stream, channel, Last_Event_ID=leaves.last_event_id)
         wait_for(lambda: server.streams() == 2, "it is coming back")
@@ -45,15 +46,15 @@ def test_what_a_page_has_seen_is_not_sent_to_it_again(redis_process: RedisProces
         elsewhere.publish("last", channel)
 
         assert coming_back.result().next().data == "last"
-        assert stays.data(21) == [*numbers(0, 20), "last"]
+        assert stays.data(21) == [*kit.numbers(0, 20), "last"]
 
 
-class CuttingProxy(RedisProxy):
+class CuttingProxy(kit.RedisProxy):
     """Whoever reads a history has the connection closed instead of an answer; or nothing comes from then on."""
 
     hangs = is_asked = False
 
-    def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
+    def changed(self, received: bytes, is_from_redis: bool, link: kit.Link) -> bytes:
         self.is_asked |= b"XREVRANGE" in received and not is_from_redis
         if self.is_asked and not self.hangs:
             raise ConnectionError
@@ -83,7 +84,7 @@ DATA = ["one", "", "*2\r\n$3\r\n", "é" * 300, "last"]
 @both_ways
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_pieces_from_redis_become_whole(redis_process: RedisProcess, start: Start, channel: str, size: int) -> None:
-    with RedisProxy(redis_process) as proxy:
+    with kit.RedisProxy(redis_process) as proxy:
         proxy.size = size
         server = start(redis=proxy.url)
         first = str(ssepush.publish("first", channel=channel, redis_url=redis_process.url).id)
@@ -96,5 +97,5 @@ def test_pieces_from_redis_become_whole(redis_process: RedisProcess, start: Star
             missed = back.data(len(DATA))
         dropped = server.dropped("message is not UTF-8")
 
-    assert came == missed == [one_line_end(data) for data in DATA]
+    assert came == missed == [as_read(data) for data in DATA]
     assert dropped == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ssepush
+from tests import kit
 from tests.kit import RedisProcess, ServerProcess, Start, both_ways, wait_for
-from tests.messages import AS_PUBLISHED, NEW_ANSWERS, NO_EVENT_OBJECTS, POISON, publish_all
+from tests.messages import AS_PUBLISHED, NEW_ANSWERS, NO_EVENT_OBJECTS, POISON, as_read
 from tests.test_examples import example_for, items, wait_for_content
 from tests.test_page import MESSAGE, PLACEHOLDER, SECOND_HEARTBEATS, SHOWN_ANSWER, STRANGE, DeafProxy, OpenPage
 
@@ -41,7 +43,9 @@ def test_redis_cli_publish_alone_changes_the_page_and_prints_the_number_of_open_
         article.until(article.state, "open")
     assert article.text("data") == PLACEHOLDER
 
-    assert server.redis.cli_publish("sse", MESSAGE) == server.subscribers_for(3)
+    command = [kit.needs("redis-cli", "valkey-cli"), "-p", str(server.redis.port), "publish", "sse", MESSAGE]
+    printed = subprocess.run(command, check=True, capture_output=True).stdout
+    assert int(printed) == server.subscribers_for(3)
 
     article.reads("data", SHOWN_ANSWER)
     assert [stream.next().json for stream in others] == [NEW_ANSWERS] * 2
@@ -139,11 +143,13 @@ def listen(tab: WebDriver, server: ServerProcess, channel: str, types: Sequence[
 
 
 def test_chromium_reads_data_exactly_as_published(server: ServerProcess, tab: WebDriver, channel: str) -> None:
-    heard = listen(tab, server, channel, [*(f"type-{at}" for at in range(len(AS_PUBLISHED))), "end"])
+    published = {f"type-{number}": value for number, value in enumerate(AS_PUBLISHED.values())}
+    heard = listen(tab, server, channel, list(published))
 
-    published = publish_all(server.redis, channel)
+    for type, value in published.items():
+        server.redis.publish_event(channel, data=value, type=type)
 
-    assert [event[:2] for event in heard(len(published))] == published
+    assert [event[:2] for event in heard(len(published))] == [[type, as_read(data)] for type, data in published.items()]
 
 
 def test_chromium_hears_any_other_message_and_no_poison(server: ServerProcess, tab: WebDriver, channel: str) -> None:

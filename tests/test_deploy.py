@@ -25,7 +25,7 @@ import yaml
 
 import ssepush
 from tests import kit
-from tests.machine import Machine
+from tests.machine import USER, Machine
 from tests.test_docs import PROSE, shown, shown_line
 
 pytestmark = kit.needs_test_extra
@@ -176,14 +176,6 @@ def test_systemd_finds_nothing_wrong_with_the_unit_and_finds_it_hardened(unit: P
 MAX_CLIENTS = 10_000  # of a Redis of which nothing else is said
 
 
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    """One with the unit, which a systemd of its own starts."""
-    machine = Machine(tmp_path)
-    yield machine
-    machine.end()
-
-
 def test_systemd_starts_the_unit_as_it_is_in_its_sandbox_and_again_when_it_was_killed(machine: Machine) -> None:
     """The unit's own file, on its own ports, with all that it asks for; the program is not where pip puts it.
 
@@ -207,7 +199,7 @@ def test_systemd_starts_the_unit_as_it_is_in_its_sandbox_and_again_when_it_was_k
     wait_until_healthy(1)
     machine.said_by("systemctl", "stop", *units)
 
-    for line in (rf"Uid:\s+{machine.user}\s", r"CapBnd:\s+0+$", r"NoNewPrivs:\s+1$", r"Seccomp:\s+2$"):
+    for line in (rf"Uid:\s+{USER}\s", r"CapBnd:\s+0+$", r"NoNewPrivs:\s+1$", r"Seccomp:\s+2$"):
         assert re.search(f"^{line}", status, re.MULTILINE), line
     assert public.startswith("HTTP/1.1 200 ")
     # Each stream is a connection to Redis, and half of these are left to the application.

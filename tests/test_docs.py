@@ -23,8 +23,7 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.browser import text_of
-from tests.engines import Browser, Site
+from tests.browser import Browser, Site, text_of
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
@@ -218,7 +217,7 @@ def parameters(server: kit.ServerProcess) -> set[str]:
     """Those of /stream: a near miss is told them."""
     refused = server.get("/stream?channels=a")
     assert refused.status == 400
-    return set(refused.error.removesuffix(" meant?").partition("is one of ")[2].split(", "))
+    return set(refused.error.removesuffix("?").partition("did you mean one of ")[2].split(", "))
 
 
 def members(server: kit.ServerProcess) -> set[str]:

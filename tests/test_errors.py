@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import ssepush
-from tests.kit import HERE, Page, RedisProcess, ServerProcess, both_ways, numbers, wait_for
+from tests import kit
+from tests.kit import Page, RedisProcess, ServerProcess, both_ways, wait_for
 
 FAILS = f"""
 import sys
-sys.path.insert(0, {str(HERE)!r})
+sys.path.insert(0, {str(kit.HERE)!r})
 import ssepush
 
 left = 3
@@ -31,7 +32,7 @@ ssepush.event_of = failing(ssepush.event_of)
 ssepush.replay = failing(ssepush.replay)
 ssepush.main(sys.argv[2:])
 """
-EVENTS = [*numbers(0, 5), "fault", *numbers(5, 10), "last"]
+EVENTS = [*kit.numbers(0, 5), "fault", *kit.numbers(5, 10), "last"]
 PAGES = 6  # some of which the fault hits
 
 

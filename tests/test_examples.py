@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests import kit
-from tests.engines import Browser, Firefox, Site
+from tests.browser import Browser, Firefox, Site
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver

@@ -18,7 +18,7 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.kit import RedisProcess, ServerProcess, Start, answers_in, both_ways, exchange, post, request, run, the_line
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, request
 
 SECRET = "a secret of the tests"
 NEEDS_EXTRA = "comes with the test extra"
@@ -35,7 +35,7 @@ def test_with_a_prefix_pages_read_nothing_else_of_this_redis(start: Start, chann
         ssepush.publish("another prefix", channel=channel, redis_url=url, prefix="else:")
         redis.publish(channel, "another program")
         ssepush.publish("python", channel=channel, redis_url=url, prefix="shop:")
-        of_shell = run("--prefix", "shop:", "publish", channel, "shell", REDIS_URL=url)
+        of_shell = kit.run("--prefix", "shop:", "publish", channel, "shell", REDIS_URL=url)
         server.publish("http", channel)
         redis.publish(f"shop:{channel}", "redis")
 
@@ -55,7 +55,7 @@ def test_privacy_is_judged_by_the_name_that_pages_use(start: Start, channel: str
 
 @pytest.mark.parametrize("prefix", ["a\nb", "x" * 201, "__keyspace@0__:"])
 def test_a_prefix_that_cannot_be_one_is_refused(prefix: str) -> None:
-    assert re.search("prefix must be|begin with __", the_line(run("--prefix", prefix), 2))
+    assert re.search("prefix must be|begin with __", kit.the_line(kit.run("--prefix", prefix), 2))
 
 
 WARNS = {"": 0, "--host 0.0.0.0": 1, "--allow-host a.example": 1, "--allow-host a.example --prefix shop:": 0}
@@ -112,7 +112,9 @@ def test_cookies_in_several_lines_are_one_list(start: Start, channel: str) -> No
     token = ssepush.sign(name, secret=SECRET)
     cookies = [b"Cookie: a=1", f"Cookie: ssepush-token={token}".encode(), b"Cookie: b=2"]
 
-    [answer] = answers_in(exchange(server.port, request(f"HEAD /stream?channel={name} HTTP/1.1".encode(), *cookies)))
+    [answer] = kit.answers_in(
+        kit.exchange(server.port, request(f"HEAD /stream?channel={name} HTTP/1.1".encode(), *cookies))
+    )
 
     assert answer.status == 200
 
@@ -146,11 +148,11 @@ CHUNKED_BODIES = {
 @pytest.mark.parametrize("name", CHUNKED_BODIES)
 def test_a_body_in_chunks_is_taken_and_then_the_next_request(server: ServerProcess, channel: str, name: str) -> None:
     body = json.dumps({"channel": channel, "data": "in chunks"}).encode()
-    first = post(CHUNKED, body=CHUNKED_BODIES[name] % (len(body), body))
+    first = kit.post(CHUNKED, body=CHUNKED_BODIES[name] % (len(body), body))
     health = request(b"GET /healthz HTTP/1.1", b"Connection: close")
 
     with server.opened(channel) as page:
-        answers = answers_in(exchange(server.port, first + health))
+        answers = kit.answers_in(kit.exchange(server.port, first + health))
 
         assert [answer.status for answer in answers] == [200, 200]
         assert page.next().data == "in chunks"
@@ -161,7 +163,7 @@ def test_a_body_in_many_chunks_counts_as_a_whole(start: Start) -> None:
     body = b'{"data": "%b"}' % (b"x" * 100)
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
 
-    [answer] = answers_in(exchange(server.port, post(CHUNKED, body=chunks)))
+    [answer] = kit.answers_in(kit.exchange(server.port, kit.post(CHUNKED, body=chunks)))
 
     assert answer.status == 413
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import ssepush
-from tests.kit import POOL, Parser, Received, ServerProcess, answers_in, both_ways, exchange, one_way, wait_for
-from tests.messages import one_line_end
+from tests import kit
+from tests.kit import ServerProcess, both_ways, wait_for
+from tests.messages import as_read
 
 pytest.importorskip("hypothesis", reason="needs hypothesis: pip install '.[test]'")
 
@@ -41,8 +42,8 @@ def spoiled(draw: st.DrawFn, *seeds: bytes) -> bytes:
     return text
 
 
-def parsed(message: bytes) -> Parser:
-    parser = Parser()
+def parsed(message: bytes) -> kit.Parser:
+    parser = kit.Parser()
     parser.feed(ssepush.frame_of(ssepush.event_of(message)))
     return parser
 
@@ -63,7 +64,7 @@ def test_a_message_is_dispatched_exactly_or_refused_and_no_field_is_forged(membe
         return
 
     assert not is_forging
-    assert read.events == [Received(one_line_end(members["data"]), type or "message", id)]
+    assert read.events == [kit.Received(as_read(members["data"]), type or "message", id)]
     assert (read.retry_ms, read.comments) == (members.get("retry"), [])
 
 
@@ -97,7 +98,7 @@ def test_what_is_published_comes_out_whole_or_is_refused(server: ServerProcess, 
         event = stream.next()
 
     assert (event.type, event.id) == (type or "message", answer.json["id"])
-    assert event.data == one_line_end(data) if isinstance(data, str) else event.json == data
+    assert event.data == as_read(data) if isinstance(data, str) else event.json == data
 
 
 HEAD = b" HTTP/1.1\r\nHost: localhost\r\n"
@@ -111,20 +112,20 @@ REQUESTS = spoiled(
 )
 
 
-@one_way
+@kit.one_way
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_any_requests_are_answered_or_refused_and_leave_nothing(server: ServerProcess, requests: list[bytes]) -> None:
     sent = b"".join(requests).replace(b"@", server.publish_id("ours", "fuzz").encode())
 
-    came = exchange(server.port, sent).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
-    answers = answers_in(came.replace(b"Access-Control-Allow-Headers: \r\n", b""))
+    came = kit.exchange(server.port, sent).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+    answers = kit.answers_in(came.replace(b"Access-Control-Allow-Headers: \r\n", b""))
 
     for answer in answers:
         assert answer.status in STATUSES
         assert answer.status < 400 or answer.error
         if answer.headers.get("Content-Type", "").startswith("text/event-stream"):
-            Parser().feed(answer.body)  # which takes no field that nobody sent
+            kit.Parser().feed(answer.body)  # which takes no field that nobody sent
     wait_for(lambda: server.connections() == 0, "no connection is left")
-    assert server.descriptors() < POOL + 20
+    assert server.descriptors() < kit.POOL + 20
     assert not server.said("Traceback")

@@ -20,30 +20,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ssepush
-from tests.engines import Firefox, Site
-from tests.kit import (
-    DEADLINE_S,
-    HERE,
-    LOOPBACK,
-    EventStream,
-    RedisProcess,
-    ServerProcess,
-    Start,
-    connect,
-    environment_with,
-    free_port,
-    needs,
-    npm_install,
-    running,
-    ssepush_command,
-    wait_for,
-)
+from tests import kit
+from tests.browser import Firefox, Site
+from tests.kit import EventStream, RedisProcess, ServerProcess, Start, wait_for
 from tests.test_examples import EXAMPLES, content, running_app, wait_for_content, wait_for_words, words
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
-GUIDE = (HERE / "docs" / "guide.md").read_text()
+GUIDE = (kit.HERE / "docs" / "guide.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECRET = "a secret of more than sixteen bytes"
 
@@ -76,25 +61,25 @@ def clone(tmp_path: Path) -> Path:
     """A folder with what README's first command makes: .venv/bin with python and ssepush."""
     folder = tmp_path / ".venv" / "bin"
     folder.mkdir(parents=True)
-    commands = {"python": shlex.quote(sys.executable), "ssepush": shlex.join(ssepush_command())}
+    commands = {"python": shlex.quote(sys.executable), "ssepush": shlex.join(kit.ssepush_command())}
     for name, command in commands.items():
         wrapper = folder / name
         wrapper.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         wrapper.chmod(0o755)
-    (tmp_path / "ssepush.py").symlink_to(HERE / "ssepush.py")
+    (tmp_path / "ssepush.py").symlink_to(kit.HERE / "ssepush.py")
     return tmp_path
 
 
 def test_the_commands_of_the_shell_publish_in_a_fresh_clone(own_server: ServerProcess, clone: Path) -> None:
     for name in ("redis-cli", "curl"):
-        needs(name)
+        kit.needs(name)
     stream = own_server.opened("ops")
     (path,) = re.findall('`(export PATH="\\$PWD.*)`', GUIDE)
     commands = f"{path}\n{block('From the shell', 'sh')}"
     commands = commands.replace("redis://127.0.0.1:6379", own_server.redis.url)
     commands = commands.replace("http://127.0.0.1:5000", own_server.url)
 
-    subprocess.run(["sh", "-ec", commands], cwd=clone, check=True, timeout=DEADLINE_S, stdout=subprocess.DEVNULL)
+    subprocess.run(["sh", "-ec", commands], cwd=clone, check=True, timeout=kit.DEADLINE_S, stdout=subprocess.DEVNULL)
 
     assert stream.take(2)[1].data == "by ssepush"
     wait_for(lambda: "by curl" in stream.next().data, "the last event")
@@ -111,7 +96,7 @@ class DeafProxy:
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._listener = socket.create_server((LOOPBACK, 0))
+        self._listener = socket.create_server((kit.LOOPBACK, 0))
         self.port: int = self._listener.getsockname()[1]
         self._open: list[threading.Event] = []
         threading.Thread(target=self._accept, daemon=True).start()
@@ -122,7 +107,7 @@ class DeafProxy:
                 ours, _ = self._listener.accept()
                 deaf = threading.Event()
                 self._open.append(deaf)
-                theirs = connect(self._port)
+                theirs = kit.connect(self._port)
                 for ends in ((ours, theirs), (theirs, ours)):
                     threading.Thread(target=self._pass_on, args=(*ends, deaf), daemon=True).start()
 
@@ -142,7 +127,7 @@ class DeafProxy:
 
 def listen(tab: WebDriver, site: Site, port: int) -> None:
     """Run the guide's page."""
-    script = block("When does a browser give up?", "js").replace("`/stream", f"`http://{LOOPBACK}:{port}/stream")
+    script = block("When does a browser give up?", "js").replace("`/stream", f"`http://{kit.LOOPBACK}:{port}/stream")
     tab.get(site.url)
     tab.execute_script(KEEP_WHAT_IS_SHOWN + script)
 
@@ -189,7 +174,7 @@ def opens(server: ServerProcess, token: str) -> bool:
 
 
 def printed(*command: str, cwd: Path | None = None) -> str:
-    environment = environment_with(SSEPUSH_SECRET=SECRET)
+    environment = kit.environment_with(SSEPUSH_SECRET=SECRET)
     done = subprocess.run(command, check=True, capture_output=True, timeout=60, env=environment, cwd=cwd)
     return done.stdout.decode().strip()
 
@@ -197,16 +182,18 @@ def printed(*command: str, cwd: Path | None = None) -> str:
 def test_a_token_that_php_has_signed_opens_its_channel(own_server: ServerProcess) -> None:
     function = block("How do I sign a token in another language?", "php")
 
-    token = printed(needs("php"), "-r", f'{function} echo sign_token(["private-7"], 600);')
+    token = printed(kit.needs("php"), "-r", f'{function} echo sign_token(["private-7"], 600);')
 
     assert opens(own_server, token)
 
 
 def test_a_token_that_jsonwebtoken_has_signed_opens_its_channel(own_server: ServerProcess, tmp_path: Path) -> None:
-    folder = npm_install(tmp_path, "jsonwebtoken@9.0.2")
+    folder = kit.npm_install(tmp_path, "jsonwebtoken@9.0.2")
     (expression,) = re.findall(r"`(jwt\.sign\(.*\))`", GUIDE)
 
-    token = printed(needs("node"), "-e", f'const jwt = require("jsonwebtoken"); console.log({expression})', cwd=folder)
+    token = printed(
+        kit.needs("node"), "-e", f'const jwt = require("jsonwebtoken"); console.log({expression})', cwd=folder
+    )
 
     assert opens(own_server, token)
 
@@ -281,8 +268,8 @@ def test_djangos_middleware_gives_the_token_to_whoever_has_logged_in_and_takes_i
     (tmp_path / "shop" / "middleware.py").write_text(block("How does Django set the cookie?", "python"))
     commit = block("From Django", "python").strip()
     stream = own_server.stream("orders")
-    paths = f"{HERE}:{tmp_path}"
-    environment = environment_with(PYTHONPATH=paths, SSEPUSH_SECRET=SECRET, REDIS_URL=own_server.redis.url)
+    paths = f"{kit.HERE}:{tmp_path}"
+    environment = kit.environment_with(PYTHONPATH=paths, SSEPUSH_SECRET=SECRET, REDIS_URL=own_server.redis.url)
 
     script = DJANGO_SHOP.replace("COMMIT", commit)
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
@@ -309,8 +296,8 @@ def test_with_a_prefix_pages_follow_the_name_without_it(start: Start, own_redis:
     server = start(redis=own_redis, SSEPUSH_PREFIX=prefix)
     stream = server.stream("orders")
 
-    command = publish.replace("redis-cli", f"{needs('redis-cli')} -p {own_redis.port}")
-    reached = subprocess.run(shlex.split(command), check=True, capture_output=True, timeout=DEADLINE_S)
+    command = publish.replace("redis-cli", f"{kit.needs('redis-cli')} -p {own_redis.port}")
+    reached = subprocess.run(shlex.split(command), check=True, capture_output=True, timeout=kit.DEADLINE_S)
 
     assert reached.stdout.strip() == b"1"
     assert stream.next().data == "hello"
@@ -336,7 +323,7 @@ def test_what_laravel_broadcasts_is_private_and_has_its_name(start: Start, own_r
     refused = server.get("/stream?channel=private-user.7")
     stream = server.stream("private-user.7", query=f"token={token}")
 
-    printed(needs("php"), "-r", LARAVEL.replace("PORT", str(own_redis.port)))
+    printed(kit.needs("php"), "-r", LARAVEL.replace("PORT", str(own_redis.port)))
 
     assert refused.status == 403
     first, second = stream.take(2)
@@ -415,15 +402,15 @@ def reports(own_server: ServerProcess, tmp_path: Path) -> Iterator[str]:
     worker = [sys.executable, "-m", "celery", "-A", "celery_app:celery", "worker"]
     assert " ".join(worker[2:]) in (EXAMPLES / "celery_app.py").read_text()
     options = ("--concurrency", "2", "--loglevel", "warning")
-    paths = f"{HERE}:{EXAMPLES}"
-    variables = environment_with(PYTHONPATH=paths, PYTHONDONTWRITEBYTECODE="1", **environment)
+    paths = f"{kit.HERE}:{EXAMPLES}"
+    variables = kit.environment_with(PYTHONPATH=paths, PYTHONDONTWRITEBYTECODE="1", **environment)
     with (
-        running(*worker, *options, stderr=subprocess.STDOUT, env=variables, cwd=tmp_path) as process,
-        running_app("celery_app.py", tmp_path, free_port(), **environment) as url,
+        kit.running(*worker, *options, stderr=subprocess.STDOUT, env=variables, cwd=tmp_path) as process,
+        running_app("celery_app.py", tmp_path, kit.free_port(), **environment) as url,
     ):
         yield url
         process.terminate()
-        process.wait(DEADLINE_S)
+        process.wait(kit.DEADLINE_S)
 
 
 def test_a_page_hears_how_far_its_task_is_and_how_it_has_ended(
@@ -452,7 +439,7 @@ def test_an_answer_that_one_device_stops_is_stopped_on_all(
     own_server: ServerProcess, tab: WebDriver, second_browser: Firefox, tmp_path: Path
 ) -> None:
     environment = {"STREAM_URL": f"{own_server.url}/stream", "REDIS_URL": own_server.redis.url, "WORDS_PER_S": "20"}
-    with running_app("llm_stream.py", tmp_path, free_port(), **environment) as url:
+    with running_app("llm_stream.py", tmp_path, kit.free_port(), **environment) as url:
         tab.get(url)
         question = tab.find_element("name", "question")
         question.clear()

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tests import kit
-from tests.engines import Browser, QuietHandler, firefox, webkit
+from tests.browser import Browser, QuietHandler, firefox, webkit
 from tests.messages import AS_PUBLISHED, as_read
 from tests.proxies import proxies_before
 

@@ -11,7 +11,7 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.kit import DEADLINE_S, EventStream, RedisProcess, ServerProcess, Start, both_ways, wait_for
+from tests.kit import EventStream, RedisProcess, ServerProcess, Start, both_ways, wait_for
 
 SECRET = "a secret of the tests that is long enough"
 
@@ -56,7 +56,7 @@ def test_metrics_count_what_was_done_and_say_which_version_runs_since_when(start
         "delivery_delay_seconds_count": 9,
     }
     assert {name: server.metric(name) for name in expected} == expected
-    assert 0 <= server.metric("delivery_delay_seconds_sum") < 9 * DEADLINE_S
+    assert 0 <= server.metric("delivery_delay_seconds_sum") < 9 * kit.DEADLINE_S
     assert started_after <= server.metric("start_time_seconds") <= started_before
 
     server.opened(channel, Last_Event_ID=first["id"]).take(2)
@@ -113,7 +113,7 @@ def test_the_delivery_delay_is_that_of_each_event_with_an_id_of_ours(start: Star
 
     assert stream.data(3) == ["late", "later", "of unknown age"]
     wait_for(lambda: server.metric("messages_received_total") == 3, "all three are counted")
-    assert 0.58 <= server.metric("delivery_delay_seconds_sum") < DEADLINE_S
+    assert 0.58 <= server.metric("delivery_delay_seconds_sum") < kit.DEADLINE_S
     assert server.metric("delivery_delay_seconds_count") == 2
 
 
@@ -173,7 +173,7 @@ def test_why_a_stream_ended_is_counted_and_logged(start: Start, own_redis: Redis
     wait_for(lambda: server.streams() == 0, "the stream has ended")
     wait_for(lambda: server.said(" closed after "), "its end is logged")
     assert server.closed(reason) == 1
-    opened, closed = (line for line in server.lines if re.search("stream [0-9]+ (open|closed)", line))
+    opened, closed = (line for line in server.output.splitlines() if re.search("stream [0-9]+ (open|closed)", line))
     assert re.search(r"INFO stream 1 open: 127\.0\.0\.1 on private-log, other$", opened)
     assert re.search(rf"INFO stream 1 closed after [0-9.]+ s: {reason}$", closed)
     assert token not in server.output
@@ -219,5 +219,5 @@ def test_logs_go_to_standard_error_alone(redis_process: RedisProcess) -> None:
 
         process.terminate()
 
-        out, _ = process.communicate(timeout=DEADLINE_S)
+        out, _ = process.communicate(timeout=kit.DEADLINE_S)
         assert b"stream" not in out

@@ -18,14 +18,13 @@ from urllib.parse import quote
 import pytest
 
 from tests import kit
-from tests.browser import state_of, text_of
-from tests.engines import Firefox, QuietHandler
-from tests.kit import HERE, LOOPBACK, EventStream, RedisProcess, ServerProcess, Start, free_port, wait_for
+from tests.browser import Firefox, QuietHandler, text_of
+from tests.kit import EventStream, RedisProcess, ServerProcess, Start, wait_for
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
-PAGE = HERE / "index.html"
+PAGE = kit.HERE / "index.html"
 ANSWER = {"question": "which programming is the best?", "value": "Absolutely, PHP", "who": "allen"}
 MESSAGE = json.dumps({"data": ANSWER, "type": "new_answers"})
 SHOWN_ANSWER = "which programming is the best? : Absolutely, PHP"
@@ -92,7 +91,8 @@ class OpenPage:
         return text_of(self.tab, id_)
 
     def state(self) -> str:
-        return state_of(self.tab)
+        """The page's connection: connecting, open, waiting or closed."""
+        return str(self.tab.execute_script("return document.getElementById('state').dataset.state"))
 
     def enter(self, id_: str, value: str) -> None:
         """Have this value in a field."""
@@ -294,9 +294,9 @@ def test_a_page_that_is_refused_says_why_but_comes_back_by_itself_after_a_proxys
     page.reads("state", "Refused: the server does not let a page from here see its answer")
     assert page.state() == "closed"
 
-    with http.server.ThreadingHTTPServer((LOOPBACK, 0), BadGateway) as proxy:
+    with http.server.ThreadingHTTPServer((kit.LOOPBACK, 0), BadGateway) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        page.tab.get(f"http://{LOOPBACK}:{proxy.server_port}/?channel={page.channel}")
+        page.tab.get(f"http://{kit.LOOPBACK}:{proxy.server_port}/?channel={page.channel}")
         page.reads("state", f"No connection yet: {GAVE_UP}")
         proxy.shutdown()
     page.server = start(port=proxy.server_port)
@@ -311,8 +311,8 @@ class DeafProxy:
     def __init__(self, port: int) -> None:
         self._behind = port
         self._dead = threading.Event()
-        self._listener = socket.create_server((LOOPBACK, 0))
-        self.url = f"http://{LOOPBACK}:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((kit.LOOPBACK, 0))
+        self.url = f"http://{kit.LOOPBACK}:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def kill_connections(self) -> None:
@@ -435,7 +435,7 @@ def test_a_phone_is_told_an_address_that_it_can_reach_or_how_to_make_one(
     page.open()
     page.click("#show-phone")
     assert page.text("address") == "python ssepush.py --host 0.0.0.0"
-    assert f"A phone cannot reach {LOOPBACK}:{page.server.port}." in page.text("phone-note")
+    assert f"A phone cannot reach {kit.LOOPBACK}:{page.server.port}." in page.text("phone-note")
 
     page.server = start("--host", "0.0.0.0")
     url = f"http://{socket.gethostname()}:{page.server.port}"
@@ -451,7 +451,7 @@ def test_a_page_from_disk_says_which_server_it_tries_and_how_to_start_one_and_fi
     page.tab.get(PAGE.as_uri())
     assert page.text("tried") == "http://localhost:5000/"
     assert page.text("start-line") == "python ssepush.py"
-    port = free_port()
+    port = kit.free_port()
     page.open_from_disk(f"http://localhost:{port}")
 
     page.shows("start")
@@ -807,7 +807,9 @@ def run_line(line: str, redis_process: RedisProcess) -> subprocess.CompletedProc
     command = command.replace("python ssepush.py", f"{sys.executable} ssepush.py", 1)
     environment = {**os.environ, "REDIS_URL": redis_process.url}
     arguments = [kit.needs("bash"), "-c", command]
-    return subprocess.run(arguments, cwd=HERE, env=environment, capture_output=True, text=True, timeout=kit.DEADLINE_S)
+    return subprocess.run(
+        arguments, cwd=kit.HERE, env=environment, capture_output=True, text=True, timeout=kit.DEADLINE_S
+    )
 
 
 @pytest.mark.parametrize("how", ["redis", "curl", "python"])
@@ -1009,7 +1011,7 @@ def test_axe_finds_nothing_that_keeps_anybody_out_and_at_360_pixels_nothing_need
     page.run("document.getElementById('phone').hidePopover()")
     page.click("#close")
     judge()
-    page.open_from_disk(f"http://localhost:{free_port()}")
+    page.open_from_disk(f"http://localhost:{kit.free_port()}")
     page.shows("start")
     judge()
 
@@ -1066,8 +1068,8 @@ def test_in_firefox_the_page_listens_publishes_shows_the_wire_and_learns_types(f
 def test_in_firefox_a_page_from_disk_finds_a_server_that_starts_later_and_comes_back_to_it_and_misses_nothing(
     firefox_page: OpenPage, start: Start
 ) -> None:
-    page, publisher, port = firefox_page, firefox_page.server, free_port()
-    page.open_from_disk(f"http://{LOOPBACK}:{port}")
+    page, publisher, port = firefox_page, firefox_page.server, kit.free_port()
+    page.open_from_disk(f"http://{kit.LOOPBACK}:{port}")
     page.mentions("state", f"No connection yet: {GAVE_UP}")
     assert page.text("start-line") == f"python ssepush.py --port {port}"
     page.run("document.getElementById('close').click()")  # can be closed while it waits, and opened

@@ -13,7 +13,7 @@ import pytest
 
 import ssepush
 from tests import kit
-from tests.kit import RedisProcess, ServerProcess, Start, both_ways, exchange, numbers, run, the_line, until, wait_for
+from tests.kit import RedisProcess, ServerProcess, Start, both_ways, wait_for
 
 SECRET = "a secret of these tests"
 APP = "https://app.example"
@@ -41,10 +41,10 @@ def test_live_events_survive_a_loss_and_a_clock_set_back(own_redis: RedisProcess
     with server.opened(channel) as stream:
         own_redis.client.flushall()
 
-        for data in numbers(0, 5):
+        for data in kit.numbers(0, 5):
             assert server.publish(data, channel)["receivers"] == 1
 
-        assert stream.data(5) == numbers(0, 5)
+        assert stream.data(5) == kit.numbers(0, 5)
 
 
 @both_ways
@@ -110,7 +110,7 @@ def test_a_replay_reads_from_redis_what_it_sends(own_redis: RedisProcess, start:
     names = [f"{channel}-{number}" for number in range(20)]
     server = start(redis=own_redis)
     position = server.publish_id("first", names[0])
-    for name, data in itertools.product(names, numbers(0, 10)):
+    for name, data in itertools.product(names, kit.numbers(0, 10)):
         server.publish(f"{data} {'x' * 15_000}", name)
     before = stat(own_redis, "total_net_output_bytes")
 
@@ -118,7 +118,7 @@ def test_a_replay_reads_from_redis_what_it_sends(own_redis: RedisProcess, start:
         events = stream.take(200)
 
     sent = sum(len(event.data) for event in events)
-    assert kit.first_words(events) == numbers(0, 10) * 20
+    assert kit.first_words(events) == kit.numbers(0, 10) * 20
     assert stat(own_redis, "total_net_output_bytes") - before < 1.5 * sent
 
 
@@ -126,7 +126,7 @@ def test_http_1_0_is_not_told_to_continue(server: ServerProcess) -> None:
     fields = (b"Content-Type: application/json", b"Expect: 100-continue", b"Content-Length: 11")
     sent = kit.request(b"POST /publish HTTP/1.0", *fields, body=b'{"data": 1}')
 
-    assert exchange(server.port, sent).startswith(b"HTTP/1.1 200 ")
+    assert kit.exchange(server.port, sent).startswith(b"HTTP/1.1 200 ")
 
 
 # ── Tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -260,7 +260,7 @@ BEGINS = {  # what is asked for after events 0 to 5, by turns on two channels; a
 def test_earliest_is_all_that_is_kept_and_last_the_newest_of_each_channel_then_live(start: Start, channel: str) -> None:
     names = [channel, f"{channel}-other"]
     server = start()
-    ids = [server.publish_id(data, name) for data, name in zip(numbers(0, 6), names * 3, strict=True)]
+    ids = [server.publish_id(data, name) for data, name in zip(kit.numbers(0, 6), names * 3, strict=True)]
 
     for asked, expected in BEGINS.items():
         header, query = asked.format(*ids).split("|")
@@ -268,7 +268,7 @@ def test_earliest_is_all_that_is_kept_and_last_the_newest_of_each_channel_then_l
         with server.stream(*names, query=query, **headers) as stream:
             assert stream.position()
             server.redis.publish(channel, "live")
-            assert until(stream, "live") == expected.split(), asked
+            assert stream.until("live") == expected.split(), asked
 
 
 SMALL = 20
@@ -289,7 +289,7 @@ def test_a_stream_begins_with_exactly_what_is_kept_at_that_moment(query: str, st
     places, _, published = zip(*acknowledged, strict=True)
     for at_least, stream in opened:
         with stream:
-            received = until(stream, "end")
+            received = stream.until("end")
         first = published.index(received[0])
         assert received == [*published[first:]]
         position = next(filter(None, stream.positions))
@@ -395,7 +395,7 @@ def test_an_unanswered_event_goes_out_once_with_a_key(server: ServerProcess, sta
         behind = start(redis=proxy.url)
         from_python = functools.partial(ssepush.publish, "hello", channel=channel, key="1", redis_url=proxy.url)
         over_http = {"data": "hello", "channel": channel, "key": "2"}
-        by_command = functools.partial(run, "publish", channel, "hello", "--key", "3", REDIS_URL=proxy.url)
+        by_command = functools.partial(kit.run, "publish", channel, "hello", "--key", "3", REDIS_URL=proxy.url)
 
         proxy.is_due = True
         with pytest.raises(ssepush.Unanswered):
@@ -407,7 +407,7 @@ def test_an_unanswered_event_goes_out_once_with_a_key(server: ServerProcess, sta
         assert "may or may not" in unsure.error
         assert again.json["duplicate"]
         proxy.is_due = True
-        assert "may or may not" in the_line(by_command(), 1)
+        assert "may or may not" in kit.the_line(by_command(), 1)
         assert by_command().stdout == "0\n"
 
         server.publish("last", channel)
@@ -427,7 +427,7 @@ def test_variables_say_what_is_kept(own_redis: RedisProcess, start: Start, monke
         server.publish(number, "http")
         assert server.get("/notifications").status == 200
         ssepush.publish(number, channel="python", redis_url=own_redis.url)
-    assert run("publish", "shell", "-", stdin="0\n1\n2\n3\n", REDIS_URL=own_redis.url, **settings).returncode == 0
+    assert kit.run("publish", "shell", "-", stdin="0\n1\n2\n3\n", REDIS_URL=own_redis.url, **settings).returncode == 0
 
     for name in ("http", "sse", "python", "shell"):
         assert own_redis.client.xlen(ssepush.HISTORY_KEY + name) == 2
@@ -465,11 +465,11 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {  # arguments, vari
 def test_the_command_line_refuses(
     arguments: list[str], environment: dict[str, Any], told: str, redis_process: RedisProcess
 ) -> None:
-    assert told in the_line(run(*arguments, REDIS_URL=redis_process.url, **environment), 2)
+    assert told in kit.the_line(kit.run(*arguments, REDIS_URL=redis_process.url, **environment), 2)
 
 
 def test_a_password_on_the_command_line_is_warned_of(redis_process: RedisProcess) -> None:
-    done = run("publish", "sse", "hi", "--redis-url", redis_process.url_of("default", "nonsense"))
+    done = kit.run("publish", "sse", "hi", "--redis-url", redis_process.url_of("default", "nonsense"))
 
     assert "warning" in done.stderr
     assert "REDIS_URL" in done.stderr
@@ -481,7 +481,7 @@ def test_a_stream_of_many_channels_is_a_short_line_of_the_log(start: Start, chan
     with server.opened(*[f"{channel}-{'x' * 150}-{number}" for number in range(20)]):
         wait_for(lambda: server.said("open: "), "its opening is logged")
 
-        [line] = [line for line in server.lines if "open: " in line]
+        [line] = [line for line in server.output.splitlines() if "open: " in line]
     assert len(line) < 1000  # of 20 names with 170 bytes each
 
 
@@ -490,21 +490,21 @@ def test_with_admin_metrics_and_health_are_there_and_nowhere_else(start: Start, 
     admin = f"{kit.LOOPBACK}:{port}"
     server = start("--admin", admin)
 
-    refused = run("--port", "0", "--admin", admin, REDIS_URL=redis_process.url)
+    refused = kit.run("--port", "0", "--admin", admin, REDIS_URL=redis_process.url)
 
-    assert admin in the_line(refused, 2).removeprefix("ssepush: cannot listen on")
+    assert admin in kit.the_line(refused, 2).removeprefix("ssepush: cannot listen on")
     for path in ("/metrics", "/healthz", "/nowhere"):
         assert server.get(path).status == 404
-    assert b"ssepush_max_streams" in exchange(port, kit.request(b"GET /metrics HTTP/1.1"))
+    assert b"ssepush_max_streams" in kit.exchange(port, kit.request(b"GET /metrics HTTP/1.1"))
     for path, status in {"/healthz": b"200", "/stream": b"404"}.items():
-        answer = exchange(port, kit.request(f"GET {path} HTTP/1.1".encode()))
+        answer = kit.exchange(port, kit.request(f"GET {path} HTTP/1.1".encode()))
         assert answer.startswith(b"HTTP/1.1 %b " % status)
 
 
 def test_admin_takes_an_address_and_a_redis_keeps_its_unix_socket(own_redis: RedisProcess) -> None:
     url = f"unix://{own_redis.socket_path}"
     for wrong in (url, str(own_redis.socket_path)):
-        refused = run("--port", "0", "--admin", wrong, REDIS_URL=url)
+        refused = kit.run("--port", "0", "--admin", wrong, REDIS_URL=url)
 
-        assert "--admin: must be HOST:PORT" in the_line(refused, 2)
+        assert "--admin: must be HOST:PORT" in kit.the_line(refused, 2)
         assert ssepush.publish("still there", redis_url=url) == 0

@@ -10,6 +10,7 @@ import http.client
 import http.server
 import re
 import signal
+import ssl
 import statistics
 import subprocess
 import sys
@@ -17,19 +18,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import pytest
 
 import ssepush
 from tests import kit
-from tests.engines import Browser, QuietHandler, Site, firefox
-from tests.proxies import PROXIES, Change, Proxy, open_folder, proxies_before
+from tests.browser import Browser, QuietHandler, Site, chrome, firefox
+from tests.proxies import Change, Proxy, proxies_before
 from tests.test_docs import shown
-
-if TYPE_CHECKING:
-    from selenium.webdriver.chrome.webdriver import WebDriver
 
 pytestmark = kit.needs_test_extra
 SECRET = "a secret of the tests that is long enough"
@@ -82,7 +80,8 @@ def connection_to(proxy: Proxy) -> http.client.HTTPConnection:
     """A connection over HTTP/1.1, which checks the certificate where there is one."""
     if proxy.scheme == "http":
         return http.client.HTTPConnection(kit.LOOPBACK, proxy.port, timeout=kit.DEADLINE_S)
-    return http.client.HTTPSConnection(kit.LOOPBACK, proxy.port, timeout=kit.DEADLINE_S, context=proxy.trusting())
+    trusting = ssl.create_default_context(cafile=proxy.certificate)
+    return http.client.HTTPSConnection(kit.LOOPBACK, proxy.port, timeout=kit.DEADLINE_S, context=trusting)
 
 
 def ask(
@@ -270,21 +269,11 @@ for (const url of new URLSearchParams(location.search).getAll("stream")) {
 </script>"""
 
 
-@contextlib.contextmanager
-def trusting_firefox(folder: Path) -> Iterator[Browser]:
-    """A Firefox that takes self-signed certificates."""
-    with firefox(folder) as browser:
-        browser._marionette.delete_session()
-        browser._marionette.start_session({"acceptInsecureCerts": True})
-        yield browser
-
-
 def test_a_server_that_is_away_for_a_moment_or_for_long_loses_no_event_in_any_browser_behind_any_proxy(
     deployment: Deployment,
     proxies: dict[str, Proxy],
     channel: str,
     tmp_path: Path,
-    trusting_chromium: WebDriver,
 ) -> None:
     """And over HTTP/2 a page may have more than the six streams of HTTP/1.1: there are eight behind nginx."""
     streams = {(name, 1): f"{proxy.url}/stream?channel={channel}" for name, proxy in proxies.items()}
@@ -296,8 +285,11 @@ def test_a_server_that_is_away_for_a_moment_or_for_long_loses_no_event_in_any_br
             published.append(f"event {len(published)}")
             ssepush.publish(published[-1], channel=channel, redis_url=deployment.redis.url)
 
-    with Site({"/": lambda: PAGE}) as page, trusting_firefox(tmp_path) as second:
-        browsers = {"Chromium": trusting_chromium, "Firefox": second}
+    with Site({"/": lambda: PAGE}) as page, contextlib.ExitStack() as stack:
+        browsers: dict[str, Browser] = {
+            "Chromium": stack.enter_context(chrome(tmp_path / "chromium", trusts_all=True)),
+            "Firefox": stack.enter_context(firefox(tmp_path, trusts_all=True)),
+        }
         for browser in browsers.values():
             browser.get(f"{page.url}/?{urlencode([('stream', url) for url in streams.values()])}")
         deployment.redis.wait_for_subscribers(channel, 2 * len(streams))
@@ -460,11 +452,10 @@ def reports(start: kit.Start) -> dict[str, tuple[int, str]]:
     with contextlib.ExitStack() as stack:
         before: dict[str, Proxy] = {}
         for name, case in CASES.items():
-            folder = stack.enter_context(open_folder())
-            before[name] = PROXIES[case.proxy](folder, ports[case.server], case.changes, case.names, case.days)
-            stack.callback(before[name].end)
-        for proxy in before.values():
-            proxy.wait()
+            proxy = Proxy(case.proxy, ports[case.server], case.changes, case.names, case.days)
+            before[name] = stack.enter_context(proxy)
+        for name, proxy in before.items():
+            kit.wait_for(proxy.is_up, f"the proxy listens: {name}")
         asked = {name: checking(before[name], case) for name, case in CASES.items()}
         said = {name: process.communicate(timeout=60)[0] for name, process in asked.items()}
         return {name: (process.returncode, said[name]) for name, process in asked.items()}

@@ -17,7 +17,7 @@ import redis
 
 import ssepush
 from tests import kit
-from tests.kit import DEPLOY, LOOPBACK, RedisProcess, Start, both_ways, free_port, numbers, run, the_line, wait_for
+from tests.kit import RedisProcess, Start, both_ways, wait_for
 
 SECRET = "a secret of the tests"
 
@@ -29,8 +29,8 @@ class EncryptedRedis(RedisProcess):
 
     def command(self) -> list[str]:
         pem, key = kit.certificate(self.folder)
-        port = str(free_port())
-        self.tls_url = f"rediss://{LOOPBACK}:{port}/0?ssl_ca_certs={pem}"
+        port = str(kit.free_port())
+        self.tls_url = f"rediss://{kit.LOOPBACK}:{port}/0?ssl_ca_certs={pem}"
         files = ("--tls-cert-file", str(pem), "--tls-key-file", str(key))
         _, *own = super().command()
         return [kit.needs("redis-server"), *own, "--tls-port", port, *files, "--tls-auth-clients", "no"]
@@ -54,15 +54,15 @@ def test_all_comes_whole_over(request: pytest.FixtureRequest, start: Start, chan
 
     with server.opened(channel) as stream:
         server.publish("by HTTP", channel)
-        assert run("publish", channel, "by command", REDIS_URL=url).stdout == "1\n"
+        assert kit.run("publish", channel, "by command", REDIS_URL=url).stdout == "1\n"
         ssepush.publish("by Python", channel=channel, redis_url=url)
         for data in larger_than_a_record:
             process.publish_event(channel, data=data)
-        process.publish_all(channel, numbers(0, 2000))
+        process.publish_all(channel, kit.numbers(0, 2000))
         assert stream.data(3) == ["by HTTP", "by command", "by Python"]
         came = stream.data(5)
         assert came == larger_than_a_record, [len(data) for data in came]
-        assert stream.data(2000) == numbers(0, 2000)
+        assert stream.data(2000) == kit.numbers(0, 2000)
     with server.stream(channel, Last_Event_ID=first) as stream:
         assert stream.data(3) == ["by HTTP", "by command", "by Python"]
     assert server.said(url.partition("?")[0])
@@ -73,8 +73,8 @@ def test_all_comes_whole_over(request: pytest.FixtureRequest, start: Start, chan
 def test_a_certificate_that_cannot_be_checked_is_a_reason_to_stop(encrypted_redis: EncryptedRedis, query: str) -> None:
     url = encrypted_redis.tls_url.partition("?")[0] + query
 
-    assert "not published" in the_line(run("publish", "sse", "hi", "--redis-url", url), 1)
-    assert query or "certificate verify failed" in the_line(run("--port", "0", REDIS_URL=url), 2)
+    assert "not published" in kit.the_line(kit.run("publish", "sse", "hi", "--redis-url", url), 1)
+    assert query or "certificate verify failed" in kit.the_line(kit.run("--port", "0", REDIS_URL=url), 2)
 
 
 # ── With as few rights as possible ───────────────────────────────────────────────────────────────────────────────────
@@ -83,7 +83,7 @@ def test_a_certificate_that_cannot_be_checked_is_a_reason_to_stop(encrypted_redi
 @pytest.fixture
 def restricted_redis(tmp_path: Path) -> Iterator[RedisProcess]:
     """A Redis that knows the deployed user."""
-    process = RedisProcess(tmp_path, "--aclfile", str(shutil.copy(DEPLOY / "redis.acl", tmp_path)))
+    process = RedisProcess(tmp_path, "--aclfile", str(shutil.copy(kit.DEPLOY / "redis.acl", tmp_path)))
     yield process
     process.kill()
 
@@ -98,7 +98,7 @@ def test_the_deployed_redis_user_may_do_everything_that_is_needed(start: Start, 
 
     stream = server.stream(query=query)
     first = server.publish_id("by HTTP", "sse:news")
-    run("publish", "private-a", "by command", REDIS_URL=url, **settings)
+    kit.run("publish", "private-a", "by command", REDIS_URL=url, **settings)
     ssepush.publish("by Python", redis_url=url, history=2, prefix="pages:")
     resumed = server.stream(query=query, Last_Event_ID=first)
 
@@ -181,7 +181,7 @@ def replica(snapshot_redis: RedisProcess, tmp_path: Path) -> Iterator[RedisProce
 
 def follow(replica: RedisProcess, master: RedisProcess) -> None:
     """Be its replica, and have all that it has."""
-    replica.client.replicaof(LOOPBACK, str(master.port))
+    replica.client.replicaof(kit.LOOPBACK, str(master.port))
     wait_for(lambda: replica.client.info("replication")["master_link_status"] == "up", "it follows")
     wait_for(lambda: master.client.wait(1, 100) == 1, "it has everything")
 
@@ -244,7 +244,7 @@ def test_a_page_is_reset_once_when_redis_has_lost_something(
         snapshot_redis.client.save()
     else:
         follow(replica, snapshot_redis)
-        replica.client.replicaof(LOOPBACK, str(free_port()))  # where nobody is
+        replica.client.replicaof(kit.LOOPBACK, str(kit.free_port()))  # where nobody is
     forgotten = master.publish_id("forgotten", channel)
     if "snapshot" in loss:
         snapshot_redis.kill()

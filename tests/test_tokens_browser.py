@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 import ssepush
-from tests.engines import Browser, Firefox, Site
-from tests.kit import LOOPBACK, RedisProcess, ServerProcess, Start, free_port, wait_for
+from tests import kit
+from tests.browser import Browser, Firefox, Site
+from tests.kit import RedisProcess, ServerProcess, Start, wait_for
 from tests.test_examples import items, running_app
 
 if TYPE_CHECKING:
@@ -105,9 +106,9 @@ def deployment(start: Start, channel: str, tmp_path: Path) -> Iterator[Deploymen
         "/url": lambda: page(TOKEN_IN_URL),
         "/cookie": lambda: page(NOTHING_BUT_COOKIE),
     }
-    port = free_port()
+    port = kit.free_port()
     with Site(pages) as site:
-        origins = ["--allow-origin", f"http://{LOOPBACK}:{port}", "--allow-origin", site.url]
+        origins = ["--allow-origin", f"http://{kit.LOOPBACK}:{port}", "--allow-origin", site.url]
         server = start("--retry", "400", *origins, SSEPUSH_SECRET=SECRET)
         environment = {
             "STREAM_URL": f"{server.url}/stream",
@@ -140,20 +141,23 @@ def tabs(tab: WebDriver) -> Iterator[Any]:
 
 @pytest.fixture
 def tabs_of_firefox(second_browser: Firefox) -> Iterator[Any]:
-    """The same in Firefox."""
-    first = second_browser.current_tab()
+    """The same in Firefox; the tabs are closed with the cookies of their pages' hosts."""
+    marionette = second_browser.marionette
+    first = marionette.current_window_handle
     opened = []
 
     def open_page(url: str) -> str:
-        opened.append(second_browser.open_tab())
+        opened.append(marionette.open(type="tab", focus=True)["handle"])
+        marionette.switch_to_window(opened[-1])
         second_browser.get(url)
-        return opened[-1]
+        return str(opened[-1])
 
     yield open_page
     for handle in opened:
-        second_browser.switch_to(handle)
-        second_browser.close_tab()
-    second_browser.switch_to(first)
+        marionette.switch_to_window(handle)
+        marionette.delete_all_cookies()
+        marionette.close()
+    marionette.switch_to_window(first)
 
 
 class Listening(NamedTuple):
@@ -187,7 +191,7 @@ def listening(
     for name, url in deployment.pages().items():
         found.append(Listening(name, tab, functools.partial(tab.switch_to.window, tabs(url))))
     for name, url in deployment.pages().items():
-        switch = functools.partial(second_browser.switch_to, tabs_of_firefox(url))
+        switch = functools.partial(second_browser.marionette.switch_to_window, tabs_of_firefox(url))
         found.append(Listening(f"{name}, in Firefox", second_browser, switch))
     return found
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 
 from tests import kit
-from tests.kit import DEADLINE_S, HERE, wait_for
+from tests.kit import wait_for
 
-TUTORIAL = HERE / "docs" / "tutorial"
+TUTORIAL = kit.HERE / "docs" / "tutorial"
 TEXTS = {path.stem: path.read_text() for path in TUTORIAL.glob("*.md")}
 PROGRAMS = {path.name: path.read_text() for path in TUTORIAL.glob("stage*.py")}
-INSIDE = (HERE / "docs" / "inside.md").read_text()
-SSEPUSH = (HERE / "ssepush.py").read_text()
+INSIDE = (kit.HERE / "docs" / "inside.md").read_text()
+SSEPUSH = (kit.HERE / "ssepush.py").read_text()
 STAGES = {  # page: its program, and how many lines that may have
     "1-digits": ("stage1_digits.py", 65),
     "2-redis": ("stage2_redis.py", 80),
@@ -84,7 +84,7 @@ class Reader(ExitStack):
         if self.stage:
             stage, self.stage = self.stage, None
             stage.send_signal(signal.SIGINT)
-            assert stage.wait(DEADLINE_S) == 0
+            assert stage.wait(kit.DEADLINE_S) == 0
             assert self.log.read_text().endswith("stopped\n")
 
     def type(self, commands: str, printed: str) -> None:
@@ -294,7 +294,7 @@ def test_a_route_and_an_option_are_added_as_inside_says(redis_process: kit.Redis
             assert source.count(before) == 1, diff
             source = source.replace(before, re.sub("^(-.*\n|.)", "", diff, flags=re.MULTILINE))
     (tmp_path / "ssepush.py").write_text(source)
-    (tmp_path / "index.html").write_bytes((HERE / "index.html").read_bytes())
+    (tmp_path / "index.html").write_bytes((kit.HERE / "index.html").read_bytes())
     port = kit.free_port()
     options = [f"--port={port}", f"--redis-url={redis_process.url}", "--max-channels=1"]
 
