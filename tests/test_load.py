@@ -146,7 +146,7 @@ def test_a_thousand_streams_get_every_message_without_a_thread(start: Start, cha
 # ── Leaks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-ALIKE = 40  # streams: more than a server keeps kit.connections to Redis, so that one left behind by each shows
+ALIKE = 40  # streams: more than a server keeps connections to Redis, so that one left behind by each shows
 
 
 @contextlib.contextmanager
@@ -216,8 +216,10 @@ def test_streams_that_end_leave_nothing_behind(own_redis: RedisProcess, start: S
         assert server.metric("backlog_bytes") == 0
         resident.append(server.kernel.memory_info().rss)
 
-    grown_to = min(resident[-4:]) / max(resident[:3])
-    assert grown_to <= (1.05 if state in ("opening", "live") else 2)  # of 40 MB at once, the allocator keeps some
+    most = 0.05 * resident[0]
+    if state in ("resuming", "behind"):  # the allocator may keep what one round needs; all ten need five times as much
+        most = 2 * ALIKE * 1_000_000
+    assert min(resident[-4:]) <= max(resident[:3]) + most
 
 
 @both_ways
@@ -311,7 +313,7 @@ POSITION = request(b"GET /position HTTP/1.1")
 PIPELINE = request(b"GET / HTTP/1.1") * 200
 CHANNELS = [b"&".join(b"channel=%d-%d" % (number, n) for n in range(20)) for number in range(300)]
 FLOODS: dict[str, tuple[dict[bytes, int], bytes, str]] = {
-    # how many kit.connections begin with these bytes; what each sends every second from then on; the server's options
+    # how many connections begin with these bytes; what each sends every second from then on; the server's options
     "say nothing": ({b"": 5000}, b"", ""),
     "send slowly": ({HEAD: 1000, BODY: 200}, b"a", ""),
     "break off": ({b"GET /str": 100, b"\r\n\r\n": 100, request(b"GET /nothing HTTP/1.1"): 100}, b"", ""),
@@ -341,7 +343,7 @@ def meanwhile(act: Callable[[], object], pause_s: float) -> Iterator[None]:
 
 @pytest.fixture
 def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers that are started from now on may have 400 open files, a hundred of them for pending kit.connections."""
+    """Servers that are started from now on may have 400 open files, a hundred of them for pending connections."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nulimit -n 400 && exec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -403,7 +405,7 @@ MOST_OF_A_FLOOD = 5000  # as many as this process may have files
 
 @contextlib.contextmanager
 def flood(port: int, per_s: int) -> Iterator[list[socket.socket]]:
-    """So many new kit.connections a second, which say nothing; those that have come so far."""
+    """So many new connections a second, which say nothing; those that have come so far."""
     began = time.monotonic()
     came: list[socket.socket] = []
 
