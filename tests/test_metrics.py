@@ -16,59 +16,16 @@ from tests.kit import EventStream, RedisProcess, ServerProcess, Start, both_ways
 SECRET = "a secret of the tests that is long enough"
 
 
-class Scraped:
-    """GET /metrics, as Prometheus's own parser reads it."""
-
-    def __init__(self, server: ServerProcess) -> None:
-        parser = pytest.importorskip("prometheus_client.parser")
-        answer = server.get("/metrics")
-        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-        families = parser.text_string_to_metric_families(answer.body.decode())
-        self.families = {family.name: family for family in families}
-
-    def __getitem__(self, name: str) -> float:
-        """The value of a sample: `scraped["streams"]`, `scraped['publishes_total{status="ok"}']`; 0: not there yet."""
-        named, _, wanted = f"ssepush_{name}".rstrip("}").partition("{")
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', wanted))
-        for family in self.families.values():
-            for sample in family.samples:
-                if sample.name == named and sample.labels == labels:
-                    return float(sample.value)
-        return 0.0
-
-
-def test_every_metric_has_a_name_of_ours_and_a_type(server: ServerProcess) -> None:
-    families = Scraped(server).families
-
-    assert all(name.startswith("ssepush_") for name in families)
-    assert {family.type for family in families.values()} <= {"counter", "gauge", "histogram", "summary"}
-    assert families["ssepush_streams"].type == "gauge"
-    counters = re.findall("^# TYPE (.*) counter$", server.get("/metrics").body.decode(), re.MULTILINE)
-    assert counters
-    assert all(name.endswith("_total") for name in counters)
-
-
-def test_metrics_say_which_version_runs_since_when(start: Start) -> None:
-    before = time.time()
-    server = start()
-    after = time.time()
-
-    scraped = Scraped(server)
-
-    assert scraped[f'build_info{{version="{ssepush.__version__}"}}'] == 1
-    assert before <= scraped["start_time_seconds"] <= after
-
-
 @both_ways
-def test_metrics_count_what_was_done(start: Start, channel: str) -> None:
+def test_metrics_count_what_was_done_and_say_which_version_runs_since_when(start: Start, channel: str) -> None:
+    started_after = time.time()
     server = start()
-    streams = [server.stream(channel) for _ in range(3)]
+    started_before = time.time()
+    streams = [server.opened(channel) for _ in range(3)]
     readers = server.subscribers_for(3)  # Redis connections
-    for stream in streams:
-        stream.position()
     before = sum(len(stream.body) for stream in streams)
 
-    server.publish({"n": 1}, channel)
+    first = server.publish({"n": 1}, channel)
     server.publish({"n": 2}, channel, type="greet")
     server.redis.publish(channel, b'{"data": "x", "type": "a\\nb"}')
     server.redis.publish(channel, b"\xff")
@@ -80,49 +37,59 @@ def test_metrics_count_what_was_done(start: Start, channel: str) -> None:
 
     wait_for(lambda: server.metric("messages_received_total") == 3 * readers, "what the streams have got is counted")
     wait_for(lambda: server.dropped("message is not UTF-8") == readers, "so is what was dropped")
-    scraped = Scraped(server)
     assert (refused.status, forbidden.status) == (400, 403)
-    assert scraped['streams_refused_total{reason="forbidden"}'] == 1
-    assert scraped["streams"] == 3
-    assert scraped["subscribers"] == readers
-    assert scraped["backlog_bytes"] == 0
-    assert scraped["streams_opened_total"] == 3
-    assert scraped["events_sent_total"] == 9
-    assert scraped["sent_bytes_total"] == sum(len(stream.body) for stream in streams) - before
-    assert scraped["messages_received_total"] == 3 * readers
-    assert scraped['messages_dropped_total{reason="type must not hold a line break"}'] == readers
-    assert scraped['messages_dropped_total{reason="message is not UTF-8"}'] == readers
-    assert scraped['publishes_total{status="ok"}'] == 3
-    assert scraped['publishes_total{status="refused"}'] == 1
-    assert scraped["delivery_delay_seconds_count"] == 9
-    assert 0 <= scraped["delivery_delay_seconds_sum"] < 9 * kit.DEADLINE_S
+    expected = {
+        f'build_info{{version="{ssepush.__version__}"}}': 1,
+        'streams_refused_total{reason="forbidden"}': 1,
+        "streams": 3,
+        "subscribers": readers,
+        "backlog_bytes": 0,
+        "streams_opened_total": 3,
+        "events_sent_total": 9,
+        "events_replayed_total": 0,
+        "sent_bytes_total": sum(len(stream.body) for stream in streams) - before,
+        "messages_received_total": 3 * readers,
+        'messages_dropped_total{reason="type must not hold a line break"}': readers,
+        'messages_dropped_total{reason="message is not UTF-8"}': readers,
+        'publishes_total{status="ok"}': 3,
+        'publishes_total{status="refused"}': 1,
+        "delivery_delay_seconds_count": 9,
+    }
+    assert {name: server.metric(name) for name in expected} == expected
+    assert 0 <= server.metric("delivery_delay_seconds_sum") < 9 * kit.DEADLINE_S
+    assert started_after <= server.metric("start_time_seconds") <= started_before
+
+    server.opened(channel, Last_Event_ID=first["id"]).take(2)
+    wait_for(lambda: server.metric("events_replayed_total"), "what was replayed is counted, apart from live events")
+    assert server.metric("events_replayed_total") == 2
+    assert server.metric("events_sent_total") == 9
+    assert_prometheus_can_read(server)
 
 
-@both_ways
-def test_replayed_events_are_counted_apart_from_live_ones(start: Start, channel: str) -> None:
-    server = start()
-    first = server.publish("one", channel)
-    for data in ("two", "three"):
-        server.publish(data, channel)
+def assert_prometheus_can_read(server: ServerProcess) -> None:
+    """Its own parser takes what it is told: each metric has a name of ours, and a type."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    answer = server.get("/metrics")
+    text = answer.body.decode()
+    families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+    counters = re.findall("^# TYPE (.*) counter$", text, re.MULTILINE)
 
-    stream = server.stream(channel, Last_Event_ID=first["id"])
-    stream.take(2)
-
-    wait_for(lambda: server.metric("events_replayed_total"), "what was replayed is counted")
-    scraped = Scraped(server)
-    assert scraped["events_replayed_total"] == 2
-    assert scraped["events_sent_total"] == 0
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert all(name.startswith("ssepush_") for name in families)
+    assert {family.type for family in families.values()} <= {"counter", "gauge", "histogram", "summary"}
+    assert families["ssepush_streams"].type == "gauge"
+    assert counters
+    assert all(name.endswith("_total") for name in counters)
 
 
 @both_ways
 def test_an_event_that_arrives_during_the_replay_is_counted_once(start: Start, channel: str) -> None:
     server = start("--max-backlog", str(2**22))
     names = [f"{channel}-{number}" for number in range(4)]
-    first = server.publish("first", channel)
-    for name in names:
-        for _ in range(9):
-            server.publish("x" * 100_000, name)
-    stream = server.stream(channel, *names, Last_Event_ID=first["id"])  # and does not read
+    first = server.publish_id("first", channel)
+    for name in names * 9:
+        server.publish("x" * 100_000, name)
+    stream = server.stream(channel, *names, Last_Event_ID=first)  # and does not read
 
     server.publish("live", channel)
     wait_for(lambda: server.metric("messages_received_total"), "the event has arrived")
@@ -131,8 +98,7 @@ def test_an_event_that_arrives_during_the_replay_is_counted_once(start: Start, c
     assert stream.next().data == "last"
 
     wait_for(lambda: server.metric("messages_received_total") == 2, "what the stream has got is counted")
-    scraped = Scraped(server)
-    assert scraped["events_sent_total"] + scraped["events_replayed_total"] == 38
+    assert server.metric("events_sent_total") + server.metric("events_replayed_total") == 38
 
 
 def test_the_delivery_delay_is_that_of_each_event_with_an_id_of_ours(start: Start, channel: str) -> None:
@@ -147,25 +113,24 @@ def test_the_delivery_delay_is_that_of_each_event_with_an_id_of_ours(start: Star
 
     assert stream.data(3) == ["late", "later", "of unknown age"]
     wait_for(lambda: server.metric("messages_received_total") == 3, "all three are counted")
-    scraped = Scraped(server)
-    assert 0.58 <= scraped["delivery_delay_seconds_sum"] < kit.DEADLINE_S
-    assert scraped["delivery_delay_seconds_count"] == 2
+    assert 0.58 <= server.metric("delivery_delay_seconds_sum") < kit.DEADLINE_S
+    assert server.metric("delivery_delay_seconds_count") == 2
 
 
 def test_the_backlog_is_what_a_slow_stream_has_not_taken(start: Start, channel: str) -> None:
     server = start("--max-backlog", str(2**26))
     stream = server.stream(channel)
-    wait_for(lambda: not Scraped(server)["backlog_bytes"], "its first bytes are counted as taken")
+    wait_for(lambda: not server.metric("backlog_bytes"), "its first bytes are counted as taken")
 
     published = 0
-    while not (waiting := Scraped(server)["backlog_bytes"]):
+    while not (waiting := server.metric("backlog_bytes")):
         server.publish("x" * 500_000, channel)
         published += 1
         assert published < 60
     stream.take(published)
 
     assert 0 < waiting <= published * 500_100
-    wait_for(lambda: not Scraped(server)["backlog_bytes"], "the backlog is gone")
+    wait_for(lambda: not server.metric("backlog_bytes"), "the backlog is gone")
 
 
 def until_cut(server: ServerProcess, stream: EventStream) -> None:
@@ -176,9 +141,18 @@ def until_cut(server: ServerProcess, stream: EventStream) -> None:
             return
 
 
+def skip_one(server: ServerProcess, stream: EventStream) -> None:
+    """Publish an event before which there was one that nobody has got."""
+    place = kit.place_of(stream.last_event_id)
+    server.redis.publish_event("private-log", data="x", id=str(place + 2), previous=str(place + 1))
+    assert stream.until_end()[-1].json == {"reason": "missed"}
+    assert stream.parser.comments == ["events were missed"]
+
+
 ENDINGS: dict[str, Callable[[ServerProcess, EventStream], object]] = {
     "gone": lambda server, stream: stream.close(),
     "slow": until_cut,
+    "missed": skip_one,
     "redis-lost": lambda server, stream: server.redis.client.client_kill_filter(_type="pubsub"),
     "expired": lambda server, stream: stream.until_end(),
 }
@@ -196,34 +170,22 @@ def test_why_a_stream_ended_is_counted_and_logged(start: Start, own_redis: Redis
 
     ENDINGS[reason](server, stream)
 
-    wait_for(lambda: Scraped(server)["streams"] == 0, "the stream has ended")
+    wait_for(lambda: server.streams() == 0, "the stream has ended")
     wait_for(lambda: server.said(" closed after "), "its end is logged")
-    assert Scraped(server)[f'streams_closed_total{{reason="{reason}"}}'] == 1
+    assert server.closed(reason) == 1
     opened, closed = (line for line in server.output.splitlines() if re.search("stream [0-9]+ (open|closed)", line))
     assert re.search(r"INFO stream 1 open: 127\.0\.0\.1 on private-log, other$", opened)
     assert re.search(rf"INFO stream 1 closed after [0-9.]+ s: {reason}$", closed)
     assert token not in server.output
 
 
-def test_a_drained_stream_is_logged_as_such(start: Start, channel: str) -> None:
-    server = start()
-    stream = server.stream(channel)
-
-    assert server.terminate() == 0
-
-    stream.until_end()
-    assert "this server is going down" in stream.parser.comments
-    assert re.search(r"stream 1 closed after [0-9.]+ s: drain\n", server.output)
-
-
 def test_a_publish_with_redis_away_is_counted_as_such(start: Start, own_redis: RedisProcess) -> None:
     server = start(redis=own_redis)
     own_redis.kill()
 
-    answer = server.post('{"data": 1}')
+    assert server.post({"data": 1}).status == 503
 
-    assert answer.status == 503
-    assert Scraped(server)['publishes_total{status="redis-away"}'] == 1
+    assert server.metric('publishes_total{status="redis-away"}') == 1
     own_redis.start()
 
 
