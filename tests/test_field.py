@@ -53,7 +53,7 @@ def test_privacy_is_judged_by_the_name_that_pages_use(start: Start, channel: str
     assert server.get(f"/stream?channel={channel}", "HEAD").status == 200
 
 
-@pytest.mark.parametrize("prefix", ["a\nb", "x" * 201, "__keyspace@0__:"])
+@pytest.mark.parametrize("prefix", ["a\nb", "x" * 201, "__keyspace@0__:", "_"])
 def test_a_prefix_that_cannot_be_one_is_refused(prefix: str) -> None:
     assert re.search("prefix must be|begin with __", kit.the_line(kit.run("--prefix", prefix), 2))
 
