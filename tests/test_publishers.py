@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,3 +139,23 @@ def test_publish_works_again_after_redis_was_restarted(own_redis: kit.RedisProce
     own_redis.start()
 
     assert ssepush.publish("after", redis_url=own_redis.url) == 0
+
+
+@pytest.mark.parametrize("pool", ["prefork", "eventlet", "gevent", "threads"])
+def test_tasks_publish_in_each_kind_of_celery_worker(
+    start: kit.Start, redis_process: kit.RedisProcess, tmp_path: Path, pool: str
+) -> None:
+    """More than one event each: eventlet takes `select.poll` away, which only a second use of a connection misses."""
+    for package in ("celery", pool) if pool in ("eventlet", "gevent") else ("celery",):
+        pytest.importorskip(package)
+    server = start()
+    variables = kit.environment_with(
+        PYTHONPATH=f"{kit.HERE}:{kit.HERE / 'examples'}", REDIS_URL=redis_process.url, ROW_S="0.01"
+    )
+    worker = [sys.executable, "-m", "celery", "-A", "celery_app:celery", "worker", "--pool", pool, "--concurrency", "2"]
+    asks = [sys.executable, "-c", "import celery_app; print(celery_app.make_report.delay(5).id)"]
+
+    with kit.running(*worker, stderr=subprocess.DEVNULL, env=variables, cwd=tmp_path):
+        task = subprocess.run(asks, env=variables, capture_output=True, text=True, check=True).stdout.strip()
+        with server.stream(f"answer-{task}", query="lastEventId=earliest") as page:
+            assert [event.type for event in page.take(6)] == ["progress"] * 5 + ["ended"]
