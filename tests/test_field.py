@@ -55,7 +55,7 @@ def test_privacy_is_judged_by_the_name_that_pages_use(start: Start, channel: str
 
 @pytest.mark.parametrize("prefix", ["a\nb", "x" * 201, "__keyspace@0__:", "_"])
 def test_a_prefix_that_cannot_be_one_is_refused(prefix: str) -> None:
-    assert re.search("prefix must be|begin with __", kit.the_line(kit.run("--prefix", prefix), 2))
+    assert re.search("prefix must", kit.the_line(kit.run("--prefix", prefix), 2))
 
 
 WARNS = {"": 0, "--host 0.0.0.0": 1, "--allow-host a.example": 1, "--allow-host a.example --prefix shop:": 0}
