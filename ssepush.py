@@ -15,8 +15,8 @@
 | main    | 1                            | starts the others, waits for SIGTERM or Ctrl-C, drains                     |
 | accept  | 1 per listening socket       | accepts connections; opens a stream itself if the request is already there |
 |         |                              | and connecting to Redis is quick                                           |
-| request | 1 per connection that is no  | answers all other requests; publishes                                      |
-|         | stream, at most 1,000        |                                                                            |
+| request | 1 per connection that is not | answers all other requests; publishes                                      |
+|         | a stream, at most 1,000      |                                                                            |
 | relay   | 1                            | owns every Stream and Subscriber; no other thread reads or writes them     |
 | watch   | 1                            | asks Redis every few seconds for each channel's newest id                  |
 | follow  | 1 with Sentinels, clusters   | asks every second which node is the master                                 |
@@ -109,7 +109,7 @@ DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
 MAX_CHANNELS = 20  # on one stream: browsers open only 6 connections per host, so a page shares one stream
 MAX_CHANNEL_BYTES = 200
 MAX_ID_BYTES = 128  # a longer Last-Event-ID costs browsers a CORS preflight
-MAX_EVENT_BYTES = 2**20  # default of --max-event; a PUBLISH by others may always be as long
+MAX_EVENT_BYTES = 2**20  # default of --max-event; a PUBLISH from elsewhere may always be this long
 KEPT_BYTES = MAX_EVENT_BYTES + 4096  # per channel's history: fits any event that is not thousands of short lines
 MAX_DEPTH = 500  # levels of arrays and objects: few enough for the stack of any JSON parser
 REDIS_S = 5.0  # how long Redis may take to answer
@@ -263,7 +263,7 @@ def first_words(retry_ms: int) -> bytes:
 
 
 def last_words(reason: str, is_open: bool, position: str, retry_ms: int, told: str = "") -> bytes:
-    """The end of a stream: a last event if there is something to tell, the reason as a comment, and when to come back.
+    """The end of a stream: a final event, if there is anything to say, the reason as a comment, and when to come back.
 
     reason: a key of REASONS. told: replaces its text. position: the page has everything up to this id.
     """
@@ -285,7 +285,7 @@ def body_part(data: bytes | bytearray, chunked: bool) -> bytes:
     r"""A piece of the body as it is sent: `b"2\r\nhi\r\n"` over HTTP/1.1, unchanged over HTTP/1.0.
 
     b"" marks the end of the stream, so no other piece may be empty. Closing the connection would mark it, too, but some
-    clients pass on data at once only if it comes in chunks. Source: RFC 9112, 7.1.
+    clients pass data on at once only if it arrives in chunks. Source: RFC 9112, 7.1.
     """
     if not chunked:
         return bytes(data)
@@ -350,10 +350,10 @@ class Inbox:
             channel, length, is_answer = head.groups()
             start, end = at, head.end()
             if length:
-                start, end = end, end + int(length) + 2
+                start, end = end, end + int(length) + 2  # the text, and its line end
             elif is_answer:
                 found = data.find(END, max(at, searched))
-                end = found + len(END) if found >= 0 else len(data) + 1
+                end = found + len(END) if found >= 0 else len(data) + 1  # beyond what is here: it is not complete
             if length and end - start > max_message:
                 replies.append(Reply(bytes(channel), None))
             elif end > len(data):
@@ -365,7 +365,7 @@ class Inbox:
             at = end
         if not head and len(data) - at > MAX_HEAD:
             raise ConnectionError("Redis sent something that a subscriber cannot read")
-        self.skip += max(0, at - len(data))
+        self.skip += max(0, at - len(data))  # a message that is dropped goes on beyond what is here
         del data[:at]
         return replies
 
@@ -444,7 +444,7 @@ class Batch:
             position = position_of(event.id)
             if position and event.previous:  # only `publish` gives both
                 self.times_us.append(int(position))
-                if event.previous > self.position:  # not the one just before it in this batch
+                if event.previous > self.position:  # it is no event of this batch, so it must have been seen before
                     self.previous = event.previous
                 self.position = max(self.position, position)
 
@@ -471,7 +471,7 @@ class Batch:
 
 
 class Since(NamedTuple):
-    """What a stream wants of the history, before anything live."""
+    """What a stream wants from the history, before anything live."""
 
     after: str = "$"  # events after this id; "$": none, "0": all (as in Redis Streams); "": after an id that is unknown
     last: int = 0  # if not 0: at most this many of each channel, the newest
@@ -609,7 +609,7 @@ RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed",
 # 2. The replication id (`lineage`) has changed. That happens when Redis starts, is promoted or gets a first replica.
 #    Nothing is lost by a first replica (the process is the same), nor by a start with an append-only file. A promoted
 #    replica may lack events. You can tell one by its replid2, the id of its former master: it is not all zeros.
-# 3. The caller has seen an id that Redis does not know. Ids ahead of Redis's clock do not count: it never gave them.
+# 3. The caller has seen an id that Redis does not know. Ids ahead of Redis's clock do not count: it never issued them.
 #
 # NEWEST_KEY lists at most MAX_NEWEST channels. When the one with the oldest id is dropped, that id becomes `floor`: a
 # channel that is not listed has had no event after `floor`.
@@ -702,7 +702,7 @@ class Redis:
         self.newest_seen = "0"  # newest id this process has seen: a Redis that knows only older ones has lost events
 
     def saw(self, event_id: str) -> None:
-        """Note an id that Redis gave."""
+        """Record an id that Redis issued."""
         self.newest_seen = max(self.newest_seen, event_id)
 
     def _script(self, script: str, keys: Iterable[str], *arguments: Word) -> tuple[Word, ...]:
@@ -778,7 +778,7 @@ class Redis:
 
 # ── Streams and the relay ────────────────────────────────────────────────────────────────────────────────────────────
 
-ANSWER_BYTES = 256 * 1024  # bytes per read from Redis amid an answer or a long message
+ANSWER_BYTES = 256 * 1024  # bytes per read from Redis in the middle of an answer or a long message
 SEND_BUFFER_BYTES = 64 * 1024  # what the kernel may buffer for a stream; left alone, it takes megabytes
 STRAY_BYTES = 64 * 1024  # a browser that sends more than this on an open stream is cut
 UNSENT_BYTES = 256 * 2**20  # of all streams together; above it, the stream with the most is cut
@@ -809,7 +809,7 @@ WAITING, LIVE, BEHIND, ENDED = State
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One browser's connection: the channels it follows, and what is still to be sent. The relay's, from `open` on."""
+    """One browser's connection: the channels it follows, and what is still to be sent. Owned by the relay."""
 
     number: int
     peer: str
@@ -905,7 +905,10 @@ class Subscriber:
         return batch.previous <= seen
 
     def position(self, stream: Stream) -> str:
-        """The id up to which an open stream has been sent everything."""
+        """The id up to which an open stream has been sent everything.
+
+        The newest of its channels counts for all: ids have one order, and one connection keeps it.
+        """
         return max(self.seen.get(channel, "") for channel in stream.channels)
 
 
@@ -941,7 +944,8 @@ class Questions:
     def ask(self, now: float) -> None:
         """Ask the questions whose turn it is."""
         while self._waiting:
-            asked = subscriber, channels, since = next(iter(self._waiting))
+            asked = next(iter(self._waiting))
+            subscriber, channels, since = asked
             being_read = sum(len(question.channels) for question in self.asked.values())
             if subscriber in self.asked or being_read + len(channels) > MAX_CHANNELS:
                 return
@@ -1105,7 +1109,7 @@ class Relay:
             self.end(stream, "drain")
         elif len(self.streams) > self.settings.max_streams:
             self.end(stream, "full")
-        elif stream.since == LIVE_ONLY and all(map(subscriber.seen.get, stream.channels)):
+        elif stream.since == LIVE_ONLY and all(map(subscriber.seen.get, stream.channels)):  # with --shared: others know
             self._begin(stream, Batch(position=subscriber.position(stream)))
         else:
             self._questions.add(stream)
@@ -1359,10 +1363,10 @@ class Relay:
             if stream.ends != "missed":  # dropped events must not move the page's id; after a reset it starts anew
                 stream.position = ""
         else:
-            stream.state = LIVE
+            stream.state = LIVE  # whatever it waited for, its last words can be sent now
         words = last_words(stream.ends, is_open, stream.position, self.settings.retry, told)
         self._send(stream, stream.opening + body_part(words, stream.chunked) + body_part(b"", stream.chunked))
-        if stream.state is LIVE:
+        if stream.state is LIVE:  # all of it was sent; otherwise `_send_backlog` closes the stream later
             self._close_stream(stream)
 
     def _close_stream(self, stream: Stream) -> None:
@@ -1463,7 +1467,7 @@ def check_name(what: str, name: object) -> str:
 
 
 def jsonable(value: object) -> object:
-    """What JSON gets in place of a value that it has no form for. Raises TypeError if there is nothing."""
+    """What stands in for a value that JSON cannot represent. Raises TypeError if there is nothing."""
     if isinstance(value, date | time):  # datetime is a subclass of date
         return value.isoformat()
     if isinstance(value, Decimal | UUID):
@@ -1900,7 +1904,7 @@ class Request:
         return channels
 
     def since(self) -> Since:
-        """What a stream wants of the history. Raises HTTPError 400.
+        """What a stream wants from the history. Raises HTTPError 400.
 
         The Last-Event-ID header wins: it means a reconnection. Some clients append theirs to the URL instead: the last
         lastEventId there comes next.
@@ -2440,7 +2444,7 @@ STREAM_REQUEST = re.compile(rb"GET /stream[ ?].*\r\n\r\n", re.DOTALL)
 
 
 class Listener(http.server.ThreadingHTTPServer):
-    """Accepts connections and opens streams. Any other request has a thread; one too many ends the oldest."""
+    """Accepts connections and opens streams. Other requests have a thread each; of too many, the oldest is closed."""
 
     request_queue_size = 4096  # after a deploy, ten thousand pages come back at once
 
@@ -2546,7 +2550,7 @@ class Listener(http.server.ThreadingHTTPServer):
         log.exception("a request from %s failed", client_address)
 
     def stop(self) -> None:
-        """Stop accepting. The queue is still answered, since closing would reset it; requests have a second left."""
+        """Stop accepting. The queue is still answered, since closing would reset it; requests get one more second."""
         self.shutdown()
         self.service_actions()
         self.server_close()
