@@ -30,10 +30,10 @@ PLAYED = [f"{name} {' '.join(way)}" for name in ("kept", "forgetful", "small", "
 FAILOVERS = ["haproxy-switchover", "haproxy-stopped", "sentinel-killed", "cluster-killed"]
 NEEDED = ("unshare", "ip", "haproxy", "redis-sentinel", "redis-cli")
 CASES = ["open 5", "post 16"]
-ALONE = [pytest.param(name, marks=pytest.mark.alone) for name in ("replays", "strangers")]
+ALONE = [pytest.param(name, marks=pytest.mark.alone) for name in ("replays", "strangers", *FAILOVERS)]
 
 
-@pytest.mark.parametrize("scenario", [*PLAYED, *ALONE, *FAILOVERS])
+@pytest.mark.parametrize("scenario", [*PLAYED, *ALONE])
 def test_whatever_happens_no_page_loses_doubles_or_reorders_an_event_or_is_reset_without_need(scenario: str) -> None:
     for program in NEEDED if scenario in FAILOVERS else ():
         needs(program)
@@ -41,7 +41,8 @@ def test_whatever_happens_no_page_loses_doubles_or_reorders_an_event_or_is_reset
     printed = printed_by("chaos.py", *scenario.split(), streams, "--seconds=5", "--down-after=2")
 
     figures = {name: int(value) for name, value in re.findall(r"^(.+?) +(\d+)$", printed, re.MULTILINE)}
-    assert min(figures[name] for name in ("events acknowledged", "events dispatched", "streams opened again")) > 0
+    assert min(figures[name] for name in ("events acknowledged", "events dispatched")) > 0
+    assert scenario not in FAILOVERS or figures["streams opened again"] > 0
     assert {figures[name] for name in FAILURES} == {0}
 
 
