@@ -2502,7 +2502,8 @@ class Listener(http.server.ThreadingHTTPServer):
         self.wait_for(request)
         if len(self.waiting) > self.app.max_waiting:
             self.end_oldest()
-        self.threads.submit(self.process_request_thread, request, client_address)
+        with suppress(RuntimeError):  # the system allows no more threads: one that is busy now answers it later
+            self.threads.submit(self.process_request_thread, request, client_address)
 
     def wait_for(self, sock: socket.socket) -> None:
         """Note that its next request begins: move it to the end of the line."""
