@@ -965,11 +965,17 @@ class Questions:
             del self.asked[subscriber]
         return [stream for stream in question.streams if stream.state is WAITING]
 
-    def unanswered(self, now: float) -> tuple[list[Subscriber], list[Stream]]:
-        """The connections on which Redis is too late; and, if there are any, all streams still waiting in line."""
-        late = [subscriber for subscriber, question in self.asked.items() if question.asked_at + REDIS_S < now]
-        waiting = itertools.chain(*self._waiting.values())
-        return late, list(waiting) if late else []
+    def late(self, now: float) -> list[Subscriber]:
+        """The connections on which Redis has taken too long to answer."""
+        late = []
+        for subscriber, question in self.asked.items():
+            if question.asked_at + REDIS_S < now:
+                late.append(subscriber)
+        return late
+
+    def in_line(self) -> list[Stream]:
+        """The streams whose questions have not been asked yet."""
+        return list(itertools.chain(*self._waiting.values()))
 
 
 class Loop:
@@ -1028,7 +1034,7 @@ class Loop:
             function(*arguments)
         except (BlockingIOError, ssl.SSLWantReadError):
             pass  # there is nothing to read, or no room to write
-        except Exception as error:
+        except Exception as error:  # the outermost of the thread, which must go on whatever fails
             if not isinstance(error, OSError):
                 log.exception("the relay goes on after an unexpected error")
             for argument in arguments:
@@ -1302,11 +1308,10 @@ class Relay:
                 self.lose(subscriber, "it did not answer")
             elif subscriber.heard_at + heartbeat_s < self._loop.now < subscriber.pinged_at:
                 subscriber.ping()
-        late, waiting = self._questions.unanswered(self._loop.now)
-        for subscriber in late:
+        for subscriber in self._questions.late(self._loop.now):
             self.lose(subscriber, "it did not answer")
-        for stream in waiting:
-            self.end(stream, "redis-away")
+            for stream in self._questions.in_line():  # they would wait in vain
+                self.end(stream, "redis-away")
 
     def _send_heartbeat(self, stream: Stream) -> None:
         """Send an event, since pages cannot hear comments: one that hears no heartbeat knows that its stream is dead.
@@ -2044,23 +2049,34 @@ def signature(signed: str, secret: str) -> str:
     return base64url(hmac.digest(os.fsencode(secret), signed.encode(), "sha256"))
 
 
+def part_of(text: str) -> Any:
+    """The JSON of a token's header or claims. Raises ValueError."""
+    part = base64.urlsafe_b64decode(text + "==")
+    return json.loads(part, parse_constant=int)  # int() refuses NaN
+
+
 def claims_of(token: str, secret: str) -> tuple[list[str], float]:
     """The channels that a token opens, and when it expires (Unix time, s). Raises ValueError if it is not valid.
 
     It may have expired: that is for the caller to judge. Source: RFC 7519.
     """
+    if not TOKEN.fullmatch(token):
+        raise ValueError("it has not three parts")
     signed, _, given = token.rpartition(".")
-    if not TOKEN.fullmatch(token) or not hmac.compare_digest(signature(signed, secret), given):
+    ours = signature(signed, secret)
+    if not hmac.compare_digest(ours, given):
         raise ValueError("the signature is not ours")
-    parts = [base64.urlsafe_b64decode(part + "==") for part in signed.split(".")]
     try:
-        header, claims = (json.loads(part, parse_constant=int) for part in parts)  # int() refuses NaN
-        channels, expiry = claims["channels"], claims["exp"]
-        is_valid = header["alg"] == "HS256" and "crit" not in header and claims.get("nbf", 0) <= unix_time()
+        header, claims = map(part_of, signed.split("."))
+        is_valid = header["alg"] == "HS256" and "crit" not in header
+        is_begun = claims.get("nbf", 0) <= unix_time()
+        channels = claims["channels"]
+        expiry = claims["exp"]
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("a claim is missing or malformed") from error
     is_list = isinstance(channels, list) and all(isinstance(channel, str) for channel in channels)
-    if not is_valid or not is_list or type(expiry) not in (int, float):
+    is_number = type(expiry) in (int, float)
+    if not (is_valid and is_begun and is_list and is_number):
         raise ValueError("a claim is malformed")
     return channels, min(expiry, MAX_EXPIRY)
 
@@ -2417,11 +2433,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _refuse_stream(self, opening: bytes, position: str, error: StreamRefused | RedisAway) -> None:
         """Say when to come back, with status 200: after an error status, EventSource gives up for good."""
-        self.app.relay.count(f'streams_refused_total{{reason="{error.reason}"}}')  # counted before the browser can look
+        reason = error.reason
+        self.app.relay.count(f'streams_refused_total{{reason="{reason}"}}')  # counted before the browser can look
         log.warning("a stream was refused: %s", error)
-        told = str(error) if isinstance(error, RedisRefused) else ""
-        words = last_words(error.reason, False, position, self.settings.retry, told)
-        self.wfile.write(opening + self._body(words, b""))
+        told = ""
+        if isinstance(error, RedisRefused):
+            told = str(error)
+        words = last_words(reason, False, position, self.settings.retry, told)
+        end = self._body(words, b"")
+        self.wfile.write(opening + end)
 
     routes: ClassVar[dict[str, Route]] = {
         "/": ("GET, HEAD, OPTIONS", answer_page),

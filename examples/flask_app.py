@@ -127,7 +127,7 @@ PAGE = """<!doctype html>
       watch = setTimeout(again, 2500 * heartbeatS, 0);
     });
 
-    on("stream-position", (event) => { // at the start, and when there was nothing else to hear for a while
+    on("stream-position", (event) => { // at the start, and at each heartbeat
       if (event.data) heartbeatS = JSON.parse(event.data).heartbeat;
     });
     on("note", (event) => {

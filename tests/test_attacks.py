@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import ssepush
-from tests.kit import RedisProcess, Start
+from tests.kit import RedisProcess, Start, connections, request
 
 SECRET = "a secret of the tests, long enough"
 
@@ -80,3 +82,28 @@ def test_a_token_may_be_valid_for_any_time(start: Start, channel: str, expiry: f
     with server.stream(name, query=f"token={token}") as page:
         server.publish("for you", name)
         assert page.next().data == "for you"
+
+
+NO_MORE_THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+add_thread, calls = ThreadPoolExecutor._adjust_thread_count, []
+def limited(self):
+    calls.append(self)
+    if len(calls) > 1:
+        raise RuntimeError("can't start new thread")
+    add_thread(self)
+ThreadPoolExecutor._adjust_thread_count = limited
+"""
+
+
+def test_a_system_that_allows_no_more_threads_does_not_keep_the_server_from_accepting(
+    start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NO_MORE_THREADS)
+    server = start(PYTHONPATH=str(tmp_path))
+
+    with connections(server.port, 20, request(b"GET /healthz HTTP/1.1", b"Connection: close")) as socks:
+        answers = [sock.recv(12) for sock in socks]
+
+    assert answers == [b"HTTP/1.1 200"] * 20
+    assert server.get("/healthz").status == 200

@@ -38,11 +38,10 @@ def test_whatever_happens_no_page_loses_doubles_or_reorders_an_event_or_is_reset
     for program in NEEDED if scenario in FAILOVERS else ():
         needs(program)
     streams = "--streams=8" if scenario == "replays" else "--streams=20"
-    printed = printed_by("chaos.py", *scenario.split(), streams, "--seconds=5", "--down-after=2")
+    printed = printed_by("chaos.py", *scenario.split(), streams, "--seconds=5", "--down-after=2", "--seed=3")
 
     figures = {name: int(value) for name, value in re.findall(r"^(.+?) +(\d+)$", printed, re.MULTILINE)}
-    assert min(figures[name] for name in ("events acknowledged", "events dispatched")) > 0
-    assert scenario not in FAILOVERS or figures["streams opened again"] > 0
+    assert min(figures[name] for name in ("events acknowledged", "events dispatched", "streams opened again")) > 0
     assert {figures[name] for name in FAILURES} == {0}
 
 
