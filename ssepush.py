@@ -1736,6 +1736,7 @@ class Connections:
     def subscriber(self, shared: bool) -> Subscriber:
         """A new subscriber that follows nothing yet. Raises RedisAway."""
         began_at = monotonic()
+        self.are_quick = False  # until it is made: the accepting thread must not wait for another thread's
         try:
             pool = self._current()
             try:
