@@ -569,7 +569,7 @@ def refusal(error: str, channel: str = "") -> str:
     """Redis's error, with advice."""
     if re.search("NOAUTH|WRONGPASS|unauthenticated|[Aa]uthentication|invalid username", error):
         return "Redis refused the login: put user and password into the Redis URL: redis://USER:PASSWORD@HOST:PORT/0"
-    told = "Redis refused: " + re.sub(" script: .*", "", error)
+    told = "Redis refused: " + re.sub(" executing the script| script: .*", "", error)
     if re.search("[Pp]ermission|user executing the script can't", error):
         told += f": no permission: deploy/redis.acl lists what its user needs, besides the channel {channel}"
     return told
