@@ -68,7 +68,7 @@ import struct
 import sys
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -941,7 +941,7 @@ class Questions:
         asked = (stream.subscriber, stream.channels, stream.since)
         self._waiting.setdefault(asked, []).append(stream)
 
-    def ask(self, now: float) -> None:
+    def ask(self) -> None:
         """Ask the questions whose turn it is."""
         while self._waiting:
             asked = next(iter(self._waiting))
@@ -953,7 +953,7 @@ class Questions:
             if len(streams) > MAX_ASKERS:
                 self._waiting[asked] = streams[MAX_ASKERS:]
             if streams:  # if all have left, nobody needs the answer
-                self.asked[subscriber] = Question(streams[:MAX_ASKERS], channels, now)
+                self.asked[subscriber] = Question(streams[:MAX_ASKERS], channels, monotonic())
                 subscriber.ask(channels, self._redis.question(channels, since))
 
     def answered(self, subscriber: Subscriber, text: bytes) -> list[Stream]:
@@ -978,28 +978,29 @@ class Questions:
         return list(itertools.chain(*self._waiting.values()))
 
 
-class Loop:
-    """An event loop. `watch` says what to call when a socket is ready; `call` queues a function, from any thread."""
+Call = tuple[Any, ...]  # a function and its arguments
 
-    def __init__(self, on_failure: Callable[[object, Exception], None]) -> None:
-        """on_failure: called with each argument of a function that failed, and the error."""
-        self.now = monotonic()
-        self._on_failure = on_failure
-        self._calls: deque[tuple[Any, ...]] = deque()  # each a function and its arguments, like a selector key's data
-        self._sleeps = False
+
+class Loop:
+    """What has to be called now: because a socket is ready, or because another thread asks for it.
+
+    asyncio's event loop would do, but costs each event and stream more time and memory.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[Call] = deque()
         self._selector = DefaultSelector()
-        self._waker, woken = socket.socketpair()  # a byte sent here ends `select`, if the loop sleeps in it
+        self._waker, woken = socket.socketpair()  # a byte sent here ends `select`
         self._waker.setblocking(False)
-        self.watch(woken, woken.recv, 4096)
+        self._selector.register(woken, EVENT_READ, (woken.recv, 4096))
 
     def watch(self, sock: socket.socket, *call: Any) -> None:
         """Call this whenever the socket has something to read."""
         self._selector.register(sock, EVENT_READ, call)
 
-    def watch_writing(self, sock: socket.socket, also: bool) -> None:
-        """Call the same when there is room to write, too; or stop doing so."""
-        call = self._selector.get_key(sock).data
-        self._selector.modify(sock, EVENT_READ | EVENT_WRITE if also else EVENT_READ, call)
+    def watch_instead(self, sock: socket.socket, event: int, *call: Any) -> None:
+        """From now on, call this instead, whenever the socket is ready for EVENT_READ or EVENT_WRITE."""
+        self._selector.modify(sock, event, call)
 
     def unwatch(self, sock: socket.socket) -> None:
         """Forget the socket, which is about to be closed."""
@@ -1007,38 +1008,21 @@ class Loop:
             self._selector.unregister(sock)
 
     def call(self, *call: Any) -> None:
-        """Call this function with these arguments soon. Any thread."""
+        """Call this soon. Any thread."""
         self._calls.append(call)
-        if self._sleeps:
-            with suppress(BlockingIOError):  # full, so the loop will wake up anyway
-                self._waker.send(b"\0")
+        with suppress(BlockingIOError):  # it holds enough bytes to end `select`
+            self._waker.send(b"\0")
 
-    def wait(self, most_s: float) -> None:
-        """Wait until sockets are ready or a call is queued, then handle the sockets."""
-        self._sleeps = True  # set before looking at _calls: from here on, whoever adds one wakes us
-        ready = self._selector.select(0 if self._calls else most_s)
-        self._sleeps = False
-        self.now = monotonic()
-        for key, _ in ready:
-            self.safely(*key.data)
+    def ready(self, most_s: float) -> list[Call]:
+        """Wait, then return what to call for sockets."""
+        most_s = 0 if self._calls else most_s
+        return [key.data for key, _ in self._selector.select(most_s)]
 
-    def run_calls(self) -> None:
-        """Run queued calls, but leave some for later if they take long: live events go first."""
+    def queued(self) -> Iterator[Call]:
+        """What other threads want called. Some of it is left for later if it takes long: live events go first."""
         until = monotonic() + SLICE_S
         while self._calls and monotonic() < until:
-            self.safely(*self._calls.popleft())
-
-    def safely(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call this now. An error does not stop the loop."""
-        try:
-            function(*arguments)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            pass  # there is nothing to read, or no room to write
-        except Exception as error:  # the outermost of the thread, which must go on whatever fails
-            if not isinstance(error, OSError):
-                log.exception("the relay goes on after an unexpected error")
-            for argument in arguments:
-                self._on_failure(argument, error)
+            yield self._calls.popleft()
 
 
 class Relay:
@@ -1046,10 +1030,9 @@ class Relay:
 
     So they need no locks. (`counts` has one, because every thread counts.) Methods marked "Any thread" may be called
     from anywhere. All others run on the relay's thread; other threads get there by `call`. On each wake-up the relay
-    1. reads what Redis has sent, and sends it to the streams that follow the channel;
-    2. notices browsers that have left, or that can take more of their backlog;
-    3. runs what other threads have queued, and asks Redis what new streams missed;
-    4. once a second, sends heartbeats and ends streams that are stuck or whose time is up.
+    1. reads what Redis has sent, sends it to the streams that follow the channel, and notices browsers that have left;
+    2. runs what other threads have queued;
+    3. once a second, sends heartbeats and ends streams that are stuck or whose time is up.
     """
 
     def __init__(self, settings: Settings, redis: Redis) -> None:
@@ -1058,7 +1041,6 @@ class Relay:
         self.max_message = max(settings.max_event, MAX_EVENT_BYTES) + 1024  # with room for the ids that `publish` adds
         self.streams: set[Stream] = set()
         self.subscribers: set[Subscriber] = set()
-        self.unsent_bytes = 0  # of all streams
         self._kept_bytes = 0  # in memory, until the last stream has taken them
         self._keepers: Counter[int] = Counter()  # how many streams keep each piece, by its id()
         self.draining = False
@@ -1067,7 +1049,7 @@ class Relay:
         self._counts_lock = threading.Lock()
         self._questions = Questions(redis)
         self._received: defaultdict[bytes, list[Subscriber]] = defaultdict(list)  # bytes read: by whom, in this wake-up
-        self._loop = Loop(self._on_failure)
+        self._loop = Loop()
         self.call = self._loop.call
 
     def count(self, sample: str, number: float = 1) -> None:
@@ -1077,26 +1059,34 @@ class Relay:
 
     def run(self) -> None:
         """The relay's thread. Returns once it has drained."""
-        loop = self._loop
-        ticked_at = -math.inf
+        tick_at = 0.0
         while self.streams or not self.finishing:
             tick_s = min(1.0, self.settings.heartbeat / 4)
             if self.draining:
                 tick_s = 0.02
-            loop.wait(tick_s)
+            for call in self._loop.ready(tick_s):
+                self._safely(*call)
             self._pass_on_received()
-            loop.run_calls()
-            loop.safely(self._questions.ask, loop.now)
-            if loop.now >= ticked_at + tick_s:
-                ticked_at = loop.now
-                loop.safely(self._tick)
+            for call in self._loop.queued():
+                self._safely(*call)
+            if monotonic() >= tick_at:
+                tick_at = monotonic() + tick_s
+                self._safely(self._tick)
 
-    def _on_failure(self, concerned: object, error: Exception) -> None:
-        """Close what failed. No event goes missing unnoticed: the pages come back and resume."""
-        if isinstance(concerned, Stream):
-            self.end(concerned, "gone")
-        elif isinstance(concerned, Subscriber):
-            self.lose(concerned, str(error))
+    def _safely(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call this now. If it fails, close what failed: no event goes missing unnoticed, since its pages resume."""
+        try:
+            function(*arguments)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass  # there is nothing to read, or no room to write
+        except Exception as error:  # the outermost of the thread, which must go on whatever fails
+            if not isinstance(error, OSError):
+                log.exception("the relay goes on after an unexpected error")
+            for concerned in arguments:
+                if isinstance(concerned, Stream):
+                    self.end(concerned, "gone")
+                elif isinstance(concerned, Subscriber):
+                    self.lose(concerned, str(error))
 
     # A stream opens
 
@@ -1119,6 +1109,7 @@ class Relay:
             self._begin(stream, Batch(position=subscriber.position(stream)))
         else:
             self._questions.add(stream)
+            self.call(self._questions.ask)
 
     def _take_answer(self, subscriber: Subscriber, text: bytes) -> None:
         """Redis says what streams missed, or refuses."""
@@ -1130,6 +1121,7 @@ class Relay:
             except (ValueError, LookupError) as error:
                 self.end(stream, "redis-refused", refusal(str(error), named(stream.channels)))
         self._release(subscriber)
+        self.call(self._questions.ask)
 
     def _begin(self, stream: Stream, missed: Batch) -> None:
         """Send what the stream missed. From here on it is live, and gets all that its subscriber reads."""
@@ -1145,7 +1137,7 @@ class Relay:
         stream.opening = b""
         stream.position = missed.position
         stream.state = LIVE
-        stream.heartbeat_at = self._loop.now
+        stream.heartbeat_at = monotonic()
         self._send(stream, first)
 
     # Events
@@ -1164,7 +1156,7 @@ class Relay:
         """Pass on what was read in this wake-up. Bytes that several subscribers read are parsed once."""
         everything, self._received = self._received, defaultdict(list)
         for received, subscribers in everything.items():
-            self._loop.safely(self._pass_on, received, *subscribers)
+            self._safely(self._pass_on, received, *subscribers)
 
     def _pass_on(self, received: bytes, *subscribers: Subscriber) -> None:
         first, *others = subscribers
@@ -1223,7 +1215,7 @@ class Relay:
         """Send this, or as much of it as the kernel takes. The rest waits, and so does whatever comes after it."""
         sent = 0
         if stream.state is LIVE:
-            stream.progress_at = self._loop.now
+            stream.progress_at = monotonic()
             try:
                 sent = stream.sock.send(wire)
             except OSError:  # the kernel's buffer is full; or the browser is gone, which the next attempt will show
@@ -1236,9 +1228,9 @@ class Relay:
         if stream.backlog is None:
             stream.state = BEHIND
             stream.backlog = deque()
-            self._loop.watch_writing(stream.sock, True)
+            self._loop.watch_instead(stream.sock, EVENT_WRITE, self._send_backlog, stream)
         stream.backlog.append(rest)
-        self._add_unsent(stream, len(rest))
+        stream.unsent_bytes += len(rest)
         self._keep(rest, 1)
         # The piece being sent does not count: no single event or replay, however large, makes a stream slow.
         if stream.unsent_bytes - len(stream.backlog[0]) > self.settings.max_backlog:
@@ -1246,28 +1238,6 @@ class Relay:
         while self._kept_bytes > UNSENT_BYTES:
             largest = max(self.streams, key=lambda stream: stream.unsent_bytes)
             self.end(largest, "slow")
-
-    def _send_backlog(self, stream: Stream, backlog: deque[memoryview]) -> None:
-        """Raises BlockingIOError when the kernel takes no more for now, another OSError when the browser is gone."""
-        while backlog:
-            piece = backlog[0]
-            sent = stream.sock.send(piece)
-            stream.progress_at = self._loop.now
-            self._add_unsent(stream, -sent)
-            if sent < len(piece):
-                backlog[0] = piece[sent:]
-            else:
-                backlog.popleft()
-                self._keep(piece, -1)
-        stream.backlog = None
-        stream.state = LIVE
-        self._loop.watch_writing(stream.sock, False)
-        if stream.ends:
-            self._close_stream(stream)
-
-    def _add_unsent(self, stream: Stream, number: int) -> None:
-        stream.unsent_bytes += number
-        self.unsent_bytes += number
 
     def _keep(self, piece: memoryview, change: int) -> None:
         """One stream more, or less, keeps this in memory. An event counts once, however many streams wait for it."""
@@ -1280,35 +1250,53 @@ class Relay:
             self._kept_bytes -= len(whole)
             del self._keepers[id(whole)]
 
+    def _send_backlog(self, stream: Stream) -> None:
+        """Raises BlockingIOError when the kernel takes no more for now, another OSError when the browser is gone."""
+        if stream.state is ENDED:
+            return
+        while backlog := stream.backlog:
+            piece = backlog[0]
+            sent = stream.sock.send(piece)
+            stream.progress_at = monotonic()
+            stream.unsent_bytes -= sent
+            if sent < len(piece):
+                backlog[0] = piece[sent:]
+            else:
+                backlog.popleft()
+                self._keep(piece, -1)
+        stream.backlog = None
+        stream.state = LIVE
+        self._loop.watch_instead(stream.sock, EVENT_READ, self._on_browser, stream)
+        if stream.ends:
+            self._close_stream(stream)
+
     def _on_browser(self, stream: Stream) -> None:
-        """The browser has sent something, or left, or can take more."""
+        """The browser has sent something, or left."""
         if stream.state is ENDED:  # closed earlier in this wake-up
             return
-        with suppress(BlockingIOError):
-            stray = stream.sock.recv(4096)
-            stream.stray_bytes += len(stray)
-            if not stray or stream.stray_bytes > STRAY_BYTES:
-                raise ConnectionError
-        if stream.backlog:
-            self._send_backlog(stream, stream.backlog)
+        stray = stream.sock.recv(4096)
+        stream.stray_bytes += len(stray)
+        if not stray or stream.stray_bytes > STRAY_BYTES:
+            self.end(stream, "gone")
 
     def _tick(self) -> None:
         """Do whatever is due. Runs once a second."""
+        now = monotonic()
         heartbeat_s = self.settings.heartbeat
         for stream in tuple(self.streams):
-            stuck_s = self._loop.now - stream.progress_at
-            if stream.expires_at <= self._loop.now:
+            if stream.expires_at <= now:
                 self.end(stream, "drain" if self.draining else "expired")
-            elif stream.state is BEHIND and stuck_s > 2 * heartbeat_s:
+            elif stream.state is BEHIND and stream.progress_at + 2 * heartbeat_s < now:
                 self.end(stream, "slow")
-            elif stream.state is LIVE and stream.heartbeat_at + heartbeat_s <= self._loop.now:
+            elif stream.state is LIVE and stream.heartbeat_at + heartbeat_s <= now:
+                stream.heartbeat_at = now
                 self.call(self._send_heartbeat, stream)  # queued, to let events go in between
         for subscriber in tuple(self.subscribers):
-            if subscriber.pinged_at + 2 * heartbeat_s < self._loop.now:
+            if subscriber.pinged_at + 2 * heartbeat_s < now:
                 self.lose(subscriber, "it did not answer")
-            elif subscriber.heard_at + heartbeat_s < self._loop.now < subscriber.pinged_at:
+            elif subscriber.heard_at + heartbeat_s < now < subscriber.pinged_at:
                 subscriber.ping()
-        for subscriber in self._questions.late(self._loop.now):
+        for subscriber in self._questions.late(now):
             self.lose(subscriber, "it did not answer")
             for stream in self._questions.in_line():  # they would wait in vain
                 self.end(stream, "redis-away")
@@ -1319,7 +1307,6 @@ class Relay:
         It is sent on busy streams, too: a page hears only the types of events that it listens for.
         """
         if stream.state is LIVE:
-            stream.heartbeat_at = self._loop.now
             heartbeat = notice("stream-position", stream.subscriber.position(stream))
             self._send(stream, body_part(heartbeat, stream.chunked))
 
@@ -1363,8 +1350,8 @@ class Relay:
             being_sent, *others = stream.backlog
             for piece in others:
                 self._keep(piece, -1)
-            self._add_unsent(stream, len(being_sent) - stream.unsent_bytes)
             stream.backlog = deque([being_sent])
+            stream.unsent_bytes = len(being_sent)
             if stream.ends != "missed":  # dropped events must not move the page's id; after a reset it starts anew
                 stream.position = ""
         else:
@@ -1382,7 +1369,6 @@ class Relay:
                 stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.state = ENDED
         self.streams.discard(stream)
-        self._add_unsent(stream, -stream.unsent_bytes)
         for piece in stream.backlog or ():
             self._keep(piece, -1)
         stream.backlog = None
@@ -1420,6 +1406,7 @@ class Relay:
             return
         subscriber.is_lost = True
         self._questions.asked.pop(subscriber, None)
+        self.call(self._questions.ask)
         self.subscribers.discard(subscriber)
         self._loop.unwatch(subscriber.sock)
         subscriber.sock.close()
@@ -1444,17 +1431,17 @@ class Relay:
             if subscriber.master != master:
                 self.lose(subscriber, "Redis has failed over")
 
-    def finish(self) -> None:
-        """Let `run` return once it has drained."""
-        self.finishing = True
-
     def drain(self) -> None:
         """End all streams one by one, over at most 0.7 of the drain time."""
         self.draining = True
         most_s = 0.7 * self.settings.drain
         spread_s = min(most_s, 0.01 * len(self.streams))
         for stream in self.streams:
-            stream.expires_at = self._loop.now + random.uniform(0, spread_s)
+            stream.expires_at = monotonic() + random.uniform(0, spread_s)
+
+    def finish(self) -> None:
+        """Let `run` return once all streams have ended."""
+        self.finishing = True
 
 
 # ── What may be published ────────────────────────────────────────────────────────────────────────────────────────────
@@ -1478,7 +1465,7 @@ def jsonable(value: object) -> object:
     if isinstance(value, Decimal | UUID):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {member.name: getattr(value, member.name) for member in dataclasses.fields(value)}
+        return dataclasses.asdict(value)
     raise TypeError(f"data of type {type(value).__name__} cannot be sent")
 
 
@@ -2736,7 +2723,7 @@ class Server:
             "streams": len(streams),
             "max_streams": self.settings.max_streams,
             "subscribers": len(self.relay.subscribers),
-            "backlog_bytes": self.relay.unsent_bytes,
+            "backlog_bytes": sum(stream.unsent_bytes for stream in streams),
             "start_time_seconds": self._started_at,
             f'build_info{{version="{__version__}"}}': 1,
         }
@@ -2878,6 +2865,7 @@ def publish_lines(options: Any, redis: Redis) -> None:
 
 
 MAX_LINES = 1000  # of the log that may wait to be written
+LOG_S = 0.05  # between two writes: each wake-up of the log's thread makes others wait
 
 
 class LogWriter(logging.Handler):
@@ -2887,28 +2875,22 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.lines: deque[str] = deque()  # waiting to be written
         self.dropped = 0
-        self.has_lines = threading.Event()
-        self.ending = threading.Event()
-        self.thread = Thread(target=self._write, daemon=True)
-        self.thread.start()
+        Thread(target=self._write, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Any thread. It must not wait, so excess lines are dropped."""
         if len(self.lines) < MAX_LINES:
-            self.lines.append(self.format(record))
+            self.lines.append(self.format(record) + "\n")
         else:
             self.dropped += 1
-        self.has_lines.set()
 
     def _write(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # the main thread handles them
-        while self.lines or not self.ending.is_set():
-            self.has_lines.wait()
-            self.ending.wait(0.05)  # collect more lines: each wake-up of this thread makes others wait
-            self.has_lines.clear()
+        while True:
+            sleep(LOG_S)
             text = ""
             while self.lines:
-                text += self.lines.popleft() + "\n"
+                text += self.lines.popleft()
             if self.dropped:
                 text += f"{self.dropped} lines were dropped\n"
                 self.dropped = 0
@@ -2916,10 +2898,8 @@ class LogWriter(logging.Handler):
                 os.write(2, text.encode())  # not sys.stderr: at exit, Python waits for its lock
 
     def flush(self) -> None:
-        """Wait a moment for the last lines, at exit."""
-        self.ending.set()
-        self.has_lines.set()
-        self.thread.join(0.1)
+        """At exit, leave time to write the last lines."""
+        sleep(2 * LOG_S)
 
 
 def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
@@ -3000,12 +2980,11 @@ def raise_open_file_limit() -> int:
     import resource  # Windows has no such module, and can still publish
 
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in (hard, 65536, 10240):  # macOS says infinity but means 10240
-        if wanted == resource.RLIM_INFINITY or wanted <= files:
-            continue
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            return wanted
+    if sys.platform == "darwin":
+        hard = min(hard, 10240)  # macOS says infinity but means this
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return hard
     return files
 
 
