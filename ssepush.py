@@ -17,7 +17,7 @@
 |         |                              | and connecting to Redis is quick                                           |
 | request | 1 per connection that is not | answers all other requests; publishes                                      |
 |         | a stream, at most 1,000      |                                                                            |
-| relay   | 1                            | owns every Stream and Subscriber; no other thread reads or writes them     |
+| relay   | 1                            | owns every Stream and Subscriber; no other thread changes them             |
 | watch   | 1                            | asks Redis every few seconds for each channel's newest id                  |
 | follow  | 1 with Sentinels, clusters   | asks every second which node is the master                                 |
 | log     | 1                            | writes to standard error, which may block                                  |
@@ -409,6 +409,8 @@ def event_of(message: bytes) -> Event:
     if retry is not None and (type(retry) is not int or retry < 0):
         raise ValueError("retry must be a whole number of milliseconds")
     previous = str(members.get("previous", ""))
+    if not previous and position_of(event_id):  # a stranger's, but pages would resume from it as if it were ours
+        event_id = None
     return Event(data, event_type, event_id, retry, previous)
 
 
@@ -966,10 +968,10 @@ class Questions:
         return [stream for stream in question.streams if stream.state is WAITING]
 
     def late(self, now: float) -> list[Subscriber]:
-        """The connections on which Redis has taken too long to answer."""
+        """The connections on which Redis owes an answer and has sent nothing for too long."""
         late = []
         for subscriber, question in self.asked.items():
-            if question.asked_at + REDIS_S < now:
+            if max(question.asked_at, subscriber.heard_at) + REDIS_S < now:
                 late.append(subscriber)
         return late
 
@@ -1049,6 +1051,7 @@ class Relay:
         self._counts_lock = threading.Lock()
         self._questions = Questions(redis)
         self._received: defaultdict[bytes, list[Subscriber]] = defaultdict(list)  # bytes read: by whom, in this wake-up
+        self.now = monotonic()  # when this wake-up began
         self._loop = Loop()
         self.call = self._loop.call
 
@@ -1059,18 +1062,20 @@ class Relay:
 
     def run(self) -> None:
         """The relay's thread. Returns once it has drained."""
-        tick_at = 0.0
+        tick_at = self.now
         while self.streams or not self.finishing:
             tick_s = min(1.0, self.settings.heartbeat / 4)
             if self.draining:
                 tick_s = 0.02
-            for call in self._loop.ready(tick_s):
+            calls = self._loop.ready(tick_s)
+            self.now = monotonic()
+            for call in calls:
                 self._safely(*call)
             self._pass_on_received()
             for call in self._loop.queued():
                 self._safely(*call)
-            if monotonic() >= tick_at:
-                tick_at = monotonic() + tick_s
+            if self.now >= tick_at:
+                tick_at = self.now + tick_s
                 self._safely(self._tick)
 
     def _safely(self, function: Callable[..., object], *arguments: Any) -> None:
@@ -1137,7 +1142,7 @@ class Relay:
         stream.opening = b""
         stream.position = missed.position
         stream.state = LIVE
-        stream.heartbeat_at = monotonic()
+        stream.heartbeat_at = self.now
         self._send(stream, first)
 
     # Events
@@ -1215,7 +1220,7 @@ class Relay:
         """Send this, or as much of it as the kernel takes. The rest waits, and so does whatever comes after it."""
         sent = 0
         if stream.state is LIVE:
-            stream.progress_at = monotonic()
+            stream.progress_at = self.now
             try:
                 sent = stream.sock.send(wire)
             except OSError:  # the kernel's buffer is full; or the browser is gone, which the next attempt will show
@@ -1257,7 +1262,7 @@ class Relay:
         while backlog := stream.backlog:
             piece = backlog[0]
             sent = stream.sock.send(piece)
-            stream.progress_at = monotonic()
+            stream.progress_at = self.now
             stream.unsent_bytes -= sent
             if sent < len(piece):
                 backlog[0] = piece[sent:]
@@ -1281,7 +1286,7 @@ class Relay:
 
     def _tick(self) -> None:
         """Do whatever is due. Runs once a second."""
-        now = monotonic()
+        now = self.now
         heartbeat_s = self.settings.heartbeat
         for stream in tuple(self.streams):
             if stream.expires_at <= now:
@@ -1635,7 +1640,7 @@ class Masters:
     """Finds Redis's master: asks Sentinels, or a cluster's nodes for the master of our keys' slot. Any thread.
 
     redis-py's own classes will not do: they believe a master that has just woken up, and they repeat a command that may
-    already have run. Here the majority decides who is master, and each script refuses to run on a node that is not.
+    already have run. Here the node that most of them name is the master, and scripts refuse to run on any other.
     """
 
     def __init__(self, nodes: list[Any], name: str) -> None:
