@@ -814,7 +814,6 @@ class Stream:
     """One browser's connection: the channels it follows, and what is still to be sent. Owned by the relay."""
 
     number: int
-    peer: str
     channels: tuple[bytes, ...]
     since: Since
     subscriber: Subscriber
@@ -1136,7 +1135,6 @@ class Relay:
         self.count("streams_opened_total")
         self.count("events_replayed_total", missed.events)
         self._count_resets(missed.reset, 1)
-        log.info("stream %d open: %s on %s", stream.number, stream.peer, named(stream.channels))
         start = notice("stream-position", missed.position, heartbeat=self.settings.heartbeat)
         first = stream.opening + body_part(missed.frames + start, stream.chunked)
         stream.opening = b""
@@ -2412,7 +2410,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         channels = encoded(self.app.redis.prefix, tuple(names))
         stream = Stream(
             number=next(self.app.stream_numbers),
-            peer=self.client_address[0],
             channels=channels,
             since=since,
             subscriber=subscriber,
@@ -2422,6 +2419,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             expires_at=monotonic() + left_s,
             position=position,
         )
+        log.info("stream %d for %s: %s", stream.number, self.client_address[0], named(channels))
         self.app.relay.call(self.app.relay.open, stream)
 
     def _refuse_stream(self, opening: bytes, position: str, error: StreamRefused | RedisAway) -> None:

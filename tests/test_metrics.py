@@ -173,8 +173,8 @@ def test_why_a_stream_ended_is_counted_and_logged(start: Start, own_redis: Redis
     wait_for(lambda: server.streams() == 0, "the stream has ended")
     wait_for(lambda: server.said(" closed after "), "its end is logged")
     assert server.closed(reason) == 1
-    opened, closed = (line for line in server.output.splitlines() if re.search("stream [0-9]+ (open|closed)", line))
-    assert re.search(r"INFO stream 1 open: 127\.0\.0\.1 on private-log, other$", opened)
+    opened, closed = (line for line in server.output.splitlines() if re.search("stream [0-9]+ (for|closed)", line))
+    assert re.search(r"INFO stream 1 for 127\.0\.0\.1: private-log, other$", opened)
     assert re.search(rf"INFO stream 1 closed after [0-9.]+ s: {reason}$", closed)
     assert token not in server.output
 
@@ -202,7 +202,7 @@ def test_the_log_level_decides_whether_streams_are_logged(start: Start, channel:
 
     server.terminate()
 
-    assert server.said("stream 1 open") == server.said("stream 1 closed") == (level in ("debug", "info"))
+    assert server.said("stream 1 for") == server.said("stream 1 closed") == (level in ("debug", "info"))
     assert server.said("WARNING dropped") == (level != "error")
 
 
@@ -214,7 +214,7 @@ def test_logs_go_to_standard_error_alone(redis_process: RedisProcess) -> None:
         assert f":{port}/".encode() in process.stdout.readline()
         EventStream(port).close()
         assert process.stderr
-        for said in (b"at most", b"stream 1 open", b"stream 1 closed after "):
+        for said in (b"at most", b"stream 1 for", b"stream 1 closed after "):
             assert said in process.stderr.readline()
 
         process.terminate()
