@@ -712,7 +712,14 @@ class Redis:
         all_keys = [self.connections.key(name) for name in (COUNTER_KEY, NEWEST_KEY, *keys)]
         return ("EVAL", script, len(all_keys), *all_keys, *arguments, self.newest_seen)
 
-    def publish(self, data: object, type: str | None, channel: str, retry: int | None, key: str | None) -> Published:
+    def publish(
+        self,
+        data: object,
+        type: str | None = None,
+        channel: str = "sse",
+        retry: int | None = None,
+        key: str | None = None,
+    ) -> Published:
         """Give the event an id, keep it, and send it to every subscriber: all or nothing. Raises as `publish` does."""
         check_name("channel", channel)
         if key is not None:
@@ -2102,13 +2109,7 @@ FORBIDDEN = {  # the samples of GET /metrics that count answers of 401 and 403
     "/publish": 'publishes_total{status="forbidden"}',
     "/notifications": 'publishes_total{status="forbidden"}',
 }
-NOT_GIVEN = {  # the optional members of what is published, and their defaults
-    "type": None,
-    "event": None,
-    "channel": "sse",
-    "retry": None,
-    "key": None,
-}
+MEMBERS = {"data", "type", "event", "channel", "retry", "key"}  # of what is published
 EVENT_STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-store, no-transform",  # a middlebox that compresses would delay events
@@ -2307,24 +2308,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise HTTPError(400, "the body is not JSON, or nested too deeply") from None
         if not isinstance(members, dict) or "data" not in members:
             raise HTTPError(400, "the body must be a JSON object with a member 'data'")
-        unknown = members.keys() - {"data", *NOT_GIVEN}
+        unknown = members.keys() - MEMBERS
         if unknown:
             raise HTTPError(400, f"unknown member {min(unknown)!r}")
-        published = self._publish(members)
+        event = members.pop("event", None)  # another name for its type
+        if members.get("type") is None:
+            members["type"] = event
+        published = self._publish(**members)
         answer = {"state": "ok", "receivers": published, "id": published.id}
         if published.duplicate:
             answer["duplicate"] = True
         self.respond(200, answer)
 
-    def _publish(self, members: Mapping[str, Any]) -> Published:
+    def _publish(self, **members: Any) -> Published:
         """Publish. Raises HTTPError if it was not published, or may not have been."""
         status = "error"
         try:
-            arguments = {**NOT_GIVEN, **members}
-            event = arguments.pop("event")  # another name for it
-            if arguments["type"] is None:
-                arguments["type"] = event
-            published = self.app.redis.publish(**arguments)
+            published = self.app.redis.publish(**members)
             status = "duplicate" if published.duplicate else "ok"
             return published
         except ValueError as error:
@@ -2341,7 +2341,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Publish the article's event."""
         self.asked.check_publisher()
         question = {"question": "which programming is the best?", "value": "Absolutely, PHP", "who": "allen"}
-        self._publish({"data": question, "type": "new_answers"})
+        self._publish(data=question, type="new_answers")
         self.respond(200, {"state": "ok"})
 
     def answer_position(self) -> None:
@@ -2855,13 +2855,7 @@ def publish_lines(options: Any, redis: Redis) -> None:
             raise ValueError("--key is for one event, not for each line of standard input")
         lines = (line.rstrip("\r\n") for line in sys.stdin or ())
     for line in lines:
-        receivers = redis.publish(
-            line,
-            options.type,
-            options.channel,
-            options.retry,
-            options.key,
-        )
+        receivers = redis.publish(line, options.type, options.channel, options.retry, options.key)
         print(receivers, flush=True)
         if receivers.duplicate:
             print("ssepush: published before, as", receivers.id, file=sys.stderr)
