@@ -1068,7 +1068,7 @@ class Relay:
 
     def run(self) -> None:
         """The relay's thread. Returns once it has drained."""
-        tick_at = self.now
+        ticked_at = self.now
         while self.streams or not self.finishing:
             tick_s = min(1.0, self.settings.heartbeat / 4)
             if self.draining:
@@ -1080,8 +1080,8 @@ class Relay:
             self._pass_on_received()
             for call in self._loop.queued():
                 self._safely(*call)
-            if self.now >= tick_at:
-                tick_at = self.now + tick_s
+            if self.now >= ticked_at + tick_s:
+                ticked_at = self.now
                 self._safely(self._tick)
 
     def _safely(self, function: Callable[..., object], *arguments: Any) -> None:

@@ -2325,7 +2325,7 @@ def test_secrets_and_tokens_appear_nowhere(tmp_path: Path, start: Start, channel
     server.terminate()
 
     everything = f"{seen}{server.output}"
-    assert server.said("open: 127.0.0.1 on private-")
+    assert server.said("for 127.0.0.1: private-")
     assert "opensesame" not in everything
     assert not any(key.partition(".")[2] in everything for key in keys)
 
