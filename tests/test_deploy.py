@@ -80,7 +80,7 @@ def test_an_event_published_at_any_of_several_processes_reaches_the_streams_of_a
     streams: list[kit.EventStream] = []
     at_processes, expected = 0, list[str]()
 
-    while not all(process.said(" open: ") for process in processes):  # the kernel has given one to each
+    while not all(process.said(" for 127") for process in processes):  # the kernel has given one to each
         streams.append(processes[0].opened(channel))
     while at_processes < 3:  # each counts its own publishes: the first one of each is told by its 1
         connection = http.client.HTTPConnection(kit.LOOPBACK, port, timeout=kit.DEADLINE_S)
