@@ -231,7 +231,7 @@ PEERS = (
     Peer("ssepush", "ssepush", OWN + "{url}", OWN_CASES),
     Peer("1.1", "ssepush 1.1", OLD + "{url}", OWN_CASES),
     Peer("ssepush-shared", "ssepush --shared", OWN + "{url} --shared", f"{OWN_CASES} large"),
-    Peer("1.1-shared", "ssepush 1.1 --shared", OLD + "{url} --shared", f"{OWN_CASES} large"),
+    Peer("1.1-shared", "ssepush 1.1 --shared", OLD + "{url} --shared", OWN_CASES),
     Peer("ssepush-unix", "ssepush, Redis over a Unix socket", OWN + "{unix_url}", is_detail=True),
     Peer("ssepush-2", "ssepush, 2 processes", OWN + "{url} --reuse-port", **TWO),
     Peer("ssepush-shared-2", "ssepush --shared, 2 processes", OWN + "{url} --shared --reuse-port", **TWO),
