@@ -942,41 +942,41 @@ class Questions:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._waiting: dict[tuple[Subscriber, Sequence[bytes], Since], list[Stream]] = {}
-        self.asked: dict[Subscriber, Question] = {}
+        self.unanswered: dict[Subscriber, Question] = {}
 
     def add(self, stream: Stream) -> None:
         """Line up to ask what this stream missed."""
-        asked = (stream.subscriber, stream.channels, stream.since)
-        self._waiting.setdefault(asked, []).append(stream)
+        wanted = (stream.subscriber, stream.channels, stream.since)
+        self._waiting.setdefault(wanted, []).append(stream)
 
     def ask(self) -> None:
         """Ask the questions whose turn it is."""
         while self._waiting:
-            asked = next(iter(self._waiting))
-            subscriber, channels, since = asked
-            being_read = sum(len(question.channels) for question in self.asked.values())
-            if subscriber in self.asked or being_read + len(channels) > MAX_CHANNELS:
+            wanted = next(iter(self._waiting))
+            subscriber, channels, since = wanted
+            being_read = sum(len(question.channels) for question in self.unanswered.values())
+            if subscriber in self.unanswered or being_read + len(channels) > MAX_CHANNELS:
                 return
-            streams = [stream for stream in self._waiting.pop(asked) if stream.state is WAITING]
+            streams = [stream for stream in self._waiting.pop(wanted) if stream.state is WAITING]
             if len(streams) > MAX_ASKERS:
-                self._waiting[asked] = streams[MAX_ASKERS:]
+                self._waiting[wanted] = streams[MAX_ASKERS:]
             if streams:  # if all have left, nobody needs the answer
-                self.asked[subscriber] = Question(streams[:MAX_ASKERS], channels, monotonic())
+                self.unanswered[subscriber] = Question(streams[:MAX_ASKERS], channels, monotonic())
                 subscriber.ask(channels, self._redis.question(channels, since))
 
     def answered(self, subscriber: Subscriber, text: bytes) -> list[Stream]:
         """The streams that this answers. After an error the question may stay open: EXEC's answer still follows."""
-        question = self.asked.get(subscriber)
+        question = self.unanswered.get(subscriber)
         if not question:  # nobody asked: Redis says that it has no room for this connection
             return []
         if text[:1] == b"*" or EXEC_REFUSED.match(text):
-            del self.asked[subscriber]
+            del self.unanswered[subscriber]
         return [stream for stream in question.streams if stream.state is WAITING]
 
     def late(self, now: float) -> list[Subscriber]:
         """The connections on which Redis owes an answer and has sent nothing for too long."""
         late = []
-        for subscriber, question in self.asked.items():
+        for subscriber, question in self.unanswered.items():
             if max(question.asked_at, subscriber.heard_at) + REDIS_S < now:
                 late.append(subscriber)
         return late
@@ -1408,14 +1408,14 @@ class Relay:
         While Redis works on its answer, it stays open: closing would not stop Redis. The question keeps counting until
         it is answered, and nobody can keep Redis busy by connecting and leaving over and over.
         """
-        if not (subscriber.is_shared or subscriber.streams or subscriber in self._questions.asked):
+        if not (subscriber.is_shared or subscriber.streams or subscriber in self._questions.unanswered):
             self._close(subscriber)
 
     def _close(self, subscriber: Subscriber) -> None:
         if subscriber.is_lost:
             return
         subscriber.is_lost = True
-        self._questions.asked.pop(subscriber, None)
+        self._questions.unanswered.pop(subscriber, None)
         self.call(self._questions.ask)
         self.subscribers.discard(subscriber)
         self._loop.unwatch(subscriber.sock)
