@@ -236,8 +236,13 @@ def frame_of(event: Event) -> bytes:
         raise ValueError("type must not hold a line break")
     if event.id and re.search("[\r\n\0]", event.id):
         raise ValueError("id must not hold a line break or NUL")
-    fields = {"event": event.type, "id": event.id, "retry": event.retry}
-    lines = [f"{name}: {value}" for name, value in fields.items() if value not in (None, "")]
+    lines = []
+    if event.type:
+        lines.append(f"event: {event.type}")
+    if event.id:
+        lines.append(f"id: {event.id}")
+    if event.retry is not None:
+        lines.append(f"retry: {event.retry}")
     lines += [f"data: {line}" for line in LINE_END.split(event.data)]
     return "\n".join([*lines, "\n"]).encode()
 
@@ -928,6 +933,7 @@ class Question(NamedTuple):
     asked_at: float
 
 
+Wanted = tuple[Subscriber, Sequence[bytes], Since]  # on which connection, and what, to ask
 MAX_ASKERS = 50  # streams that share a question: live events wait until each has been sent the answer
 
 
@@ -941,7 +947,7 @@ class Questions:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._waiting: dict[tuple[Subscriber, Sequence[bytes], Since], list[Stream]] = {}
+        self._waiting: dict[Wanted, list[Stream]] = {}
         self.unanswered: dict[Subscriber, Question] = {}
 
     def add(self, stream: Stream) -> None:
@@ -1104,6 +1110,7 @@ class Relay:
     def open(self, stream: Stream) -> None:
         """Take over a stream. It asks what it missed, and goes live with the answer."""
         subscriber = stream.subscriber
+        others_know = all(map(subscriber.seen.get, stream.channels))  # where these channels are; with --shared
         subscriber.add(stream)
         self.streams.add(stream)
         self._loop.watch(stream.sock, self._on_browser, stream)
@@ -1116,7 +1123,7 @@ class Relay:
             self.end(stream, "drain")
         elif len(self.streams) > self.settings.max_streams:
             self.end(stream, "full")
-        elif stream.since == LIVE_ONLY and all(map(subscriber.seen.get, stream.channels)):  # with --shared: others know
+        elif stream.since == LIVE_ONLY and others_know:
             self._begin(stream, Batch(position=subscriber.position(stream)))
         else:
             self._questions.add(stream)
@@ -1126,11 +1133,11 @@ class Relay:
         """Redis says what streams missed, or refuses."""
         for stream in self._questions.answered(subscriber, text):
             try:
-                if text[:1] == b"-":
-                    raise ValueError(text[1:].decode(errors="replace").strip())
-                self._begin(stream, missed_by(stream.since, text, self.settings.max_backlog))
-            except (ValueError, LookupError) as error:
+                missed = missed_by(stream.since, text, self.settings.max_backlog)
+            except ValueError as error:
                 self.end(stream, "redis-refused", refusal(str(error), named(stream.channels)))
+            else:
+                self._begin(stream, missed)
         self._release(subscriber)
         self.call(self._questions.ask)
 
@@ -1367,7 +1374,8 @@ class Relay:
         else:
             stream.state = LIVE  # whatever it waited for, its last words can be sent now
         words = last_words(stream.ends, is_open, stream.position, self.settings.retry, told)
-        self._send(stream, stream.opening + body_part(words, stream.chunked) + body_part(b"", stream.chunked))
+        end = body_part(words, stream.chunked) + body_part(b"", stream.chunked)
+        self._send(stream, stream.opening + end)
         if stream.state is LIVE:  # all of it was sent; otherwise `_send_backlog` closes the stream later
             self._close_stream(stream)
 
@@ -1576,7 +1584,9 @@ WRONG_URL = (
 QUICK = {"socket_timeout": 0.5, "socket_connect_timeout": 0.5}  # s
 QUICK_S = 0.05  # if connecting a subscriber takes longer, streams get a thread to open in
 DEFAULTS = {"socket_timeout": REDIS_S, "socket_connect_timeout": 2.0}
-NO_DRIVER = {"driver_info": None} if redis.VERSION >= (8,) else {"lib_name": None, "lib_version": None}
+NO_DRIVER = {"lib_name": None, "lib_version": None}
+if redis.VERSION >= (8,):
+    NO_DRIVER = {"driver_info": None}
 FIXED = {
     "retry": Retry(NoBackoff(), 0),  # a command must never run twice
     "protocol": 2,  # saves round trips at login, as the next does
@@ -1684,8 +1694,9 @@ class Masters:
             if self._name:
                 found = ask(node, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)
             else:
-                slots = ask(node, "CLUSTER", "SLOTS")
-                found = next((master for first, last, master, *_ in slots if first <= CLUSTER_SLOT <= last), None)
+                for first, last, master, *_ in ask(node, "CLUSTER", "SLOTS"):
+                    if first <= CLUSTER_SLOT <= last:
+                        found = master
         if not found:
             return None
         host, port, *_ = found
@@ -1768,7 +1779,8 @@ def redis_for(url: str | None, max_event: int = MAX_EVENT_BYTES, **given: Any) -
     for name in ENVIRONMENT:
         value = given.get(name)
         chosen.append(from_environment(name) if value is None else value)
-    return redis_at(url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL, *chosen, max_event)
+    url = url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
+    return redis_at(url, *chosen, max_event)
 
 
 def publish(
@@ -2032,8 +2044,8 @@ def sign(*channels: str, ttl: int = 3600, secret: str | None = None) -> str:
         raise ValueError(f"a token is for 1 to {MAX_CHANNELS} channels")
     names = [check_name("channel", channel) for channel in channels]
     claims = {"channels": names, "exp": int(unix_time()) + ttl}
-    parts = [base64url(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims)]
-    signed = ".".join(parts)
+    header = {"alg": "HS256", "typ": "JWT"}
+    signed = ".".join(base64url(json.dumps(part).encode()) for part in (header, claims))
     return f"{signed}.{signature(signed, secret)}"
 
 
@@ -2271,8 +2283,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _refuse(self, error: HTTPError) -> None:
         """Say what is wrong, then read on for a moment: closing with bytes unread would reset the connection."""
-        if self.asked.path in FORBIDDEN and error.status in (401, 403):
-            self.app.relay.count(FORBIDDEN[self.asked.path])
+        sample = FORBIDDEN.get(self.asked.path)
+        if sample and error.status in (401, 403):
+            self.app.relay.count(sample)
         answer = {"state": "error", "error": str(error)}
         self.respond(error.status, answer, error.headers)
         self.connection.shutdown(socket.SHUT_WR)
