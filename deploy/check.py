@@ -88,7 +88,7 @@ class Answer(NamedTuple):
         return self.status == 200 and kind.strip() == "text/event-stream"
 
     def error(self) -> str:
-        """What ssepush says is wrong; "" if this is no error of ssepush's."""
+        """What ssepush says is wrong; "" if this is not an error from ssepush."""
         try:
             members = json.loads(self.body)
         except ValueError:
