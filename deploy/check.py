@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Checks the way from a browser to ssepush, as a stranger sees it, and says how to mend what is wrong with it.
+"""Checks the way from a browser to ssepush, as a stranger sees it, and says how to fix what is wrong.
 
     python3 check.py https://events.example.org --origin https://www.example.org
 
-Run it from another machine than the server's, with nothing but Python. It prints a line for each check, and for each
-fault what to change. Exit status: 0 nothing is wrong, 1 something is, 2 it could not be asked for that way.
+Run it from another machine than the server's. It needs only Python. It prints a line for each check, and for each fault
+what to change. Exit status: 0 nothing is wrong, 1 something is wrong, 2 the arguments are wrong.
 
-Nothing is published unless a token is given, and then only on the channel of --channel. With a private certificate
-authority, name its file in the environment as SSL_CERT_FILE.
+It publishes nothing unless you give a token, and then only on the channel of --channel. For a private certificate
+authority, set SSL_CERT_FILE to its file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
-ANSWER_S = 5.0  # for an answer, or the first bytes of a stream
-PROMPT_S = 0.1  # what an event may take from the publisher's answer to the page; Nagle's algorithm adds 0.2
+ANSWER_S = 5.0  # to wait for an answer, or for the first bytes of a stream
+PROMPT_S = 0.1  # how long an event may take after the publisher got its answer; Nagle's algorithm adds 0.2
 EXPIRY_DAYS = 14
 CLOCK_S = 30.0
 HEARTBEATS = 3
@@ -42,7 +42,7 @@ READ_TIMEOUT = (
     " (nginx: proxy_read_timeout; haproxy: timeout server; Apache: ProxyTimeout)"
 )
 BUFFERING = (
-    "let the proxy pass on what it has at once (nginx: proxy_buffering off, or heed X-Accel-Buffering; lighttpd:"
+    "let the proxy pass on data at once (nginx: proxy_buffering off, or do not ignore X-Accel-Buffering; lighttpd:"
     " server.stream-response-body = 2; Apache: flushpackets=on), and leave event streams uncompressed"
 )
 AWAY = (
@@ -52,14 +52,14 @@ AWAY = (
 
 
 class Fault(Exception):
-    """What is wrong, and its mend. The checks that it would spoil are left out."""
+    """What is wrong, and how to fix it. Checks that depend on it are skipped."""
 
-    def __init__(self, wrong: str, mend: str) -> None:
-        super().__init__(f"{wrong}. Mend: {mend}")
+    def __init__(self, wrong: str, fix: str) -> None:
+        super().__init__(f"{wrong}. Fix: {fix}")
 
 
 class NoStream(Fault):
-    """What should be an event stream is none, so there is nothing to check on it."""
+    """There is no event stream, so there is nothing to check on it."""
 
 
 Headers = Mapping[str, str]
@@ -68,18 +68,18 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Answer(NamedTuple):
-    """An answer, or what came of it before its body. Field names are in lower case."""
+    """An answer, or only its head. Field names are in lower case."""
 
     status: int
     fields: list[tuple[str, str]]
     body: bytes = b""
 
     def values(self, name: str) -> list[str]:
-        """Of a header field, one for each time that it came."""
+        """The values of a header field, one for each time that it came."""
         return [value for field, value in self.fields if field == name]
 
     def value(self, name: str) -> str:
-        """The same where once is enough; "" if it did not come."""
+        """The same as one text; "" if the field did not come."""
         return ", ".join(self.values(name))
 
     def is_event_stream(self) -> bool:
@@ -88,7 +88,7 @@ class Answer(NamedTuple):
         return self.status == 200 and kind.strip() == "text/event-stream"
 
     def error(self) -> str:
-        """What ssepush says is wrong; "" if this is no error of ssepush's."""
+        """What ssepush says is wrong; "" if this is not an error from ssepush."""
         try:
             members = json.loads(self.body)
         except ValueError:
@@ -105,7 +105,7 @@ def head_of(response: http.client.HTTPResponse) -> Answer:
 
 
 def whole(response: http.client.HTTPResponse) -> Answer:
-    """The answer with as much of its body as can say what is wrong."""
+    """The answer with enough of its body to say what is wrong."""
     body = response.read(MAX_BODY_BYTES)
     return head_of(response)._replace(body=body)
 
@@ -114,7 +114,7 @@ class Site:
     """The deployed address."""
 
     def __init__(self, url: str) -> None:
-        """ValueError: it is no URL of a site."""
+        """ValueError: this is not the URL of a site."""
         parts = urlsplit(url)
         is_web = parts.scheme in ("http", "https") and parts.hostname
         if not is_web or parts.query or parts.fragment:
@@ -127,12 +127,12 @@ class Site:
         self.context = ssl.create_default_context()
 
     def trust_anyone(self) -> None:
-        """So that the rest can be checked where the certificate is at fault, which is said by then."""
+        """Accept any certificate, to check the rest after a faulty certificate was reported."""
         self.context.check_hostname = False
         self.context.verify_mode = ssl.CERT_NONE
 
     def connect(self) -> http.client.HTTPConnection:
-        """A connection as a browser without HTTP/2 makes it."""
+        """A connection like that of a browser without HTTP/2."""
         address = (self.name, self.port)
         connection = http.client.HTTPConnection(*address, timeout=ANSWER_S)
         if self.secure:
@@ -165,10 +165,10 @@ def stream_path(channel: str) -> str:
 
 
 class Stream:
-    """An event stream, read as it comes; close it."""
+    """An event stream, read as it arrives. Close it after use."""
 
     def __init__(self, site: Site, channel: str, headers: Headers = NO_HEADERS) -> None:
-        """NoStream: what is there is none."""
+        """NoStream: the answer is not an event stream."""
         as_browser = {"Host": site.host, "Accept": "text/event-stream", "Accept-Encoding": "gzip"}
         self.text = ""
         self.ended = False
@@ -183,13 +183,13 @@ class Stream:
                 raise not_a_stream(whole(self.response), site)
         except TimeoutError:
             self.connection.close()
-            raise NoStream(f"nothing came of a stream within {ANSWER_S:.0f} s", BUFFERING) from None
+            raise NoStream(f"no byte of a stream came within {ANSWER_S:.0f} s", BUFFERING) from None
         except BaseException:
             self.connection.close()
             raise
 
     def read_until(self, enough: Callable[[str], bool], seconds: float) -> bool:
-        """Whether what came so far was enough, before the stream ended and within this time."""
+        """Read until `enough` is true of the text so far. False: the stream ended, or the time is up."""
         deadline = time.monotonic() + seconds
         while not enough(self.text):
             left = deadline - time.monotonic()
@@ -222,12 +222,12 @@ class Stream:
 
 
 def has(part: str) -> Callable[[str], bool]:
-    """Whether this has come of a stream."""
+    """Whether the stream contains this so far."""
     return lambda text: part in text
 
 
 def has_heartbeats(number: int) -> Callable[[str], bool]:
-    """Whether as many heartbeats have come of a stream, after the position at its start."""
+    """Whether this many heartbeats have come, after the position at the start of the stream."""
     position = re.compile("^event: stream-position$", re.MULTILINE)
     return lambda text: len(position.findall(text)) > number
 
@@ -238,25 +238,25 @@ def nothing(text: str) -> bool:
 
 
 def not_a_stream(answer: Answer, site: Site) -> NoStream:
-    """Why GET /stream was answered otherwise."""
+    """Why the answer to GET /stream was not an event stream."""
     error = answer.error()
     refused = re.fullmatch(r"Host (\S+) is not allowed.*", error)
     if refused and refused[1] == site.name.lower():
         return NoStream(f"ssepush refuses Host {site.name}", f"start it with --allow-host {site.name}")
     if refused:
-        mend = "pass Host on as it is (nginx: proxy_set_header Host $http_host; Apache: ProxyPreserveHost On)"
-        return NoStream(f"the proxy asks ssepush for Host {refused[1]} in place of {site.host}", mend)
+        fix = "forward Host unchanged (nginx: proxy_set_header Host $http_host; Apache: ProxyPreserveHost On)"
+        return NoStream(f"the proxy asks ssepush for Host {refused[1]} instead of {site.host}", fix)
     if answer.status in (502, 503, 504):
         return NoStream(
             f"the proxy answers {answer.status} for /stream, which ends a browser's EventSource for good", AWAY
         )
     if error:
-        return NoStream(f"/stream is refused with {answer.status}: {error}", "what the message says")
-    return NoStream(f"/stream is answered with {answer.status}, and is no event stream", "pass /stream on to ssepush")
+        return NoStream(f"ssepush refuses /stream with {answer.status}: {error}", "do what the message says")
+    return NoStream(f"/stream answers {answer.status} without an event stream", "forward /stream to ssepush")
 
 
 class Check(NamedTuple):
-    """What is asked for on the command line."""
+    """The command line's arguments."""
 
     site: Site
     channel: str
@@ -265,7 +265,7 @@ class Check(NamedTuple):
     wait_s: float
 
 
-# Each check yields what was found right, and raises Fault, or yields it where there may be others.
+# Each check yields what is right, and raises a Fault, or yields it if the check can go on.
 Findings = Iterator[str | Fault]
 Found = list[str | Fault]
 
@@ -273,16 +273,16 @@ Found = list[str | Fault]
 def check_tls(check: Check) -> Findings:
     """The certificate, and HTTP/2."""
     site = check.site
-    six = "a browser opens at most six streams to a host, all its tabs together"
+    six = "a browser opens at most six streams to a host, for all its tabs together"
     if not site.secure:
-        raise Fault(f"http: everyone on the way can read, and {six}", "TLS and HTTP/2 at the proxy")
+        raise Fault(f"http: everyone on the way can read, and {six}", "use TLS and HTTP/2 at the proxy")
     browser = ssl.create_default_context()
     browser.set_alpn_protocols(["h2", "http/1.1"])
     try:
         certificate, protocol = shake_hands(site, browser)
     except ssl.SSLCertVerificationError as error:
         site.trust_anyone()
-        yield Fault(f"browsers refuse the certificate: {error.verify_message}", f"a certificate for {site.name}")
+        yield Fault(f"browsers refuse the certificate: {error.verify_message}", f"get a certificate for {site.name}")
         browser.check_hostname = False
         browser.verify_mode = ssl.CERT_NONE
         certificate, protocol = shake_hands(site, browser)
@@ -300,7 +300,7 @@ def check_tls(check: Check) -> Findings:
 
 
 def shake_hands(site: Site, context: ssl.SSLContext) -> tuple[str, str]:
-    """Until when the certificate is good, "" if it was not verified; and the protocol that is spoken."""
+    """When the certificate expires ("" if it was not verified), and the protocol that was chosen."""
     address = (site.name, site.port)
     with (
         socket.create_connection(address, ANSWER_S) as plain,
@@ -341,14 +341,14 @@ def check_silence(check: Check) -> Findings:
         silence_s = time.monotonic() - came_at[-1]
     missing = HEARTBEATS + 1 - len(came_at)
     if missing and stream.ended:
-        raise Fault(f"the stream was ended after {silence_s:.1f} s of silence", READ_TIMEOUT)
+        raise Fault(f"the proxy closed the stream after {silence_s:.1f} s of silence", READ_TIMEOUT)
     if missing:
         wrong = f"{missing} of {HEARTBEATS} heartbeats did not come within {check.wait_s:.0f} s"
-        mend = f"if --heartbeat is longer than a third of that, ask with a longer --wait; otherwise {BUFFERING}"
-        raise Fault(wrong, mend)
+        fix = f"if --heartbeat is longer than a third of that, use a longer --wait; otherwise {BUFFERING}"
+        raise Fault(wrong, fix)
     spread_s = came_at[-1] - came_at[1]
     if spread_s < 0.05:
-        raise Fault("heartbeats come in lumps, so events are held back", BUFFERING)
+        raise Fault("heartbeats arrive in bursts, so events are held back", BUFFERING)
     yield f"a silent stream stays open, with a heartbeat every {spread_s / (HEARTBEATS - 1):.1f} s"
 
 
@@ -364,37 +364,35 @@ def check_delivery(check: Check) -> Findings:
             answer = check.site.publish(check.channel, mark, check.token)
             published = time.monotonic()
             if answer.status == 401:
-                mend = "give the one that is SSEPUSH_PUBLISH_TOKEN in the server's environment"
-                raise Fault("the token is refused", mend)
+                fix = "use the value of SSEPUSH_PUBLISH_TOKEN in the server's environment"
+                raise Fault("the token is refused", fix)
             if answer.status != 200:
                 yield f"/publish is closed here ({answer.status}), so how long an event takes was not measured"
                 return
             if not stream.read_until(has(mark), ANSWER_S):
                 raise Fault(f"a published event did not come within {ANSWER_S:.0f} s", BUFFERING)
             delays.append(time.monotonic() - published)
-            time.sleep(0.05)  # an event that follows at once would push the one before it
+            time.sleep(0.05)  # the next event, if sent at once, would push this one through
     delay_s = statistics.median(delays)
     delay = f"{1000 * delay_s:.0f} ms"
     if delay_s > PROMPT_S:
-        mend = "send at once (haproxy: option http-no-delay; others: TCP_NODELAY)"
-        raise Fault(f"events are held back for {delay}", mend)
+        fix = "turn off delayed sending (haproxy: option http-no-delay; others: TCP_NODELAY)"
+        raise Fault(f"events are delayed by {delay}", fix)
     yield f"an event takes {delay}"
 
 
 def check_return(check: Check) -> Findings:
-    """Last-Event-ID reaches ssepush: an id that is none of its own is answered with a reset."""
+    """Last-Event-ID reaches ssepush, which answers an unknown id with a reset."""
     headers = {"Last-Event-ID": "check"}
     with contextlib.closing(Stream(check.site, check.channel, headers)) as stream:
         if not stream.read_until(has("event: stream-reset\n"), ANSWER_S):
-            mend = (
-                "pass the header Last-Event-ID on: without it, pages that come back miss what was published meanwhile"
-            )
-            raise Fault("Last-Event-ID does not reach ssepush", mend)
+            fix = "forward the header Last-Event-ID: without it, pages that reconnect miss the events in between"
+            raise Fault("Last-Event-ID does not reach ssepush", fix)
     yield "Last-Event-ID reaches ssepush"
 
 
 def check_origin(check: Check) -> Findings:
-    """Pages of the origin may read."""
+    """Pages of this origin may read."""
     if not check.origin:
         return
     origin = check.origin
@@ -403,21 +401,21 @@ def check_origin(check: Check) -> Findings:
     if answer.status == 403:
         raise Fault(f"pages of {origin} may not read", f"start ssepush with --allow-origin {origin}")
     if len(allowed) > 1:
-        raise Fault("Access-Control-Allow-Origin comes twice", "leave it to ssepush: the proxy must add none")
+        raise Fault("Access-Control-Allow-Origin comes twice", "leave it to ssepush: the proxy must not add one")
     if allowed not in (["*"], [origin]):
         said = allowed[0] if allowed else "nothing"
-        mend = f"start ssepush with --allow-origin {origin}, and leave Access-Control-Allow-Origin to it at the proxy"
-        raise Fault(f"Access-Control-Allow-Origin is {said}, so pages of {origin} may not read", mend)
+        fix = f"start ssepush with --allow-origin {origin}, and do not change Access-Control-Allow-Origin at the proxy"
+        raise Fault(f"Access-Control-Allow-Origin is {said}, so pages of {origin} may not read", fix)
     yield f"pages of {origin} may read"
 
 
 def closing(path: str) -> str:
-    """How a path is closed to strangers."""
+    """How to close a path to strangers."""
     return f"close it at the proxy (nginx: location = {path} {{ return 403; }})"
 
 
 def check_strangers(check: Check) -> Findings:
-    """What is not for strangers is closed."""
+    """Paths that are not for strangers are closed to them."""
     signs = {"/metrics": b"ssepush_", "/healthz": b'"state"'}
     for path, sign in signs.items():
         answer = check.site.ask("GET", path)
@@ -429,15 +427,15 @@ def check_strangers(check: Check) -> Findings:
 
 
 def publishing_by_strangers(check: Check) -> str | Fault:
-    """Whether they may publish. Nothing is published by asking: the body lacks its data, which is found out last."""
+    """Whether they may publish. This publishes nothing: the body lacks its data, which ssepush checks last."""
     site = check.site
     body = json.dumps({"channel": check.channel})
     for host in (site.host, "localhost", "127.0.0.1"):
         answer = site.ask("POST", "/publish", {**JSON, "Host": host}, body)
         if answer.status == 400 and answer.error():
             forged = "" if host == site.host else f" if they claim to ask for {host}"
-            mend = f"set SSEPUSH_PUBLISH_TOKEN, let the proxy add X-Forwarded-For, and {closing('/publish')}"
-            return Fault(f"strangers may publish{forged}", mend)
+            fix = f"set SSEPUSH_PUBLISH_TOKEN, let the proxy add X-Forwarded-For, and {closing('/publish')}"
+            return Fault(f"strangers may publish{forged}", fix)
     return "/publish is closed to strangers"
 
 
@@ -450,8 +448,8 @@ def check_clock(check: Check) -> Findings:
     theirs = email.utils.parsedate_to_datetime(date).timestamp()
     apart_s = abs(theirs - time.time())
     if apart_s > CLOCK_S:
-        mend = "NTP on both: tokens expire by the server's clock"
-        raise Fault(f"the server's clock and this one are {apart_s:.0f} s apart", mend)
+        fix = "use NTP on both: tokens expire by the server's clock"
+        raise Fault(f"the server's clock and this one are {apart_s:.0f} s apart", fix)
     yield "the clocks agree"
 
 
@@ -464,16 +462,16 @@ def findings_of(ask: Callable[[Check], Findings], check: Check) -> Found:
     found: Found = []
     try:
         for finding in ask(check):
-            found.append(finding)  # those before a fault count
+            found.append(finding)  # keeps those before a fault
     except Fault as fault:
         found.append(fault)
     except (OSError, http.client.HTTPException) as error:
-        found.append(Fault(f"{ask.__name__.replace('_', ' ')}: no answer ({error})", "see whether the proxy runs"))
+        found.append(Fault(f"{ask.__name__.replace('_', ' ')}: no answer ({error})", "check that the proxy runs"))
     return found
 
 
 def report(findings: Found) -> int:
-    """Print them; how many are faults."""
+    """Print them, and return how many are faults."""
     for finding in findings:
         label = "WRONG" if isinstance(finding, Fault) else "ok   "
         print(label, finding, flush=True)
@@ -481,17 +479,17 @@ def report(findings: Found) -> int:
 
 
 def check_of(arguments: list[str]) -> Check:
-    """What the command line asks for. SystemExit 2: it cannot be understood."""
+    """Parse the command line. SystemExit 2: it is wrong."""
     parser = argparse.ArgumentParser(description="Check the way from a browser to a deployed ssepush.")
-    parser.add_argument("url", metavar="URL", help="where it is, such as https://events.example.org")
-    parser.add_argument("--origin", default="", help="of pages that are to read, such as https://www.example.org")
+    parser.add_argument("url", metavar="URL", help="its address, such as https://events.example.org")
+    parser.add_argument("--origin", default="", help="the origin of your pages, such as https://www.example.org")
     parser.add_argument(
         "--token",
         default=os.environ.get("SSEPUSH_PUBLISH_TOKEN", ""),
-        help="publish with it, and see how long an event takes (SSEPUSH_PUBLISH_TOKEN)",
+        help="publish with it, and measure how long an event takes (SSEPUSH_PUBLISH_TOKEN)",
     )
-    parser.add_argument("--channel", default="sse:check", help="a silent channel that may be read (sse:check)")
-    parser.add_argument("--wait", type=float, default=60, help="s to wait for three heartbeats (60)")
+    parser.add_argument("--channel", default="sse:check", help="an unused, public channel (sse:check)")
+    parser.add_argument("--wait", type=float, default=60, help="seconds to wait for three heartbeats (60)")
     options = parser.parse_args(arguments)
     if options.origin and not re.fullmatch("[a-z][a-z0-9+.-]*://[^/]+", options.origin):
         parser.error(f"--origin must be like https://www.example.org, not {options.origin!r}")
@@ -514,7 +512,7 @@ def main(arguments: list[str]) -> int:
     if not any(isinstance(finding, NoStream) for finding in opening):
         checks.insert(0, check_origin)
     if not any(isinstance(finding, Fault) for finding in opening):
-        faults += report(findings_of(check_delivery, check))  # before another looks for silence on the same channel
+        faults += report(findings_of(check_delivery, check))  # before other checks need silence on the same channel
         checks = [*STREAM_CHECKS, *checks]
     with ThreadPoolExecutor(len(checks)) as pool:
         for findings in pool.map(lambda ask: findings_of(ask, check), checks):

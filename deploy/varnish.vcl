@@ -1,4 +1,4 @@
-# ssepush behind Varnish, which has no TLS: hitch or another proxy in front does that. Change: the backend.
+# ssepush behind Varnish. Varnish has no TLS, so put hitch or another proxy in front. Change: the backend.
 # Tell ssepush the public name: --allow-host events.example.org
 vcl 4.1;
 
@@ -19,13 +19,13 @@ sub vcl_recv {
 }
 
 sub vcl_backend_response {
-    # Never do_gzip for a stream: it holds everything back.
+    # Never use do_gzip for a stream: it would hold everything back.
     set beresp.do_stream = true;
 }
 
 sub vcl_backend_error {
-    # While ssepush is away, an error status would end a browser's EventSource for good. So it gets a stream that says
-    # "come back in 2 s", and ends. Pages of any origin may read that: it holds no secret.
+    # While ssepush is away, an error status would end a browser's EventSource for good. So the answer is a stream that
+    # says "come back in 2 s" and ends. It contains no secret, so pages of any origin may read it.
     if (bereq.url ~ "^/stream(\?|$)") {
         set beresp.status = 200;
         set beresp.http.Content-Type = "text/event-stream";

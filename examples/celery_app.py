@@ -1,4 +1,4 @@
-"""Tell the page when a Celery task has ended, and how far it is until then.
+"""Show the progress of a Celery task on a page, and its result.
 
     .venv/bin/pip install flask 'celery[redis]'
     .venv/bin/python ssepush.py &
@@ -6,10 +6,10 @@
     ../.venv/bin/celery -A celery_app:celery worker &
     ../.venv/bin/python celery_app.py
 
-Open http://127.0.0.1:8002/, and ask for a report. If you reload the page, it still hears how the report ends.
+Open http://127.0.0.1:8002/, and ask for a report. If you reload the page, it still shows how the report ends.
 
 Each task has a channel of its own, named after its id, which nobody can guess. The page reads that channel from its
-earliest event. So it does not matter whether the task or the page was faster.
+earliest event, so it does not matter whether the task or the page is faster.
 """
 
 # mypy: disable-error-code=untyped-decorator
@@ -42,8 +42,8 @@ def make_report(self: Any, rows: int) -> str:
 
 @signals.task_postrun.connect
 def tell_the_page(task_id: str, state: str, retval: Any, **kwargs: Any) -> None:
-    """Each task that has ended says so, with what it returned, or why it failed. With the key, it says so once."""
-    if state in states.READY_STATES:  # and not when it will be tried again
+    """Publish that a task has ended, with its result or the reason why it failed. The key makes this happen once."""
+    if state in states.READY_STATES:  # not if it will be retried
         result = retval if state == states.SUCCESS else str(retval)
         ssepush.publish({"state": state, "result": result}, type="ended", channel=f"answer-{task_id}", key=task_id)
 
@@ -78,7 +78,7 @@ PAGE = """<!doctype html>
       const { state, result } = JSON.parse(event.data);
       say(`${state}: ${result}`);
     });
-    source.onerror = () => { // mostly the browser comes back by itself
+    source.onerror = () => { // usually the browser reconnects by itself
       if (source.readyState === EventSource.CLOSED) setTimeout(listen, 1000 + 4000 * Math.random(), task);
     };
   };
@@ -87,7 +87,7 @@ PAGE = """<!doctype html>
     say("waiting for a worker …");
     const answer = await fetch(`/reports/${event.target.value}`, { method: "POST" });
     const { task } = await answer.json();
-    location.hash = task; // the page finds it there when it is reloaded
+    location.hash = task; // for when the page is reloaded
     listen(task);
   };
   document.querySelectorAll("button").forEach((button) => button.addEventListener("click", begin));

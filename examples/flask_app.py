@@ -1,4 +1,4 @@
-"""Private events for those who have logged in: Flask says who may listen, ssepush pushes.
+"""Private events for logged-in users: Flask decides who may listen, ssepush pushes.
 
     .venv/bin/pip install flask
     export SSEPUSH_SECRET=$(openssl rand -hex 32)
@@ -7,10 +7,10 @@
 
 Open http://127.0.0.1:8000/ in two browsers, log in as two people, and write to one another.
 
-Whoever has logged in gets a token for their own channel, in a cookie that no script can read. Each answer of the
-application renews it. A stream ends when the token that it was opened with expires, and the page opens the next one
-with the new token, from where the last one ended: nothing is lost, and nothing comes twice. Whoever has logged out gets
-no new token, so what they may still hear ends after TOKEN_TTL_S at the latest.
+Each logged-in user gets a token for their own channel, in a cookie that no script can read. Each response of the
+application renews it. When the token of a stream expires, the stream ends. The page then opens a new stream with the
+new token, from where the old one ended: nothing is lost, and nothing comes twice. After logging out, a user gets no new
+token, so their stream ends after TOKEN_TTL_S at the latest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOKEN_TTL_S = int(os.environ.get("TOKEN_TTL_S", "300"))
 STREAM_URL = os.environ.get("STREAM_URL", "http://127.0.0.1:5000/stream")
 
 app = Flask(__name__)
-app.secret_key = os.environ.get("FLASK_SECRET_KEY") or secrets.token_hex(32)  # signs the session: who has logged in
+app.secret_key = os.environ.get("FLASK_SECRET_KEY") or secrets.token_hex(32)  # signs the session cookie
 app.config.update(SESSION_COOKIE_SAMESITE="Lax")
 
 
@@ -48,7 +48,7 @@ def page() -> str:
 
 @app.post("/login")
 def login() -> werkzeug.Response:
-    session["user"] = request.form["user"]  # yours asks for a password, too
+    session["user"] = request.form["user"]  # your own would also ask for a password
     return redirect("/")
 
 
@@ -69,7 +69,7 @@ def write() -> tuple[str, int]:
 
 @app.post("/renew")
 def renew() -> tuple[str, int]:
-    """For a page whose token has expired; the new one is in the cookie that comes along, as with any answer."""
+    """For a page whose token has expired. The new one is in the response's cookie, as in any response."""
     if "user" not in session:
         return "log in again", 401
     return "", 204
@@ -77,17 +77,17 @@ def renew() -> tuple[str, int]:
 
 @app.after_request
 def renew_token(answer: Response) -> Response:
-    """With each answer a new token, or none any more."""
+    """Set a new token with each response, or delete it after logout."""
     if "user" not in session:
         answer.delete_cookie("ssepush-token")
         return answer
     token = ssepush.sign(channel_of(session["user"]), ttl=TOKEN_TTL_S)
-    # HttpOnly: a script that was smuggled into the page cannot send the token elsewhere. Lax: it goes along with no
-    # request that another site makes. Cookies know no ports, so ssepush gets it, too.
+    # HttpOnly: a script injected into the page cannot steal the token. Lax: requests from other sites do not carry it.
+    # Cookies do not depend on the port, so ssepush gets it, too.
     answer.set_cookie(
         "ssepush-token",
         token,
-        max_age=86400,  # longer than the token is good for: an expired one is answered with `token-expired`
+        max_age=86400,  # longer than the token's life: ssepush answers an expired one with `token-expired`
         httponly=True,
         samesite="Lax",
         secure=request.is_secure,
@@ -119,7 +119,7 @@ PAGE = """<!doctype html>
       source.close();
       setTimeout(listen, pauseMs, lastEventId, heartbeatS);
     };
-    let watch = setTimeout(again, 2500 * heartbeatS, 0); // silent for two and a half heartbeats, it is dead
+    let watch = setTimeout(again, 2500 * heartbeatS, 0); // silent for two and a half heartbeats: it is dead
     const on = (type, act) => source.addEventListener(type, (event) => {
       lastEventId = event.lastEventId || lastEventId;
       act(event);
@@ -136,17 +136,17 @@ PAGE = """<!doctype html>
       document.getElementById("notes").append(line);
     });
 
-    // The last event of a stream whose token has expired. Its id is where the next stream has to go on.
+    // The last event of a stream whose token has expired. The next stream has to continue from its id.
     on("token-expired", async () => {
       const answer = await fetch("/renew", { method: "POST" }); // if it fails, the event comes again
-      if (!answer.ok) return location.assign("/"); // logged out: the page asks who is there
-      if (source.readyState !== EventSource.CLOSED) again(0); // or it was renewed already
+      if (!answer.ok) return location.assign("/"); // logged out: show the login page
+      if (source.readyState !== EventSource.CLOSED) again(0); // otherwise it was renewed already
     });
 
-    // Something may be missing that cannot be had again: load anew what the page shows.
+    // Something may be missing that ssepush cannot replay: reload the page's state.
     on("stream-reset", () => location.reload());
 
-    // Mostly the browser comes back by itself. Not after a proxy's 502, nor Firefox to another origin that is away.
+    // Usually the browser reconnects by itself, but not after a proxy's 502, and Firefox not if another origin is down.
     source.onerror = () => {
       if (source.readyState === EventSource.CLOSED) again(1000 + 4000 * Math.random());
     };

@@ -1,18 +1,18 @@
-"""A long answer, word by word as it is made, on every device that has it open. Reload it, or stop it.
+"""A long answer, streamed word by word to every device that has it open. Reload it, or stop it.
 
     .venv/bin/pip install flask
     SSEPUSH_HISTORY=5000 .venv/bin/python ssepush.py &
     SSEPUSH_HISTORY=5000 .venv/bin/python examples/llm_stream.py
 
-Open http://127.0.0.1:8001/, ask, and reload the page in the middle. Open its address in another browser, too, and stop
-the answer there: it stops in both.
+Open http://127.0.0.1:8001/, ask, and reload the page before the answer is complete. Then open its URL in a second
+browser, and stop the answer there: it stops in both.
 
 Each answer has a channel of its own, and a page reads it from the earliest word that is kept. So the history has to
-hold a whole answer: 5,000 words here, instead of the usual 1,000 events. It is kept for a day. What has to last longer
-belongs in a database.
+hold a whole answer: 5,000 words here, instead of the usual 1,000 events. It is kept for a day. If you need an answer
+for longer, put it into a database.
 
-The worker does not know who reads its answer: it goes on when all pages are closed, and is made once for all. To stop
-it, a page asks the application. The stream itself goes only one way.
+The worker does not know who reads its answer. It makes the answer once for all pages, and continues even when all are
+closed. To stop it, a page sends a request to the application, since the stream goes only one way.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ WORDS_PER_S = float(os.environ.get("WORDS_PER_S", "20"))
 ATTEMPTS = 10
 
 app = Flask(__name__)
-stops: dict[str, threading.Event] = {}  # of answers that are being made; workers elsewhere would ask Redis instead
+stops: dict[str, threading.Event] = {}  # for answers in progress; a worker in another process would ask Redis instead
 
 
 def words_of_answer(question: str) -> Iterator[str]:
-    """What a language model would say, at its pace: put yours here."""
+    """Stands in for a language model: put yours here."""
     for number in range(1, 301):
         time.sleep(1 / WORDS_PER_S)
         end = ".\n\n" if number % 25 == 0 else " "
@@ -45,7 +45,7 @@ def words_of_answer(question: str) -> Iterator[str]:
 
 
 def publish(channel: str, key: str, data: str, type: str) -> None:
-    """Publish exactly once: with the same key, trying again cannot double a word whose answer was lost."""
+    """Publish exactly once: with the same key, a retry cannot duplicate a word, even if Redis's answer was lost."""
     for attempt in range(ATTEMPTS):
         try:
             ssepush.publish(data, type, channel, key=key)
@@ -56,7 +56,7 @@ def publish(channel: str, key: str, data: str, type: str) -> None:
 
 
 def answer(name: str, question: str) -> None:
-    """The worker. It could as well be another program on another machine: a Celery task, say."""
+    """The worker. It could also be another program on another machine, such as a Celery task."""
     channel = f"answer-{name}"
     end = "complete"
     for number, words in enumerate(words_of_answer(question)):
@@ -75,7 +75,7 @@ def ask() -> str:
 
 @app.post("/answers")
 def start() -> werkzeug.Response:
-    name = secrets.token_urlsafe(16)  # who knows it may read the answer
+    name = secrets.token_urlsafe(16)  # anyone who knows it can read the answer
     question = request.form["question"]
     stops[name] = threading.Event()
     worker = threading.Thread(target=answer, args=(name, question), daemon=True)
@@ -85,7 +85,7 @@ def start() -> werkzeug.Response:
 
 @app.post("/answers/<name>/stop")
 def stop(name: str) -> tuple[str, int]:
-    if name in stops:  # else it has ended already
+    if name in stops:  # otherwise it has ended already
         stops[name].set()
     return "", 204
 
@@ -113,7 +113,7 @@ PAGE = """<!doctype html>
   const button = document.getElementById("stop");
   button.addEventListener("click", () => fetch(`${location.pathname}/stop`, { method: "POST" }));
 
-  // At first from the earliest word that is kept; after an interruption from the last one that came.
+  // At first from the earliest word that is kept; after an interruption, from the last word received.
   const listen = (lastEventId, heartbeatS = 15) => {
     const query = new URLSearchParams({ channel: {{ channel | tojson }}, lastEventId });
     const source = new EventSource(`{{ stream_url }}?${query}`);
@@ -122,14 +122,14 @@ PAGE = """<!doctype html>
       source.close();
       setTimeout(listen, pauseMs, lastEventId, heartbeatS);
     };
-    let watch = setTimeout(again, 2500 * heartbeatS, 0); // silent for two and a half heartbeats, it is dead
+    let watch = setTimeout(again, 2500 * heartbeatS, 0); // silent for two and a half heartbeats: it is dead
     const on = (type, act) => source.addEventListener(type, (event) => {
       clearTimeout(watch);
       act(event);
       if (source.readyState !== EventSource.CLOSED) watch = setTimeout(again, 2500 * heartbeatS, 0);
     });
 
-    on("stream-position", (event) => { // at the start, and when there was nothing else to hear for a while
+    on("stream-position", (event) => { // at the start, and at each heartbeat
       if (event.data) heartbeatS = JSON.parse(event.data).heartbeat;
     });
     on("words", (event) => {
@@ -141,9 +141,9 @@ PAGE = """<!doctype html>
       button.remove();
       document.getElementById("state").textContent = event.data; // complete, or stopped
     });
-    on("stream-reset", () => location.reload()); // words are missing: read it again from the start
+    on("stream-reset", () => location.reload()); // words are missing: read the answer again from the start
 
-    // Mostly the browser comes back by itself. Not after a proxy's 502, nor Firefox to another origin that is away.
+    // Usually the browser reconnects by itself, but not after a proxy's 502, and Firefox not if another origin is down.
     source.onerror = () => {
       if (source.readyState === EventSource.CLOSED) again(1000 + 4000 * Math.random());
     };

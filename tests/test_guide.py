@@ -466,7 +466,7 @@ def test_an_answer_that_one_device_stops_is_stopped_on_all(
 
 
 def test_the_guide_says_of_each_example_what_it_shows() -> None:
-    table = GUIDE[GUIDE.index("# Is there a whole program to start from?") :]
+    table = GUIDE[GUIDE.index("# Is there a complete program to start from?") :]
 
     names = re.findall(r"^\| \[`(.*)`\]\(\.\./examples/\1\) \|", table, re.MULTILINE)
 

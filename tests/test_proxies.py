@@ -466,7 +466,7 @@ def shape(report: str) -> list[str]:
     return [re.sub("[0-9.]+ (days|s)", r"N \1", line) for line in report.splitlines()]
 
 
-def test_each_fault_is_named_with_its_mend_and_no_other(reports: Mapping[str, tuple[int, str]]) -> None:
+def test_each_fault_is_named_with_its_fix_and_no_other(reports: Mapping[str, tuple[int, str]]) -> None:
     mistaken = []
 
     for name, (status, said) in reports.items():
@@ -474,9 +474,7 @@ def test_each_fault_is_named_with_its_mend_and_no_other(reports: Mapping[str, tu
         faults = [line for line in said.splitlines() if line.startswith("WRONG")]
         says = case.says.split("|") if case.says else []
         is_right = status == bool(says) and len(faults) == len(says)
-        is_right = is_right and all(
-            part in line and ". Mend: " in line for part, line in zip(says, faults, strict=True)
-        )
+        is_right = is_right and all(part in line and ". Fix: " in line for part, line in zip(says, faults, strict=True))
         if not says:
             is_right = is_right and "a silent stream stays open" in said
             is_right = is_right and ("an event takes" in said) == (case.server == "token")

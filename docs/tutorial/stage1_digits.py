@@ -1,4 +1,4 @@
-"""Stage 1: the digits 1 to 6, round and round, two each second.
+"""Stage 1: the digits 1 to 6, over and over, two each second.
 
     python3 docs/tutorial/stage1_digits.py [PORT]
 
@@ -28,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(PAGE.read_bytes())
 
     def start(self, content_type, status=200):
-        """Send the head of the answer. It names no length: the body lasts as long as the connection."""
+        """Send the head of the answer. It gives no length: the body lasts as long as the connection."""
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Connection", "close")
@@ -45,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    request_queue_size = 128  # how many browsers may knock at once; if left alone, 5
+    request_queue_size = 128  # how many connections may wait to be accepted; the default is 5
 
 
 def serve(handler, port):

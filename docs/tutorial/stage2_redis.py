@@ -23,7 +23,7 @@ class Event(NamedTuple):
 
     data: str
     type: str | None = None
-    id: str | None = None  # nobody sends any before stage 6
+    id: str | None = None  # not used before stage 6
 
 
 def event_of(message):
@@ -71,7 +71,7 @@ class Handler(stage1_digits.Handler):
         return json.dumps(members)
 
     def publish(self, message):
-        """Redis answers how many subscribers it gave the message to."""
+        """Redis answers with the number of subscribers that it gave the message to."""
         return REDIS.publish("sse", message)
 
 

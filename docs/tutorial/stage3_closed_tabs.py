@@ -18,15 +18,15 @@ from stage2_redis import REDIS, Event, event_of, frame_of
 
 HEARTBEAT_S = float(os.environ.get("HEARTBEAT_S", "15"))
 HEARTBEAT = frame_of(Event(json.dumps({"heartbeat": HEARTBEAT_S}), "stream-position"))
-LOOK_S = 0.5  # how long a stream waits for Redis before it looks after its browser
+LOOK_S = 0.5  # how long a stream waits for Redis before it checks on its browser
 
 
 def has_left(browser):
-    """Whether the browser has closed its connection: then there is something to read, and it is nothing."""
+    """Whether the browser has closed its connection: then reading gives b"", the end of file."""
     try:
         received = browser.recv(4096, socket.MSG_DONTWAIT)
         return received == b""
-    except BlockingIOError:  # nothing to read: it is there, and listens
+    except BlockingIOError:  # nothing to read: the browser is there, and listens
         return False
     except OSError:  # the connection is broken
         return True
@@ -46,7 +46,7 @@ class Handler(stage2_redis.Handler):
         """Wait for a message, but never for long: has the browser left? Is a heartbeat due?"""
         self.start("text/event-stream")
         beat_at = 0.0  # the first at once
-        with REDIS.pubsub(ignore_subscribe_messages=True) as pubsub:  # closed at the end, however that comes
+        with REDIS.pubsub(ignore_subscribe_messages=True) as pubsub:  # closed at the end, whatever happens
             pubsub.subscribe("sse")
             while not has_left(self.connection):
                 message = pubsub.get_message(timeout=LOOK_S)

@@ -21,11 +21,11 @@ HOSTS = ["127.0.0.1", "localhost"]  # what browsers call this server
 
 
 class HTTPError(Exception):
-    """The request is refused, with this status, because of this."""
+    """A request is refused, with this status, for this reason."""
 
 
 def event_of(message):
-    """As in stage 2. ValueError, RecursionError: this cannot become an event."""
+    """As in stage 2. ValueError, RecursionError: the message cannot become an event."""
     members = json.loads(message)
     if not isinstance(members, dict) or "data" not in members:
         raise ValueError('it must be a JSON object with a member "data"')
@@ -46,12 +46,12 @@ def frame_unless_bad(message):
 
 
 def first_words():
-    """What each stream begins with: how long to wait after its end, in ms. Different for each browser."""
+    """The start of each stream: how many ms to wait before reconnecting. Different for each browser."""
     return f"retry: {randint(2000, 4000)}\n\n".encode()
 
 
 class Handler(stage3_closed_tabs.Handler):
-    """As in stage 3, but each request is looked at first."""
+    """As in stage 3, but each request is checked first."""
 
     timeout = REQUEST_S
 
@@ -71,13 +71,13 @@ class Handler(stage3_closed_tabs.Handler):
             self.wfile.write(f"{why}\n".encode())
 
     def check_host(self):
-        """A foreign domain can be made to point here. Then only this field tells."""
+        """A foreign domain can be made to point here. Only this field reveals that."""
         name = self.headers.get("Host", "").split(":")[0]
         if name not in HOSTS:
             raise HTTPError(403, f"this server is not called {name}")
 
     def check_publisher(self):
-        """Browsers say which page's script sends a request, and ask first if it is to look like this one."""
+        """Browsers say which origin a request comes from, and ask first before they send JSON to another origin."""
         own = f"http://{self.headers['Host']}"
         origin = self.headers.get("Origin", own)
         if origin != own:
@@ -91,7 +91,7 @@ class Handler(stage3_closed_tabs.Handler):
             raise HTTPError(413, "Content-Length must be a number up to 99999")
         try:
             message = super().read_message()
-            frame_of(event_of(message))  # a ValueError, too, if there is half a character in it
+            frame_of(event_of(message))  # also a ValueError if it contains a lone surrogate
         except TimeoutError:
             raise HTTPError(408, f"nothing came for {REQUEST_S} s") from None
         except (ValueError, RecursionError) as error:

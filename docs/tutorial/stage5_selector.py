@@ -34,7 +34,7 @@ class Inbox:
     rest = b""  # the beginning of a reply
 
     def feed(self, received):
-        """The replies that are whole now, each with its kind: b"message", b"subscribe", or None for an answer."""
+        """The replies that are now complete, each with its kind: b"message", b"subscribe", or None for an answer."""
         self.rest += received
         replies = []
         while head := REPLY.match(self.rest):
@@ -79,17 +79,17 @@ class Relay:
     def __init__(self):
         self.streams = set()
         self.calls = SimpleQueue()
-        self.waker, woken = socketpair()  # a byte into the one wakes whoever waits for the other
+        self.waker, woken = socketpair()  # a byte written to the one wakes a thread that waits for the other
         self.selector = DefaultSelector()
         self.selector.register(woken, EVENT_READ, (woken.recv, 4096))
 
     def call(self, function, *arguments):
-        """Have the relay's thread call this. Any thread."""
+        """Let the relay's thread call this. Any thread."""
         self.calls.put((function, *arguments))
         self.waker.send(b"\0")
 
     def run(self):
-        """1. Sleep until something happens. 2. Do what is to be done then. 3. Now and then, heartbeats."""
+        """1. Sleep until something happens. 2. Handle it. 3. At intervals, send heartbeats."""
         beat_at = monotonic() + HEARTBEAT_S
         while True:
             for key, _ in self.selector.select(beat_at - monotonic()):
@@ -115,7 +115,7 @@ class Relay:
             self.end(stream)
 
     def on_redis(self, stream):
-        """If Redis is lost, the page comes back by itself."""
+        """If Redis is lost, the page reconnects by itself."""
         subscriber = stream.subscriber
         try:
             received = subscriber.sock.recv(65536)
@@ -129,10 +129,10 @@ class Relay:
             self.send(stream, frame_unless_bad(text))
 
     def send(self, stream, frame):
-        """Send without waiting. A browser that reads too slowly is cut; it comes back by itself."""
+        """Send without waiting. A browser that reads too slowly is cut; it reconnects by itself."""
         try:
             sent = stream.sock.send(frame)
-        except OSError:  # it has left, or the kernel has no more room for what it does not read
+        except OSError:  # it has left, or it reads too slowly and the kernel's buffer is full
             sent = 0
         if sent < len(frame):
             self.end(stream)
@@ -154,7 +154,7 @@ class Handler(stage4_strangers.Handler):
         self.hand_over(Stream, subscriber)
 
     def hand_over(self, stream_class, *arguments):
-        """Hand the socket over, and end. The server would close it now: so it is taken out of the server's hands."""
+        """Hand the socket over, and end. The server would close it now, so detach it first."""
         sock = socket(fileno=self.connection.detach())
         stream = stream_class(sock, *arguments)
         self.relay.call(self.relay.open, stream)

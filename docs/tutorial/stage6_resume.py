@@ -1,4 +1,4 @@
-"""Stage 6: a page that was away gets what it missed when it comes back.
+"""Stage 6: a page that was away gets what it missed when it reconnects.
 
     python3 docs/tutorial/stage6_resume.py [PORT]
 
@@ -20,15 +20,15 @@ from stage3_closed_tabs import HEARTBEAT_S
 from stage5_selector import Subscriber, start
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0"))
-WAITING, LIVE = "waiting", "live"  # states of a stream: it has asked what it missed; it has been sent that
+WAITING, LIVE = "waiting", "live"  # states of a stream: it has asked what it missed; it has been sent the answer
 
 COUNTER_KEY = "tutorial:counter"  # the newest id of all channels
-NEWEST_KEY = "tutorial:newest"  # hash: channel → the newest id of this one
+NEWEST_KEY = "tutorial:newest"  # hash: channel → its newest id
 HISTORY_KEY = "tutorial:history:"  # + channel: a Redis Stream of {previous: the id before it, frame: without its id}
 EVENT_ID = re.compile("[0-9]{16}")
 
 # An id is one number of 16 digits, for all channels: the clock's microseconds, or one more than the newest id.
-# Redis runs a script in one go: nobody sees an event that is kept and not yet published, or the other way round.
+# Redis runs a script atomically: nobody sees an event that is kept but not published, or the other way round.
 PUBLISH_LUA = """
 local channel, message, frame = unpack(ARGV)
 local time = redis.call('TIME')
@@ -59,10 +59,10 @@ return cjson.encode({newest = newest, newest_of_each = newest_of_each, entries =
 
 
 class Since(NamedTuple):
-    """From where a stream wants what was published before anything live."""
+    """What a stream wants from the history, before anything live."""
 
     after: str = "$"  # an id; "$": nothing; "0": all that is kept; "": an id that is not ours
-    last: int = 100  # at most so many events of each channel, the newest
+    last: int = 100  # at most this many events of each channel, the newest
 
 
 def question(channels, since):
@@ -80,7 +80,7 @@ class History(NamedTuple):
 
 
 def replay(after, history):
-    """What came after an id, [(id, frame)], and why some may be missing, "" if nothing is. It walks back in time."""
+    """The events after an id, [(id, frame)], and why some may be missing ("" if none are). It walks back in time."""
     if not after or after > history.newest:
         return [], "unknown-id"
     found, reason = [], ""
@@ -89,13 +89,13 @@ def replay(after, history):
             previous, frame = history.entries[event_id]
             found.append((event_id, frame))
             event_id = previous
-        if event_id > after:  # it is not kept any more
+        if event_id > after:  # it is no longer kept
             reason = "trimmed"
     return sorted(found), reason
 
 
 def notice(type, position, **data):
-    """An event of our own. Its id is the position that the page comes back with."""
+    """An event of our own. Its id is the position from which the page resumes."""
     return frame_of(Event(json.dumps(data), type, position))
 
 
@@ -142,7 +142,7 @@ class Handler(stage5_selector.Handler):
         subscriber.send(*question)
 
     def since(self, query):
-        """A browser that comes back sends the last id that it saw; our page puts it in the URL when it opens anew."""
+        """A browser that reconnects sends its last event ID; our page puts it in the URL when it opens a new stream."""
         event_id = self.headers.get("Last-Event-ID") or query.get("lastEventId", [""])[-1]
         if event_id:
             return Since(event_id if EVENT_ID.fullmatch(event_id) else "")

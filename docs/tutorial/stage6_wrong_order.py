@@ -1,4 +1,4 @@
-"""Stage 6 with two of its steps in the wrong order, to see what that loses.
+"""Stage 6 with two of its steps in the wrong order, to show what that loses.
 
     python3 docs/tutorial/stage6_wrong_order.py [PORT]
 

@@ -5,7 +5,7 @@ import httpx_sse
 
 show = print
 URL = "http://127.0.0.1:5000/stream?channel=sse"
-SILENCE = httpx.Timeout(5, read=45)  # three heartbeats; without it a stream ends after 5 s of silence
+SILENCE = httpx.Timeout(5, read=45)  # three heartbeats; without this, a stream ends after 5 s of silence
 
 position = ""
 while True:
