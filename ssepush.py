@@ -84,7 +84,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
-if sys.version_info < (3, 11):  # noqa: UP036  # pip would say so; someone who runs the file itself has not asked pip
+if sys.version_info < (3, 11):  # noqa: UP036  # pip checks this, but not for a file that is run directly
     print("ssepush: Python 3.11 or newer is needed; this is", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
@@ -150,7 +150,7 @@ def option(default: Any, help: str, *limits: float, **how: Any) -> Any:
 
 
 def repeatable(help: str) -> Any:
-    """The same for an option that you can give several times."""
+    """The same, for an option that you can repeat."""
     return field(default_factory=list, metadata={"help": help, "action": "append"})
 
 
@@ -163,7 +163,7 @@ class Settings:
     redis_url: str = option(
         "", "redis://, rediss://, unix://, redis+sentinel:// … (REDIS_URL; else local, or embedded)"
     )
-    prefix: str = option("", "put before every channel on Redis; pages leave it out (SSEPUSH_PREFIX)", type=str)
+    prefix: str = option("", "added to every channel name on Redis; pages leave it out (SSEPUSH_PREFIX)", type=str)
     history: int = option(1000, "events kept per channel; 0: none (1000)", 0, 100_000)
     history_ttl: int = option(86400, "seconds to keep them (86400)", 1, YEAR_S)
     shared: bool = option(False, "one Redis subscriber for all streams, not one for each", action="store_true")
@@ -174,9 +174,9 @@ class Settings:
     max_event: int = option(MAX_EVENT_BYTES, "size of the largest event in bytes (1 MiB)", 16, 2**28)
     allow_origin: list[str] = repeatable("an origin whose pages may read and publish; repeatable")
     allow_host: list[str] = repeatable("a name that the Host header may have; repeatable")
-    admin: str = option("", "HOST:PORT that alone serves /metrics and /healthz", type=admin_address)
+    admin: str = option("", "HOST:PORT for /metrics and /healthz, which are then served only there", type=admin_address)
     reuse_port: bool = option(False, "let several processes listen on the port", action="store_true")
-    drain: float = option(5.0, "seconds in which all streams are closed at shutdown (5)", 0.0, 3600)
+    drain: float = option(5.0, "seconds over which streams are closed at shutdown (5)", 0.0, 3600)
     log_level: str = option("info", "(info)", choices=("debug", "info", "warning", "error"))
 
 
@@ -247,7 +247,7 @@ def frame_of(event: Event) -> bytes:
     return "\n".join([*lines, "\n"]).encode()
 
 
-@functools.lru_cache(maxsize=64)  # all pages of a crowd that comes back are told the same
+@functools.lru_cache(maxsize=64)  # pages that reconnect together get the same notice
 def notice(type: str, position: str, **members: object) -> bytes:
     """An event of ours: `stream-position`, `stream-reset` with a reason, or `token-expired`. Pages may ignore it.
 
@@ -480,7 +480,7 @@ class Batch:
 class Since(NamedTuple):
     """What a stream wants from the history, before anything live."""
 
-    after: str = "$"  # events after this id; "$": none, "0": all (as in Redis Streams); "": after an id that is unknown
+    after: str = "$"  # events after this id; "$": none, "0": all (as in Redis Streams); "": the page's id is unknown
     last: int = 0  # if not 0: at most this many of each channel, the newest
 
     def reads_history(self) -> bool:
@@ -505,7 +505,7 @@ def history_in(answer: bytes) -> History:
 
     The answer is [[born, newest, newest of each channel], [[id, ["previous", id, "frame", frame]], …] for each channel,
     boundary]. No real RESP parser is needed: split it into lines and drop those that announce an array (*) or a length
-    ($). What is left are the values: none of them contains a line end or begins with *, $ or -.
+    ($). The rest are the values: none of them contains a line end or begins with *, $ or -.
     """
     parts = answer.split(b"\r\n")
     values = [part for part in parts if part[:1] not in (b"*", b"$")]
@@ -578,7 +578,7 @@ def refusal(error: str, channel: str = "") -> str:
         return "Redis refused the login: put user and password into the Redis URL: redis://USER:PASSWORD@HOST:PORT/0"
     told = "Redis refused: " + re.sub(" executing the script| script: .*", "", error)
     if re.search("[Pp]ermission|user executing the script can't", error):
-        told += f": no permission: deploy/redis.acl lists what its user needs, besides the channel {channel}"
+        told += f": no permission: deploy/redis.acl lists what the user needs, besides the channel {channel}"
     return told
 
 
@@ -755,7 +755,7 @@ class Redis:
         return published
 
     def newest(self, channels: Sequence[bytes]) -> tuple[str, dict[bytes, str]]:
-        """The newest id of all channels, and of each of these. For one that is not known: an id that is no older."""
+        """The newest id of all channels, and of each of these. Of an unlisted one: an id no older than its own."""
         script = self._script(NEWEST_LUA, [], *channels)
         _, newest, newest_of_each = self.connections.call(*script)
         position = newest.decode()
@@ -865,7 +865,7 @@ class Subscriber:
     inbox: Inbox = field(default_factory=Inbox)
     unsent: bytes = HELLO  # commands that the kernel has yet to take
     heard_at: float = field(default_factory=monotonic)
-    pinged_at: float = math.inf  # and no answer since; inf: none is due
+    pinged_at: float = math.inf  # when the PING was sent that is still unanswered; inf: there is none
     is_lost: bool = False  # closed; other threads read this, too
 
     def add(self, stream: Stream) -> None:
@@ -1017,7 +1017,7 @@ class Loop:
         self._selector.modify(sock, event, call)
 
     def unwatch(self, sock: socket.socket) -> None:
-        """Forget the socket, which is about to be closed."""
+        """Stop watching a socket that is about to be closed."""
         with suppress(KeyError):  # the selector had no room for it
             self._selector.unregister(sock)
 
@@ -1098,7 +1098,7 @@ class Relay:
             pass  # there is nothing to read, or no room to write
         except Exception as error:  # the outermost of the thread, which must go on whatever fails
             if not isinstance(error, OSError):
-                log.exception("the relay goes on after an unexpected error")
+                log.exception("unexpected error in the relay, which continues")
             for concerned in arguments:
                 if isinstance(concerned, Stream):
                     self.end(concerned, "gone")
@@ -1257,7 +1257,7 @@ class Relay:
             self.end(largest, "slow")
 
     def _keep(self, piece: memoryview, change: int) -> None:
-        """One stream more, or less, keeps this in memory. An event counts once, however many streams wait for it."""
+        """A stream starts (1) or stops (-1) keeping this in memory. An event counts once for all streams."""
         whole: Any = piece.obj
         before = self._keepers[id(whole)]
         self._keepers[id(whole)] = before + change
@@ -1307,14 +1307,14 @@ class Relay:
                 self.end(stream, "slow")
             elif stream.state is LIVE and stream.heartbeat_at + heartbeat_s <= now:
                 stream.heartbeat_at = now
-                self.call(self._send_heartbeat, stream)  # queued, to let events go in between
+                self.call(self._send_heartbeat, stream)  # queued, so that events can be sent in between
         for subscriber in tuple(self.subscribers):
             if subscriber.pinged_at + 2 * heartbeat_s < now:
-                self.lose(subscriber, "it did not answer")
+                self.lose(subscriber, "Redis did not answer")
             elif subscriber.heard_at + heartbeat_s < now < subscriber.pinged_at:
                 subscriber.ping()
         for subscriber in self._questions.late(now):
-            self.lose(subscriber, "it did not answer")
+            self.lose(subscriber, "Redis did not answer")
             for stream in self._questions.in_line():  # they would wait in vain
                 self.end(stream, "redis-away")
 
@@ -1444,7 +1444,7 @@ class Relay:
                 self._miss(subscriber.streams.get(channel, ()), newest[channel])
 
     def keep_to(self, master: Address) -> None:
-        """Close subscribers of any other node: it is no longer the master."""
+        """Close the subscribers of all other nodes, which are no longer the master."""
         for subscriber in tuple(self.subscribers):
             if subscriber.master != master:
                 self.lose(subscriber, "Redis has failed over")
@@ -1477,7 +1477,7 @@ def check_name(what: str, name: object) -> str:
 
 
 def jsonable(value: object) -> object:
-    """What stands in for a value that JSON cannot represent. Raises TypeError if there is nothing."""
+    """A substitute for a value that JSON cannot represent. Raises TypeError if there is none."""
     if isinstance(value, date | time):  # datetime is a subclass of date
         return value.isoformat()
     if isinstance(value, Decimal | UUID):
@@ -1602,7 +1602,7 @@ FIND_S = 1.0  # how long the Sentinels' answer is used
 def options_of(url: str) -> tuple[str, dict[str, Any], Masters | None]:
     """The URL without its login, redis-py's options for it, and the Masters to ask if Redis may fail over.
 
-    Raises ValueError for a malformed URL. It repeats no part of it, since any part may belong to an unescaped password.
+    Raises ValueError for a malformed URL. The error repeats no part of it: any may belong to an unescaped password.
     """
     found = REDIS_URL.fullmatch(url)
     if not found:
@@ -1675,7 +1675,7 @@ class Masters:
         return self._known
 
     def _ask(self) -> Address | None:
-        """The node named by most of those that answer. A node that names none is asked last from now on."""
+        """The node that most answers name. From now on, a node that names none is asked last."""
         named: Counter[Address] = Counter()
         for node in tuple(self._nodes):
             master = self._named_by(node)
@@ -1688,7 +1688,7 @@ class Masters:
         return max(named, key=named.__getitem__, default=None)
 
     def _named_by(self, node: Any) -> Address | None:
-        """The node that this one takes for the master, if it answers and knows one."""
+        """The node that this node considers the master, if it answers and knows one."""
         found = None
         with suppress(RedisAway):
             if self._name:
@@ -1713,7 +1713,7 @@ class Connections:
         self._prefix = CLUSTER_PREFIX if "+cluster:" in self.address else "ssepush2:"
         self._pool = pool_of(self._options)
         self._without_socket: list[Any] = []  # connections that gave theirs to a subscriber
-        self.are_quick = True  # to make; see QUICK_S
+        self.are_quick = True  # whether connecting is quick; see QUICK_S
 
     def key(self, name: str) -> str:
         """One of our keys as Redis knows it."""
@@ -1744,7 +1744,7 @@ class Connections:
     def subscriber(self, shared: bool) -> Subscriber:
         """A new subscriber that follows nothing yet. Raises RedisAway."""
         began_at = monotonic()
-        self.are_quick = False  # until it is made: the accepting thread must not wait for another thread's
+        self.are_quick = False  # until it is made: the accepting thread must not wait for another thread's connection
         try:
             pool = self._current()
             try:
@@ -1810,7 +1810,7 @@ def publish(
 
 
 def position(redis_url: str | None = None) -> str | None:
-    """The newest id now. Render a page with it, and let it open `/stream?lastEventId=…`: it gets all that came since.
+    """The newest id now. Render a page with it. The page opens `/stream?lastEventId=…` and gets every event since then.
 
     None: no history is kept. Raises RedisAway.
     """
@@ -1889,7 +1889,7 @@ class Request:
         self.is_1_1 = minor == "1"
         self.fields = fields_of(lines)
         if self.is_chunked() and not self.is_1_1:
-            raise HTTPError(400, "Transfer-Encoding is not for HTTP/1.0")
+            raise HTTPError(400, "Transfer-Encoding is not allowed in HTTP/1.0")
         try:
             self.query = parse_qs(query, keep_blank_values=True, errors="strict", max_num_fields=100)
         except ValueError:
@@ -1959,7 +1959,7 @@ class Request:
         return origin in self.settings.allow_origin and origin not in ("*", "null")
 
     def is_foreign(self) -> bool:
-        """Whether a page of another origin asks, one not in --allow-origin. Our own pages send our origin, or none."""
+        """Whether the page has another origin, not in --allow-origin. Our own pages send our origin, or none."""
         if "origin" not in self.fields or self.is_named():
             return False
         _, _, host = self.field("origin").partition("://")
@@ -2006,7 +2006,7 @@ class Request:
         scheme, _, credentials = self.field("authorization").partition(" ")
         if scheme.lower() == "bearer":
             tokens += credentials.split()
-        if not self.is_foreign():  # browsers send the cookie whichever page asks
+        if not self.is_foreign():  # browsers send the cookie with requests from any page
             for value in COOKIE.findall(self.field("cookie")):
                 tokens += re.findall(r"[A-Za-z0-9._-]+", value.replace("%20", " "))
         return tokens
@@ -2068,10 +2068,10 @@ def part_of(text: str) -> Any:
 def claims_of(token: str, secret: str) -> tuple[list[str], float]:
     """The channels that a token opens, and when it expires (Unix time, s). Raises ValueError if it is not valid.
 
-    It may have expired: that is for the caller to judge. Source: RFC 7519.
+    The caller has to check whether it has expired. Source: RFC 7519.
     """
     if not TOKEN.fullmatch(token):
-        raise ValueError("it has not three parts")
+        raise ValueError("it does not have three parts")
     signed, _, given = token.rpartition(".")
     ours = signature(signed, secret)
     if not hmac.compare_digest(ours, given):
@@ -2107,7 +2107,7 @@ def readable_until(channels: Iterable[str], tokens: Sequence[str]) -> float:
                 until[channel] = max(expiry, until.get(channel, 0))
     for channel in private:
         if channel not in until:
-            raise HTTPError(403, f"channel {channel} needs a token that is signed for it")
+            raise HTTPError(403, f"channel {channel} needs a token that opens it")
     return min(until[channel] for channel in private)
 
 
@@ -2392,7 +2392,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return b"".join(body_part(part, self.asked.is_1_1) for part in parts)
 
     def answer_numbers(self) -> None:
-        """The digits 1 to 6, one every half second. A stream the obvious way: a thread that writes and sleeps."""
+        """The digits 1 to 6, one every half second. The obvious way to stream: a thread that writes and sleeps."""
         self.wfile.write(self._opening())
         digits = itertools.cycle("123456")
         while self.asked.method == "GET":
@@ -2530,7 +2530,7 @@ class Listener(http.server.ThreadingHTTPServer):
             self.threads.submit(self.process_request_thread, request, client_address)
 
     def wait_for(self, sock: socket.socket) -> None:
-        """Note that its next request begins: move it to the end of the line."""
+        """Note that its next request begins: move it to the end of the queue."""
         self.waiting.pop(sock, None)
         self.waiting[sock] = None
 
@@ -2542,7 +2542,7 @@ class Listener(http.server.ThreadingHTTPServer):
                 sock.shutdown(socket.SHUT_RDWR)
 
     def release(self, sock: socket.socket) -> socket.socket:
-        """The connection as a new socket, for the relay. What its thread still does to the old one has no effect."""
+        """The connection as a new socket, for the relay. After this, the old socket has no effect on it."""
         self.waiting.pop(sock, None)
         descriptor = sock.detach()
         released = socket.socket(sock.family, sock.type, sock.proto, descriptor)
@@ -2662,7 +2662,7 @@ class Server:
         self._connecting = threading.Lock()
         self._pinging = threading.Lock()
         self._pinged_at = -math.inf
-        self._answers = False  # whether Redis did, at that time
+        self._answers = False  # whether Redis answered that ping
         self._shared: Subscriber | None = None
         address = (settings.host, settings.port)
         self.listeners = [Listener(self, address, is_admin=False)]
@@ -2672,7 +2672,7 @@ class Server:
             self.listeners.append(Listener(self, address, is_admin=True))
 
     def subscriber(self) -> Subscriber:
-        """A new stream's subscriber: its own, or with --shared everybody's. Raises StreamRefused or RedisAway."""
+        """A subscriber for a new stream: its own, or the shared one (--shared). Raises StreamRefused or RedisAway."""
         if self.stopping.is_set():
             raise StreamRefused("drain")
         if len(self.relay.streams) >= self.settings.max_streams:
@@ -2844,7 +2844,7 @@ def run_command(parser: Parser, arguments: Sequence[str] | None) -> None:
         print(sign(*options.channels, ttl=options.ttl))
         return
     if re.search("@|password=", settings.redis_url):
-        warning = "everybody on this machine can read the password in --redis-url (ps): use REDIS_URL"
+        warning = "anyone on this machine can read the password in --redis-url (ps): use REDIS_URL"
         print(f"ssepush: warning: {warning}", file=sys.stderr)
     given_url = settings.redis_url or os.environ.get("REDIS_URL")
     redis = Redis(
@@ -2916,8 +2916,8 @@ def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
     """Run the server until SIGTERM or Ctrl-C. Raises ValueError if it cannot start; its one line says what to do."""
     signing_secret()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # during startup, and for a second SIGTERM
-    # Blocked before any thread starts, or the kernel might deliver it to one that cannot handle it. And before an
-    # embedded Valkey, which inherits this: Ctrl-C goes to the terminal's whole process group, but it is ours to handle.
+    # Block it before any thread starts, or the kernel might deliver it to one that cannot handle it. An embedded Valkey
+    # inherits this: Ctrl-C goes to the terminal's whole process group, but only we handle it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     logging.basicConfig(
         level=settings.log_level.upper(),
@@ -2944,7 +2944,7 @@ def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
         publisher = "redis-cli" if address == DEFAULT_REDIS_URL else f"redis-cli -u {address}"
     publisher += f" publish {shlex.quote(settings.prefix + 'sse')} hello"
     if not settings.prefix and (settings.allow_host or not LOOPBACK.fullmatch(settings.host)):
-        log.warning("pages can read every channel of this Redis, even other programs': --prefix keeps them to yours")
+        log.warning("pages can read every channel of this Redis, even those of other programs: set --prefix")
     log.info("at most %d streams (--max-streams)", settings.max_streams)
     print(f"ssepush {__version__} serves http://{host}:{port}/ from {address}{embedded}")
     print(f"publish with: {publisher}    stop with: Ctrl-C", flush=True)
@@ -2952,7 +2952,7 @@ def serve(settings: Settings, redis: Redis, may_embed: bool) -> None:
 
 
 def find_redis(redis: Redis, may_embed: bool) -> str:
-    """Ask Redis once. If nothing listens and may_embed, start Valkey; return what to say of it. Raises ValueError."""
+    """Ping Redis. If nothing listens and may_embed, start Valkey, and return a note about it. Raises ValueError."""
     try:
         redis.connections.ping()
     except RedisAway as error:
@@ -2962,8 +2962,8 @@ def find_redis(redis: Redis, may_embed: bool) -> str:
             raise ValueError(f"Redis at {address} refuses: {error}") from None
         if may_embed and isinstance(reason, ConnectionRefusedError):
             start_valkey()
-            return " (embedded: its data ends with it)"
-        log.warning("%s does not answer; browsers are told to come back until it does: %s", address, error)
+            return " (embedded: its data is lost when ssepush stops)"
+        log.warning("%s does not answer; browsers keep reconnecting until it does: %s", address, error)
     return ""
 
 

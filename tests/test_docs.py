@@ -396,7 +396,7 @@ def wait_until_open(server: kit.ServerProcess) -> None:
 
 
 def test_the_server_prints_what_is_shown(own_server: kit.ServerProcess) -> None:
-    printed = shown(" serves http").replace(" (embedded: its data ends with it)", "")
+    printed = shown(" serves http").replace(" (embedded: its data is lost when ssepush stops)", "")
 
     printed = printed.replace("http://127.0.0.1:5000", own_server.url)
     printed = printed.replace("redis://127.0.0.1:6379/0", own_server.redis.url)
