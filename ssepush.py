@@ -2875,7 +2875,7 @@ def publish_lines(options: Any, redis: Redis) -> None:
 
 
 MAX_LINES = 1000  # of the log that may wait to be written
-LOG_S = 0.05  # between two writes: each wake-up of the log's thread makes others wait
+LOG_S = 0.05  # to collect more lines before each write, since each wake-up of this thread makes others wait
 
 
 class LogWriter(logging.Handler):
@@ -2885,6 +2885,7 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.lines: deque[str] = deque()  # waiting to be written
         self.dropped = 0
+        self.has_lines = threading.Event()
         Thread(target=self._write, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -2893,11 +2894,14 @@ class LogWriter(logging.Handler):
             self.lines.append(self.format(record) + "\n")
         else:
             self.dropped += 1
+        self.has_lines.set()
 
     def _write(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # the main thread handles them
         while True:
+            self.has_lines.wait()
             sleep(LOG_S)
+            self.has_lines.clear()
             text = ""
             while self.lines:
                 text += self.lines.popleft()

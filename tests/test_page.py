@@ -384,7 +384,7 @@ def test_a_page_that_cannot_listen_says_why_and_comes_back_by_itself_after_a_pro
     page: OpenPage, start: Start
 ) -> None:
     page.open_from_disk(start("--allow-origin", "https://other.example").url)
-    page.mentions("state", "the server does not let a page from here see its answer")
+    page.mentions("state", "the server does not let pages of this origin read its answer")
     assert page.state() == "closed"
 
     for url in ("", *NO_SERVERS.split()):
