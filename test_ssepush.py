@@ -2722,14 +2722,6 @@ def test_a_redis_that_wants_another_password_is_told_in_one_line(own_redis: Redi
             assert password or re.search("--redis-url|REDIS_URL|redis://", line.split("refuses:")[-1])
 
 
-def test_streams_take_at_most_half_of_redis_clients(own_redis: RedisProcess, start: Start) -> None:
-    own_redis.client.config_set("maxclients", 60)
-
-    server = start(redis=own_redis)
-
-    wait_for(lambda: server.said("at most 30 streams"), "it says how many there may be")
-
-
 def test_a_server_waits_for_a_redis_that_is_down(start: Start, own_redis: RedisProcess, channel: str) -> None:
     own_redis.kill()
 
