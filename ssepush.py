@@ -1012,9 +1012,10 @@ class Loop:
         """Call this whenever the socket has something to read."""
         self._selector.register(sock, EVENT_READ, call)
 
-    def watch_instead(self, sock: socket.socket, event: int, *call: Any) -> None:
-        """From now on, call this instead, whenever the socket is ready for EVENT_READ or EVENT_WRITE."""
-        self._selector.modify(sock, event, call)
+    def watch_writing(self, sock: socket.socket, also: bool) -> None:
+        """Call the same when there is room to write, too; or stop doing that."""
+        events = EVENT_READ | EVENT_WRITE if also else EVENT_READ
+        self._selector.modify(sock, events, self._selector.get_key(sock).data)
 
     def unwatch(self, sock: socket.socket) -> None:
         """Stop watching a socket that is about to be closed."""
@@ -1245,7 +1246,7 @@ class Relay:
         if stream.backlog is None:
             stream.state = BEHIND
             stream.backlog = deque()
-            self._loop.watch_instead(stream.sock, EVENT_WRITE, self._send_backlog, stream)
+            self._loop.watch_writing(stream.sock, True)
         stream.backlog.append(rest)
         stream.unsent_bytes += len(rest)
         self._keep(rest, 1)
@@ -1269,8 +1270,6 @@ class Relay:
 
     def _send_backlog(self, stream: Stream) -> None:
         """Raises BlockingIOError when the kernel takes no more for now, another OSError when the browser is gone."""
-        if stream.state is ENDED:
-            return
         while backlog := stream.backlog:
             piece = backlog[0]
             sent = stream.sock.send(piece)
@@ -1283,18 +1282,21 @@ class Relay:
                 self._keep(piece, -1)
         stream.backlog = None
         stream.state = LIVE
-        self._loop.watch_instead(stream.sock, EVENT_READ, self._on_browser, stream)
+        self._loop.watch_writing(stream.sock, False)
         if stream.ends:
             self._close_stream(stream)
 
     def _on_browser(self, stream: Stream) -> None:
-        """The browser has sent something, or left."""
+        """The browser has sent something, or left, or can take more."""
         if stream.state is ENDED:  # closed earlier in this wake-up
             return
-        stray = stream.sock.recv(4096)
-        stream.stray_bytes += len(stray)
-        if not stray or stream.stray_bytes > STRAY_BYTES:
-            self.end(stream, "gone")
+        with suppress(BlockingIOError):
+            stray = stream.sock.recv(4096)
+            stream.stray_bytes += len(stray)
+            if not stray or stream.stray_bytes > STRAY_BYTES:
+                raise ConnectionError
+        if stream.backlog:
+            self._send_backlog(stream)
 
     def _tick(self) -> None:
         """Do whatever is due. Runs once a second."""

@@ -290,6 +290,21 @@ def test_streams_that_end_leave_nothing_behind(own_redis: RedisProcess, start: S
 
 
 @both_ways
+@pytest.mark.parametrize("leave", LEAVE, ids=["closed", "reset", "half-closed"])
+def test_who_leaves_while_much_waits_for_them_is_noticed_at_once(
+    start: Start, channel: str, leave: Callable[[socket.socket], object]
+) -> None:
+    server = start("--heartbeat", "60")  # who takes nothing is given up only after two
+
+    with browsers_that_are("behind", server, channel) as browsers:
+        for sock in browsers:
+            leave(sock)
+        wait_for(lambda: server.closed("gone") == ALIKE, "all are noticed")
+    for sock in browsers:
+        sock.close()
+
+
+@both_ways
 @in_each_state
 def test_a_drain_ends_streams_in_any_state(own_redis: RedisProcess, start: Start, channel: str, state: str) -> None:
     server = start("--drain", "1", redis=own_redis)
