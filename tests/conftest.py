@@ -16,9 +16,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """As if one had said `-n 6 --dist worksteal`, where pytest-xdist is installed; `-n 0` runs one test at a time.
+    """As if one had said `-n 4 --dist worksteal`, where pytest-xdist is installed; `-n 0` runs one test at a time.
 
-    Most tests wait most of the time: there may be four processes more than processors.
+    Most tests wait most of the time: there may be two processes more than processors.
     """
     option = config.option
     is_whole_suite = config.args_source == pytest.Config.ArgsSource.TESTPATHS
@@ -26,5 +26,5 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_watched = option.usepdb or option.collectonly
     has_xdist = config.pluginmanager.hasplugin("xdist")
     if is_whole_suite and has_xdist and not is_worker and not is_watched and option.numprocesses is None:
-        option.numprocesses = min((os.cpu_count() or 1) + 4, MAX_WORKERS)
+        option.numprocesses = min((os.cpu_count() or 1) + 2, MAX_WORKERS)
         option.dist = "worksteal"
