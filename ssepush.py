@@ -649,8 +649,8 @@ local function newest_of(channel) return redis.call('ZSCORE', KEYS[2], channel) 
 """
 
 # It has to be one script. With separate commands, events could go out in another order than their ids, and a crash
-# could come in between. Redis does not undo a script that fails, so what may fail comes first: a write that changes
-# nothing (Redis refuses it when memory is short), then PUBLISH (refused without permission). After those two, nothing
+# could come in between. Redis does not undo a script that fails, so what may fail comes first: a harmless
+# write (Redis refuses it when memory is short), then PUBLISH (refused without permission). After those two, nothing
 # fails. A history is limited in events and in bytes; over its bytes, it drops its oldest eighth until it fits.
 PUBLISH_LUA = f"""{COUNTER_LUA}
 local channel, message, frame, kept, kept_s, key = unpack(ARGV)
@@ -1047,7 +1047,7 @@ class Relay:
     from anywhere. All others run on the relay's thread; other threads get there by `call`. On each wake-up the relay
     1. reads what Redis has sent, sends it to the streams that follow the channel, and notices browsers that have left;
     2. runs what other threads have queued;
-    3. once a second, sends heartbeats and ends streams that are stuck or whose time is up.
+    3. at least once a second, sends heartbeats and ends streams that are stuck or whose time is up.
     """
 
     def __init__(self, settings: Settings, redis: Redis) -> None:
@@ -1299,14 +1299,14 @@ class Relay:
             self._send_backlog(stream)
 
     def _tick(self) -> None:
-        """Do whatever is due. Runs once a second."""
+        """Do whatever is due. Runs at least once a second."""
         now = self.now
         heartbeat_s = self.settings.heartbeat
         for stream in tuple(self.streams):
-            if stream.expires_at <= now:
+            if stream.state is BEHIND and stream.progress_at + 2 * heartbeat_s < now:
+                self.end(stream, "slow")  # even while it should take its last words
+            elif stream.expires_at <= now:
                 self.end(stream, "drain" if self.draining else "expired")
-            elif stream.state is BEHIND and stream.progress_at + 2 * heartbeat_s < now:
-                self.end(stream, "slow")
             elif stream.state is LIVE and stream.heartbeat_at + heartbeat_s <= now:
                 stream.heartbeat_at = now
                 self.call(self._send_heartbeat, stream)  # queued, so that events can be sent in between
@@ -1519,7 +1519,7 @@ def message_of(data: object, type: str | None = None, retry: int | None = None) 
 
 
 class RedisAway(Exception):
-    """Redis could not be asked. Nothing was done."""
+    """Redis could not be asked, and nothing was done; unless it is an Unanswered."""
 
     reason = "redis-away"  # a key of REASONS, and the status of a publish in the metrics
 
@@ -2480,7 +2480,7 @@ class Listener(http.server.ThreadingHTTPServer):
         self.is_admin = is_admin
         self.allow_reuse_port = app.settings.reuse_port and not is_admin
         self.waiting: dict[socket.socket, None] = {}  # connections that wait for a request or its answer, oldest first
-        self.turn = threading.Lock()  # one request computes at a time, or the relay waits for the GIL behind hundreds
+        self.turn = threading.Lock()  # one request is parsed at a time, or the relay waits for the GIL behind hundreds
         self.threads = ThreadPoolExecutor(MAX_WAITING)  # reuses idle threads, since starting one takes longest
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
@@ -2911,7 +2911,7 @@ class LogWriter(logging.Handler):
                 text += f"{self.dropped} lines were dropped\n"
                 self.dropped = 0
             with suppress(OSError):
-                os.write(2, text.encode())  # not sys.stderr: at exit, Python waits for its lock
+                os.write(2, text.encode(errors="replace"))  # not sys.stderr: at exit, Python waits for its lock
 
     def flush(self) -> None:
         """At exit, leave time to write the last lines."""
