@@ -41,11 +41,12 @@ LOOPBACK = "127.0.0.1"
 # ── Waiting, ports and programs ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:
-    """The first true answer of condition, asked again and again until the deadline."""
+def wait_for(condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = DEADLINE_S) -> Any:
+    """The first true answer of condition, asked again and again until the deadline. what: told if there is none."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        is_late = time.monotonic() > deadline
+        assert not is_late, f"not within {seconds} s: {what if isinstance(what, str) else what()}"
         time.sleep(0.005)
     return answer
 

@@ -38,8 +38,8 @@ def test_redis_cli_publish_alone_changes_the_articles_page(where: str, server: S
     page.run("showAnswer('', '')")
     page.click("#publish .main")
     if where == "served":
-        page.reads("data", SHOWN_ANSWER)
         page.mentions("answer", f"Published to {server.subscribers_for(3)} receiver")
+        page.reads("data", SHOWN_ANSWER)
     else:
         page.mentions("answer", "refused")
         server.get("/notifications")

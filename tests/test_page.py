@@ -40,6 +40,15 @@ ROWS = """
       .map((row) => ["type", "data", "id", "taught"].map((name) => row.querySelector("." + name)?.textContent ?? ""));
 """
 WIRE = "return [...document.querySelectorAll('#wire pre')].map((block) => block.textContent);"
+# An event that is being listed moves what stands below it: a click would land beside it.
+STAND_STILL = """
+    const [selector, done] = arguments, element = document.querySelector(selector);
+    const look = (top) => requestAnimationFrame(() => {
+      const now = element.getBoundingClientRect().top;
+      if (now === top) done(); else look(now);
+    });
+    look(null);
+"""
 OPEN_FOLDS = "for (const fold of document.querySelectorAll('details')) fold.open = true;"
 RECORD_STATES = """
     const state = document.getElementById("state");
@@ -83,8 +92,9 @@ class OpenPage:
         self.run("document.getElementById(arguments[0]).click()", id_)
 
     def click(self, *selectors: str) -> None:
-        """As a person does, one after the other: what is covered or invisible cannot be clicked."""
+        """As a person does, one after the other: what is covered, invisible or still moving cannot be clicked."""
         for selector in selectors:
+            self.tab.execute_async_script(STAND_STILL, selector)
             self.tab.find_element("css selector", selector).click()
 
     def enter(self, id_: str, value: str) -> None:
@@ -136,7 +146,7 @@ class OpenPage:
 
     def until(self, read: Callable[[], Any], wanted: Any) -> None:
         """Wait for what is read to be this."""
-        wait_for(lambda: read() == wanted, f"{wanted!r}")
+        wait_for(lambda: read() == wanted, lambda: f"{wanted!r}, but {read()!r}")
 
     def reads(self, id_: str, text: str) -> None:
         """Wait for this to be all that stands there."""
@@ -144,7 +154,7 @@ class OpenPage:
 
     def mentions(self, id_: str, part: str) -> None:
         """Wait for this to stand there, maybe with more."""
-        wait_for(lambda: part in self.text(id_), f"{part!r} in #{id_}, which holds {self.text(id_)[:500]!r}")
+        wait_for(lambda: part in self.text(id_), lambda: f"{part!r} in #{id_}, but {self.text(id_)[:500]!r}")
 
 
 @pytest.fixture(scope="session")
