@@ -597,6 +597,8 @@ def command(*words: Word) -> bytes:
 
 # ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────
 
+Address = tuple[str, int]  # host and port of a Redis; ("", 0) for a Unix socket
+
 # The keys. In a cluster they begin with ssepush2:{0}: and so share a node: scripts need all their keys on one.
 COUNTER_KEY = "ssepush2:counter"  # hash: born, newest (of all channels), floor, lineage, process; see COUNTER_LUA
 NEWEST_KEY = "ssepush2:newest"  # sorted set: channel → id of its newest event
@@ -606,7 +608,8 @@ MAX_REPLAYED = 5000  # events of a channel: with RESP around each, 20 channels s
 MAX_NEWEST = 100_000  # channels, of at most 200 bytes each
 RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed", "history-off", "too-large")
 
-# Both scripts begin with this. KEYS: counter, newest. The last of ARGV: the newest id that the caller has seen.
+# Both scripts begin with this. KEYS: counter, newest. The last two of ARGV: the newest id that the caller has seen from
+# this Redis, and the newest that it has seen from former masters ("0": none).
 #
 # An id is Redis's clock in microseconds, always 16 digits; or the last id plus one, if the clock has not moved on.
 #
@@ -616,7 +619,9 @@ RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed",
 # 2. The replication id (`lineage`) has changed. That happens when Redis starts, is promoted or gets a first replica.
 #    Nothing is lost by a first replica (the process is the same), nor by a start with an append-only file. A promoted
 #    replica may lack events. You can tell one by its replid2, the id of its former master: it is not all zeros.
-# 3. The caller has seen an id that Redis does not know. Ids ahead of Redis's clock do not count: it never issued them.
+# 3. The caller has seen an id that Redis does not know. Or it has seen one from a former master that is later than
+#    `born`: a page that has this id would skip what was published here before it. That happens when a master that was
+#    stopped goes on, and publishes before it hears of its successor. Ids ahead of Redis's clock were never issued.
 #
 # NEWEST_KEY lists at most MAX_NEWEST channels. When the one with the oldest id is dropped, that id becomes `floor`: a
 # channel that is not listed has had no event after `floor`.
@@ -636,8 +641,8 @@ if known ~= lineage then
   if known and (was_promoted or not keeps_all) then born = false end
   redis.call('HSET', KEYS[1], 'lineage', lineage, 'process', run_id)
 end
-local seen = tonumber(ARGV[#ARGV])
-if born and seen > tonumber(newest) and seen <= clock then born = false end
+local function is_unknown(id, known) return id > known and tonumber(id) <= clock end
+if born and (is_unknown(ARGV[#ARGV - 1], newest) or is_unknown(ARGV[#ARGV], born)) then born = false end
 if not born then
   redis.call('UNLINK', KEYS[2])
   born = text(math.max(clock, newest or 0) + 1)
@@ -681,7 +686,7 @@ return {{receivers, id, 0}}
 # ARGV: channels. Answers born, the newest id of all, and the newest of each channel, separated by spaces.
 NEWEST_LUA = f"""{COUNTER_LUA}
 local ids = {{}}
-for i = 1, #ARGV - 1 do ids[i] = text(newest_of(ARGV[i]) or floor) end
+for i = 1, #ARGV - 2 do ids[i] = text(newest_of(ARGV[i]) or floor) end
 return {{born, newest, table.concat(ids, ' ')}}
 """
 
@@ -706,16 +711,19 @@ class Redis:
         self.history = history
         self.history_ttl = history_ttl
         self.max_event = max_event
-        self.newest_seen = "0"  # newest id this process has seen: a Redis that knows only older ones has lost events
+        self._seen: dict[Address, str] = {}  # each Redis that was the master: its newest id that this process has seen
 
-    def saw(self, event_id: str) -> None:
-        """Record an id that Redis issued."""
-        self.newest_seen = max(self.newest_seen, event_id)
+    def saw(self, event_id: str, node: Address) -> None:
+        """Record an id that this Redis issued. If it, or its successor, knows only older ones, it has lost events."""
+        self._seen[node] = max(event_id, self._seen.get(node, "0"))
 
-    def _script(self, script: str, keys: Iterable[str], *arguments: Word) -> tuple[Word, ...]:
-        """The command that runs this script."""
+    def _script(self, node: Address, script: str, keys: Iterable[str], *arguments: Word) -> tuple[Word, ...]:
+        """The command that runs this script on this Redis."""
         all_keys = [self.connections.key(name) for name in (COUNTER_KEY, NEWEST_KEY, *keys)]
-        return ("EVAL", script, len(all_keys), *all_keys, *arguments, self.newest_seen)
+        elsewhere = dict(self._seen)
+        here = elsewhere.pop(node, "0")
+        former = max(elsewhere.values(), default="0")
+        return ("EVAL", script, len(all_keys), *all_keys, *arguments, here, former)
 
     def publish(
         self,
@@ -740,10 +748,11 @@ class Redis:
         channel = self.prefix + channel
         keys = [HISTORY_KEY + channel, f"{PUBLISHED_KEY}{channel}\0{key or ''}"]
         kept = (self.history, self.history_ttl)
-        script = self._script(PUBLISH_LUA, keys, channel, message, frame, *kept, key or "")
         try:
             if not self.history:
                 return Published(self.connections.call("PUBLISH", channel, message))
+            node = self.connections.node()
+            script = self._script(node, PUBLISH_LUA, keys, channel, message, frame, *kept, key or "")
             receivers, event_id, is_duplicate = self.connections.call(*script)
         except RedisRefused as error:
             raise RedisRefused(error.error, channel) from None
@@ -751,16 +760,17 @@ class Redis:
         published.id = event_id.decode()
         published.duplicate = bool(is_duplicate)
         if not published.duplicate:
-            self.saw(published.id)
+            self.saw(published.id, node)
         return published
 
     def newest(self, channels: Sequence[bytes]) -> tuple[str, dict[bytes, str]]:
         """The newest id of all channels, and of each of these. Of an unlisted one: an id no older than its own."""
-        script = self._script(NEWEST_LUA, [], *channels)
+        node = self.connections.node()
+        script = self._script(node, NEWEST_LUA, [], *channels)
         _, newest, newest_of_each = self.connections.call(*script)
         position = newest.decode()
         ids = newest_of_each.decode().split()
-        self.saw(position)
+        self.saw(position, node)
         return position, dict(zip(channels, ids, strict=True))
 
     def position(self) -> str | None:
@@ -770,8 +780,8 @@ class Redis:
         newest, _ = self.newest([])
         return newest
 
-    def question(self, channels: Sequence[bytes], since: Since) -> bytes:
-        """The commands that ask what a stream missed, as they go to Redis. `history_in` reads the answer.
+    def question(self, node: Address, channels: Sequence[bytes], since: Since) -> bytes:
+        """The commands that ask this Redis what a stream missed, as they are sent. `history_in` reads the answer.
 
         The script does not return the entries, too: converting each to a Lua value would take five times as long.
         """
@@ -779,7 +789,7 @@ class Redis:
         if not self.history:
             commands += [("ECHO", "")] * 3
         else:
-            commands.append(self._script(NEWEST_LUA, [], *channels))
+            commands.append(self._script(node, NEWEST_LUA, [], *channels))
         if self.history and since.reads_history():
             oldest = "-" if since.after == "0" else f"({since.after}"
             count = min(since.last or MAX_REPLAYED, MAX_REPLAYED)
@@ -797,7 +807,6 @@ SEND_BUFFER_BYTES = 64 * 1024  # what the kernel may buffer for a stream; left a
 STRAY_BYTES = 64 * 1024  # a browser that sends more than this on an open stream is cut
 UNSENT_BYTES = 256 * 2**20  # of all streams together; above it, the stream with the most is cut
 SLICE_S = 0.005  # how long the relay does other work before it looks at Redis again: live events go first
-Address = tuple[str, int]  # host and port
 
 
 class State(enum.Enum):
@@ -858,8 +867,8 @@ class Subscriber:
     """
 
     sock: socket.socket
+    node: Address  # what it is connected to
     is_shared: bool = False
-    master: Address | None = None  # the node it is connected to, if Redis may fail over
     streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # for each channel that it follows
     seen: dict[bytes, str] = field(default_factory=dict)  # channel: its live streams have everything up to this id
     inbox: Inbox = field(default_factory=Inbox)
@@ -968,7 +977,8 @@ class Questions:
                 self._waiting[wanted] = streams[MAX_ASKERS:]
             if streams:  # if all have left, nobody needs the answer
                 self.unanswered[subscriber] = Question(streams[:MAX_ASKERS], channels, monotonic())
-                subscriber.ask(channels, self._redis.question(channels, since))
+                question = self._redis.question(subscriber.node, channels, since)
+                subscriber.ask(channels, question)
 
     def answered(self, subscriber: Subscriber, text: bytes) -> list[Stream]:
         """The streams that this answers. After an error the question may stay open: EXEC's answer still follows."""
@@ -1144,7 +1154,7 @@ class Relay:
 
     def _begin(self, stream: Stream, missed: Batch) -> None:
         """Send what the stream missed. From here on it is live, and gets all that its subscriber reads."""
-        self.redis.saw(missed.position)
+        self.redis.saw(missed.position, stream.subscriber.node)
         for channel in stream.channels:
             stream.subscriber.seen.setdefault(channel, missed.position)
         self.count("streams_opened_total")
@@ -1201,8 +1211,9 @@ class Relay:
                 self._miss(subscriber.streams.get(channel, ()), batch.previous)
             streams += subscriber.streams.get(channel, ())
         if streams and batch.events:
-            self.redis.saw(batch.position)
             self._deliver(batch, streams)
+            for node in {stream.subscriber.node for stream in streams if stream.state is not WAITING}:
+                self.redis.saw(batch.position, node)
         self.count("messages_received_total", batch.events * len(subscribers))
         for why in batch.dropped:
             log.warning("dropped a message on channel %s: %s", named([channel]), why)
@@ -1448,7 +1459,7 @@ class Relay:
     def keep_to(self, master: Address) -> None:
         """Close the subscribers of all other nodes, which are no longer the master."""
         for subscriber in tuple(self.subscribers):
-            if subscriber.master != master:
+            if subscriber.node != master:
                 self.lose(subscriber, "Redis has failed over")
 
     def drain(self) -> None:
@@ -1558,6 +1569,12 @@ def pool_of(options: Mapping[str, Any]) -> Any:
     )
     pool.connection_class(**pool.connection_kwargs)  # it does not connect, but refuses wrong options
     return pool
+
+
+def node_of(pool: Any) -> Address:
+    """What the connections of a pool lead to."""
+    options = pool.connection_kwargs
+    return options.get("host", ""), options.get("port", 0)
 
 
 def ask(pool: Any, *words: Word) -> Any:
@@ -1730,6 +1747,10 @@ class Connections:
                 self._options, self._pool = found, pool_of(found)
         return self._pool
 
+    def node(self) -> Address:
+        """The Redis that is asked now. Raises RedisAway."""
+        return node_of(self._current())
+
     def call(self, *words: Word) -> Any:
         """Redis's answer to a command. Raises what `ask` raises."""
         return ask(self._current(), *words)
@@ -1762,12 +1783,9 @@ class Connections:
         # redis-py has no public access to its socket. All replies to the login were read, so it has nothing buffered.
         sock, connection._sock = connection._sock, None
         sock.setblocking(False)
-        master = None
-        if self.masters:
-            master = (connection.host, connection.port)
-        else:
+        if not self.masters:
             self._without_socket.append(connection)
-        return Subscriber(sock, shared, master)
+        return Subscriber(sock, node_of(pool), shared)
 
 
 # ── Publishing from Python ───────────────────────────────────────────────────────────────────────────────────────────

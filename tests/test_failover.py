@@ -94,13 +94,21 @@ def test_sentinels_lead_to_the_master_and_print_no_login(sentinel: SentinelProce
 
 
 @both_ways
+@pytest.mark.parametrize("is_late", [False, True], ids=["at once", "late"])
 def test_when_sentinels_name_another_master_streams_go_there_and_are_told_what_it_lacks(
-    sentinel: SentinelProcess, masters: list[RedisProcess], start: Start, channel: str
+    is_late: bool, sentinel: SentinelProcess, masters: list[RedisProcess], start: Start, channel: str
 ) -> None:
     server = start("--retry", "50", redis="", REDIS_URL=sentinel.url_for())
     server.publish("at the first", channel)
     page = kit.Page(server.port, channel)
     wait_for(lambda: page.last_event_id, "it has been told a position")
+    if is_late:  # the second has published already, before and after what the page got from the first
+        second = f"redis://:{MASTER_PASSWORD.replace(' ', '%20')}@127.0.0.1:{masters[1].port}"
+        ssepush.publish("that the page would skip", channel=channel, redis_url=second)
+        server.publish("at the first, which is not the master any more", channel)
+        wait_for(lambda: page.data()[-1:] == ["at the first, which is not the master any more"], "it gets that")
+        page.events.clear()
+        ssepush.publish("after that", channel=channel, redis_url=second)
 
     ask(sentinel, "SENTINEL", "REMOVE", "mymaster")
     ask(sentinel, "SENTINEL", "MONITOR", "mymaster", "127.0.0.1", masters[1].port, 1)
