@@ -26,7 +26,7 @@ The promise: an event published through ssepush reaches every stream of its chan
 connections. Where ssepush cannot prove that, it tells the stream with an event of type `stream-reset`. A plain PUBLISH
 by anyone else is delivered live, to the streams open at that moment, and never replayed.
 
-Deliberate simplifications:
+Deliberate choices:
 1. There is one way to recover. Redis goes away, a browser is too slow, you deploy: the stream ends. The browser then
    reconnects with its Last-Event-ID and resumes. Nothing resubscribes in the background.
 2. All channels share one sequence of ids, so a single Redis has to hand them out.
@@ -257,14 +257,9 @@ def notice(type: str, position: str, **members: object) -> bytes:
     return frame_of(Event(data, type, position))
 
 
-def retry_line(low_ms: float, high_ms: float) -> bytes:
-    """The first line of a block: a random reconnection time, to keep pages from all coming back at once."""
-    return f"retry: {random.uniform(low_ms, high_ms):.0f}\n".encode()
-
-
-def first_words(retry_ms: int) -> bytes:
-    """The start of every stream."""
-    return retry_line(0.5 * retry_ms, 1.5 * retry_ms)
+def retry_line(ms: float, low: float = 0.5, high: float = 1.5) -> bytes:
+    """The start of a block: a random reconnection time around this one, to keep pages from all coming back at once."""
+    return f"retry: {ms * random.uniform(low, high):.0f}\n".encode()
 
 
 def last_words(reason: str, is_open: bool, position: str, retry_ms: int, told: str = "") -> bytes:
@@ -273,13 +268,13 @@ def last_words(reason: str, is_open: bool, position: str, retry_ms: int, told: s
     reason: a key of REASONS. told: replaces its text. position: the page has everything up to this id.
     """
     news = b""
-    retry = first_words(retry_ms)
+    retry = retry_line(retry_ms)
     if reason in ("drain", "expired"):  # these ends are already spread out, so a short absence is safe
-        retry = retry_line(retry_ms / 6, retry_ms / 3)
+        retry = retry_line(retry_ms, 1 / 6, 1 / 3)
     if reason == "expired":  # the page renews its token, then resumes from this id
         news = notice("token-expired", position)
         if not is_open:
-            retry = retry_line(RENEW_MS, RENEW_MS)
+            retry = retry_line(RENEW_MS, 1, 1)
     if reason == "missed":  # resuming could skip it: the page's id may be another channel's, and newer
         news = notice("stream-reset", position, reason=reason)
     why = " ".join((told or REASONS[reason]).split())
@@ -313,7 +308,7 @@ def position_of(event_id: str | None) -> str:
 
 REPLY = re.compile(  # the head of each thing Redis sends a subscriber, in RESP3:
     rb"(?:-|\+|>3\r\n\$\d+\r\n(?:un)?subscribe\r\n\$\d+\r\n[^\r]*\r\n:)[^\r]*\r\n"  # an error, or a confirmation
-    rb"|%\d+\r\n(?:[^>+\r-][^\r]*\r\n)*"  # the answer to HELLO, where Redis was too busy to skip it
+    rb"|%\d+\r\n(?:[^>+\r-][^\r]*\r\n)*(?=[>+-])"  # the answer to HELLO, where Redis was too busy to skip it
     rb"|>3\r\n\$7\r\nmessage\r\n\$\d+\r\n([^\r]*)\r\n\$(\d+)\r\n"  # a message; its text follows
     rb"|(\*)"  # the answer to EXEC
 )
@@ -462,6 +457,19 @@ class Batch:
         self.frames += notice("stream-reset", self.position, reason=reason)
 
 
+# ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────
+
+Address = tuple[str, int]  # host and port of a Redis; ("", 0) for a Unix socket
+
+# The keys. In a cluster they begin with ssepush2:{0}: and so share a node: scripts need all their keys on one.
+COUNTER_KEY = "ssepush2:counter"  # hash: born, newest (of all channels), floor, lineage, process; see COUNTER_LUA
+NEWEST_KEY = "ssepush2:newest"  # sorted set: channel → id of its newest event
+HISTORY_KEY = "ssepush2:history:"  # + channel: a Redis Stream of {previous: id, frame: without its id line}
+PUBLISHED_KEY = "ssepush2:published:"  # + channel + NUL + key: the id of the event published with that key
+MAX_REPLAYED = 5000  # events of a channel: with RESP around each, 20 channels stay below the 32 MB that Redis holds
+MAX_NEWEST = 100_000  # channels, of at most 200 bytes each
+RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed", "history-off", "too-large")
+
 # How a page that comes back knows that it missed nothing. Each entry of a channel's history names the id before it:
 #
 #     id   previous   frame
@@ -545,7 +553,7 @@ def replay(after: bytes, history: History) -> tuple[list[tuple[bytes, bytes]], s
     return found, reason
 
 
-@functools.lru_cache(maxsize=4)  # all streams that come back from the same position share one answer
+@functools.lru_cache(maxsize=1)  # all streams that come back from the same position share one answer
 def missed_by(since: Since, answer: bytes, max_bytes: int) -> Batch:
     """What a stream is sent before anything live. Raises ValueError if Redis refused.
 
@@ -594,19 +602,6 @@ def command(*words: Word) -> bytes:
         wire += b"$%d\r\n%b\r\n" % (len(encoded), encoded)
     return wire
 
-
-# ── Publish and resume ───────────────────────────────────────────────────────────────────────────────────────────────
-
-Address = tuple[str, int]  # host and port of a Redis; ("", 0) for a Unix socket
-
-# The keys. In a cluster they begin with ssepush2:{0}: and so share a node: scripts need all their keys on one.
-COUNTER_KEY = "ssepush2:counter"  # hash: born, newest (of all channels), floor, lineage, process; see COUNTER_LUA
-NEWEST_KEY = "ssepush2:newest"  # sorted set: channel → id of its newest event
-HISTORY_KEY = "ssepush2:history:"  # + channel: a Redis Stream of {previous: id, frame: without its id line}
-PUBLISHED_KEY = "ssepush2:published:"  # + channel + NUL + key: the id of the event published with that key
-MAX_REPLAYED = 5000  # events of a channel: with RESP around each, 20 channels stay below the 32 MB that Redis holds
-MAX_NEWEST = 100_000  # channels, of at most 200 bytes each
-RESETS = ("data-lost", "unknown-id", "expired", "trimmed", "too-much", "missed", "history-off", "too-large")
 
 # Both scripts begin with this. KEYS: counter, newest. The last two of ARGV: the newest id that the caller has seen from
 # this Redis, and the newest that it has seen from former masters ("0": none).
@@ -844,7 +839,7 @@ class Stream:
     expires_at: float = math.inf  # by the monotonic clock, as all times here
     opened_at: float = field(default_factory=monotonic)
     state: State = WAITING
-    position: str = ""  # the id the page came with; once open, that of Redis's answer; at the end, of its last event
+    live_from: str = ""  # what is newer than this id is a live event; set by Redis's answer
     backlog: deque[memoryview] | None = None  # what the kernel did not take; None, never empty, to save memory
     unsent_bytes: int = 0  # in the backlog
     stray_bytes: int = 0  # bytes that the browser sent on the open stream
@@ -1163,7 +1158,7 @@ class Relay:
         start = notice("stream-position", missed.position, heartbeat=self.settings.heartbeat)
         first = stream.opening + body_part(missed.frames + start, stream.chunked)
         stream.opening = b""
-        stream.position = missed.position
+        stream.live_from = missed.position
         stream.state = LIVE
         stream.heartbeat_at = self.now
         self._send(stream, first)
@@ -1193,15 +1188,14 @@ class Relay:
             for subscriber in others:
                 subscriber.inbox = Inbox(first.inbox.rest[:], first.inbox.skip)
         for channel, successive in itertools.groupby(replies, key=lambda reply: reply.channel):
+            if not channel:
+                for reply, subscriber in itertools.product(successive, subscribers):
+                    self._take_answer(subscriber, reply.text or b"")
+                continue
             batch = Batch()
             for reply in successive:
-                if channel:
-                    batch.add(reply.text)
-                    continue
-                for subscriber in subscribers:
-                    self._take_answer(subscriber, reply.text or b"")
-            if channel:
-                self._pass_on_events(channel, batch, subscribers)
+                batch.add(reply.text)
+            self._pass_on_events(channel, batch, subscribers)
 
     def _pass_on_events(self, channel: bytes, batch: Batch, subscribers: Sequence[Subscriber]) -> None:
         """Send one channel's events to these subscribers' streams, except those that missed an event before them."""
@@ -1243,7 +1237,7 @@ class Relay:
     def _send(self, stream: Stream, wire: bytes | bytearray) -> None:
         """Send this, or as much of it as the kernel takes. The rest waits, and so does whatever comes after it."""
         sent = 0
-        if stream.state is LIVE:
+        if not stream.backlog:
             stream.progress_at = self.now
             try:
                 sent = stream.sock.send(wire)
@@ -1348,18 +1342,19 @@ class Relay:
         why: for the log. The browser is told only if Redis refused, since other errors may reveal where Redis is.
         """
         is_new = not stream.ends
+        position = position_of(stream.since.after)  # up to which the page has everything
+        if is_new and stream.state is not WAITING:
+            position = stream.subscriber.position(stream)
         if is_new:
             self._stop_feeding(stream, reason, why)
         if reason in ("gone", "slow") or (stream.backlog and reason == "drain"):
             self._close_stream(stream)
         elif is_new:
-            self._say_goodbye(stream, why if reason == "redis-refused" else "")
+            self._say_goodbye(stream, position, why if reason == "redis-refused" else "")
 
     def _stop_feeding(self, stream: Stream, reason: str, why: str) -> None:
         stream.ends = reason
         what = "refused" if stream.state is WAITING else "closed"
-        if what == "closed":
-            stream.position = stream.subscriber.position(stream)
         stream.subscriber.remove(stream)
         self._release(stream.subscriber)
         if why:
@@ -1369,7 +1364,7 @@ class Relay:
             self._count_resets(reason, 1)
         log.info("stream %d %s after %.1f s: %s", stream.number, what, monotonic() - stream.opened_at, reason)
 
-    def _say_goodbye(self, stream: Stream, told: str) -> None:
+    def _say_goodbye(self, stream: Stream, position: str, told: str) -> None:
         """Send the last words, and close. A stream that is behind first finishes the piece that is being sent.
 
         The rest of its backlog is dropped; the page gets it when it resumes. But the last words must follow a whole
@@ -1383,13 +1378,11 @@ class Relay:
             stream.backlog = deque([being_sent])
             stream.unsent_bytes = len(being_sent)
             if stream.ends != "missed":  # dropped events must not move the page's id; after a reset it starts anew
-                stream.position = ""
-        else:
-            stream.state = LIVE  # whatever it waited for, its last words can be sent now
-        words = last_words(stream.ends, is_open, stream.position, self.settings.retry, told)
+                position = ""
+        words = last_words(stream.ends, is_open, position, self.settings.retry, told)
         end = body_part(words, stream.chunked) + body_part(b"", stream.chunked)
         self._send(stream, stream.opening + end)
-        if stream.state is LIVE:  # all of it was sent; otherwise `_send_backlog` closes the stream later
+        if not stream.backlog:  # all of it was sent; otherwise `_send_backlog` closes the stream later
             self._close_stream(stream)
 
     def _close_stream(self, stream: Stream) -> None:
@@ -1409,7 +1402,7 @@ class Relay:
     def _miss(self, streams: Iterable[Stream], event_id: str) -> None:
         """End the open streams that lost this event on its way from Redis. Waiting ones find it in the answer."""
         for stream in tuple(streams):
-            if stream.state is not WAITING and stream.position < event_id:
+            if stream.state is not WAITING and stream.live_from < event_id:
                 log.warning("a stream has missed events")
                 self.end(stream, "missed")
 
@@ -1795,12 +1788,11 @@ redis_at = functools.lru_cache(maxsize=16)(Redis)  # one per set of arguments, t
 
 def redis_for(url: str | None, max_event: int = MAX_EVENT_BYTES, **given: Any) -> Redis:
     """The Redis for these arguments; what is None comes from the environment. Raises ValueError."""
-    chosen = []
     for name in ENVIRONMENT:
-        value = given.get(name)
-        chosen.append(from_environment(name) if value is None else value)
+        if given.get(name) is None:
+            given[name] = from_environment(name)
     url = url or os.environ.get("REDIS_URL") or DEFAULT_REDIS_URL
-    return redis_at(url, *chosen, max_event)
+    return redis_at(url, max_event=max_event, **given)
 
 
 def publish(
@@ -1880,7 +1872,7 @@ def fields_of(lines: str) -> dict[str, str]:
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[?::1\]?")
 PROXY_FIELD = re.compile("forwarded|via|x-real-ip|x-forwarded-.*")
 ADMIN = {"/healthz", "/metrics"}  # with --admin, served only there
-PRIVATE = ADMIN | {"/", "/publish", "/notifications"}  # pages of other origins may not read these
+SAME_ORIGIN = ADMIN | {"/", "/publish", "/notifications"}  # pages of other origins may not read these
 COOKIE = re.compile(r"(?:^|;)\s*ssepush-token=([^;]*)")
 
 
@@ -1949,11 +1941,12 @@ class Request:
             return Since(position_of(header))
         if positions:
             return Since("0" if positions[-1] == "earliest" else position_of(positions[-1]))
-        for last in self.query.get("last", []):
-            if not re.fullmatch("[1-9][0-9]{0,4}|100000", last):
-                raise HTTPError(400, "last must be a whole number from 1 to 100000")
-            return Since("0", int(last))
-        return LIVE_ONLY
+        if "last" not in self.query:
+            return LIVE_ONLY
+        last = self.query["last"][0]
+        if not re.fullmatch("[1-9][0-9]{0,4}|100000", last):
+            raise HTTPError(400, "last must be a whole number from 1 to 100000")
+        return Since("0", int(last))
 
     def host(self) -> str:
         """The Host field in lower case, without its port."""
@@ -1992,7 +1985,7 @@ class Request:
         headers = {"Vary": "Origin"}
         if origin in allowed:
             headers["Access-Control-Allow-Origin"] = origin
-        elif self.path not in PRIVATE and (not allowed or "*" in allowed):
+        elif self.path not in SAME_ORIGIN and (not allowed or "*" in allowed):
             headers["Access-Control-Allow-Origin"] = "*"
         if self.is_named():
             headers["Access-Control-Allow-Credentials"] = "true"
@@ -2001,7 +1994,7 @@ class Request:
     def check_reader(self) -> None:
         """Raises HTTPError 403 if the page's origin may not read here."""
         is_closed = "Access-Control-Allow-Origin" not in self.cors_headers()
-        if is_closed and self.path not in PRIVATE and self.is_foreign():
+        if is_closed and self.path not in SAME_ORIGIN and self.is_foreign():
             raise HTTPError(403, f"Origin {self.field('origin')} may not read here (--allow-origin)")
 
     def check_publisher(self) -> None:
@@ -2405,7 +2398,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers["Transfer-Encoding"] = "chunked"
         opening = self.answer_head(200, headers)
         if self.asked.method != "HEAD":
-            opening += self._body(first_words(self.settings.retry))
+            opening += self._body(retry_line(self.settings.retry))
         return opening
 
     def _body(self, *parts: bytes) -> bytes:
@@ -2450,7 +2443,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             chunked=self.asked.is_1_1,
             opening=opening,
             expires_at=monotonic() + left_s,
-            position=position,
         )
         log.info("stream %d for %s: %s", stream.number, self.client_address[0], named(channels))
         self.app.relay.call(self.app.relay.open, stream)
@@ -2556,10 +2548,12 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def end_oldest(self) -> None:
         """Shut down the connection that has waited longest. Its thread wakes up and closes it."""
-        for sock in list(self.waiting)[:1]:
-            self.waiting.pop(sock, None)
+        waiting = list(self.waiting)  # other threads add to it
+        if waiting:
+            oldest = waiting[0]
+            self.waiting.pop(oldest, None)
             with suppress(OSError):  # it is already gone
-                sock.shutdown(socket.SHUT_RDWR)
+                oldest.shutdown(socket.SHUT_RDWR)
 
     def release(self, sock: socket.socket) -> socket.socket:
         """The connection as a new socket, for the relay. After this, the old socket has no effect on it."""
@@ -2744,8 +2738,8 @@ class Server:
                 with suppress(RedisAway):
                     self.redis.connections.ping()
                     self._answers = True
-        if not self._answers:
-            raise HTTPError(503, "Redis does not answer")
+            if not self._answers:
+                raise HTTPError(503, "Redis does not answer")
         if not alive.wait(1.0):
             raise HTTPError(503, "the relay does not answer")
 
@@ -2859,7 +2853,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_command(parser: Parser, arguments: Sequence[str] | None) -> None:
     """Run the chosen command. Raises what `main` catches."""
     settings = Settings(**{name: from_environment(name) for name in ENVIRONMENT})
-    options: Any = parser.parse_args(arguments, settings)
+    options: Any = parser.parse_args(arguments, settings)  # the same object, with the command's own arguments
     if options.command == "sign":
         print(sign(*options.channels, ttl=options.ttl))
         return

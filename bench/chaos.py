@@ -57,7 +57,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -359,15 +359,16 @@ def judge_page(page: Page, sent: dict[str, Event], forgettings: Sequence[float])
     def first_after(moment_s: float) -> int:
         return bisect.bisect(resets, moment_s, key=lambda reset: reset.at_s)
 
-    def credit(began_s: float, ended_s: float) -> None:
+    def credit(began_s: float, ended_s: float, earlier: Collection[int] = ()) -> None:
         """Resets are due for what happened then: the first that the page has seen since.
 
-        A page that reads slowly may see, after that, a reset from before it: each counts up to the first on a stream
-        that the page had asked for since.
+        One from before it may have been on its way, if the page reads slowly, or if it was due for something earlier:
+        then each counts up to the first on a stream that the page had asked for since.
         """
         for number in range(first_after(max(began_s, page.opened_s)), len(resets)):
             due.add(number)
-            if not page.was_slow or resets[number].asked_s > ended_s:
+            may_be_older = page.was_slow or number in earlier
+            if not may_be_older or resets[number].asked_s > ended_s:
                 return
 
     last_s = -math.inf
@@ -380,6 +381,8 @@ def judge_page(page: Page, sent: dict[str, Event], forgettings: Sequence[float])
         if seen.data in sent:
             figures["reordered"] += sent[seen.data].told_s < last_s
             last_s = max(last_s, sent[seen.data].asked_s)
+    for moment_s in forgettings:
+        credit(moment_s, moment_s, earlier=set(due))
     is_in_gap = False
     for event in sorted(sent.values(), key=lambda event: event.asked_s):
         if event.channel not in page.channels:
@@ -392,8 +395,6 @@ def judge_page(page: Page, sent: dict[str, Event], forgettings: Sequence[float])
         figures["lost"] += is_lost
         figures["unannounced gaps"] += is_lost and not is_in_gap
         is_in_gap = is_lost
-    for moment_s in forgettings:
-        credit(moment_s, moment_s)
     doubled = sum(times.values()) - len(times)
     return figures + Counter({"doubled": doubled, "resets": len(resets), "resets without need": len(resets) - len(due)})
 

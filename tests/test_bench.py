@@ -103,6 +103,9 @@ def test_a_reset_is_due_when_redis_may_have_forgotten_something_since_the_one_be
     assert judged(page) == {"2 resets", "2 resets without need"}
     assert judged(page, forgettings=(2.0,)) == {"2 resets", "1 resets without need"}
     assert judged(page, forgettings=(2.0, 3.0)) == {"2 resets"}
+    assert judged(page, forgettings=(2.0, 2.2)) == {"2 resets"}  # at 2.2 the first one was on its way
+    page.seen[1] = page.seen[1]._replace(asked_s=2.3)
+    assert judged(page, forgettings=(2.0, 2.2)) == {"2 resets", "1 resets without need"}
 
 
 def test_a_short_run_measures_each_case_beside_1_1() -> None:

@@ -45,7 +45,7 @@ def frame_unless_bad(message):
         return b""
 
 
-def first_words():
+def retry_line():
     """The start of each stream: how many ms to wait before reconnecting. Different for each browser."""
     return f"retry: {randint(2000, 4000)}\n\n".encode()
 
@@ -102,7 +102,7 @@ class Handler(stage3_closed_tabs.Handler):
         super().start(content_type, status)
         if content_type == "text/event-stream":
             self.connection.settimeout(None)  # an open stream may be silent for as long as it likes
-            self.wfile.write(first_words())
+            self.wfile.write(retry_line())
 
     def frame(self, message):
         return frame_unless_bad(message)
