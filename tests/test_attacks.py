@@ -65,9 +65,11 @@ BUSY = [  # what a subscriber is sent by a Redis that runs a script for too long
 ]
 
 
-def test_the_answers_of_a_busy_redis_are_all_read() -> None:
+@pytest.mark.parametrize("size", [1, 1024])
+def test_the_answers_of_a_busy_redis_are_all_read(size: int) -> None:
     """Unread, they kept a question open, and 20 of these kept all streams from opening until five seconds later."""
-    replies = ssepush.Inbox().feed(b"".join(BUSY), 1024)
+    inbox, sent = ssepush.Inbox(), b"".join(BUSY)
+    replies = [reply for at in range(0, len(sent), size) for reply in inbox.feed(sent[at : at + size], 1024)]
 
     assert [reply.text for reply in replies] == [BUSY[0], BUSY[2], BUSY[4]]
 
