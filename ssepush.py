@@ -853,6 +853,10 @@ class Stream:
 HELLO = command("CLIENT", "REPLY", "SKIP") + command("HELLO", "3")
 
 
+NO_SOCKET = socket.socket()  # closed: that of a connection which could not be made
+NO_SOCKET.close()
+
+
 @dataclass(slots=True, eq=False)
 class Subscriber:
     """One Redis connection in subscribed state, and the streams that it feeds: one, or all of them. Relay's thread.
@@ -861,8 +865,8 @@ class Subscriber:
     published before the answer is in it, one published later comes as a message: none is lost, none comes twice.
     """
 
-    sock: socket.socket
-    node: Address  # what it is connected to
+    sock: socket.socket = NO_SOCKET
+    node: Address = ("", 0)  # what it is connected to
     is_shared: bool = False
     streams: dict[bytes, set[Stream]] = field(default_factory=dict)  # for each channel that it follows
     seen: dict[bytes, str] = field(default_factory=dict)  # channel: its live streams have everything up to this id
@@ -870,7 +874,7 @@ class Subscriber:
     unsent: bytes = HELLO  # commands that the kernel has yet to take
     heard_at: float = field(default_factory=monotonic)
     pinged_at: float = math.inf  # when the PING was sent that is still unanswered; inf: there is none
-    is_lost: bool = False  # closed; other threads read this, too
+    lost: RedisAway | None = None  # why it is closed, or could not be made; other threads read this, too
 
     def add(self, stream: Stream) -> None:
         """Feed this stream, too, once it has asked what it missed."""
@@ -1120,15 +1124,17 @@ class Relay:
         subscriber.add(stream)
         self.streams.add(stream)
         self._loop.watch(stream.sock, self._on_browser, stream)
-        if subscriber not in self.subscribers and not subscriber.is_lost:
+        if subscriber not in self.subscribers and not subscriber.lost:
             self.subscribers.add(subscriber)
             self._loop.watch(subscriber.sock, self._on_redis, subscriber)
-        if subscriber.is_lost:
-            self.end(stream, "redis-away")
-        elif self.draining:
+        if self.draining:
             self.end(stream, "drain")
         elif len(self.streams) > self.settings.max_streams:
-            self.end(stream, "full")
+            self.end(stream, "full", REASONS["full"])
+        elif stream.expires_at <= monotonic():
+            self.end(stream, "expired")
+        elif subscriber.lost:
+            self.end(stream, subscriber.lost.reason, str(subscriber.lost))
         elif stream.since == LIVE_ONLY and others_know:
             self._begin(stream, Batch(position=subscriber.position(stream)))
         else:
@@ -1166,7 +1172,7 @@ class Relay:
     # Events
 
     def _on_redis(self, subscriber: Subscriber) -> None:
-        if subscriber.is_lost:  # closed earlier in this wake-up
+        if subscriber.lost:  # closed earlier in this wake-up
             return
         received = subscriber.read()
         rest = subscriber.inbox.take_rest()
@@ -1369,6 +1375,7 @@ class Relay:
 
         The rest of its backlog is dropped; the page gets it when it resumes. But the last words must follow a whole
         event: in the middle of one, the browser would take them for a part of it, and never hear of a reset.
+        A stream that never opened is told with status 200, too: after an error status, EventSource gives up for good.
         """
         is_open = stream.state is not WAITING
         if stream.backlog:
@@ -1408,11 +1415,17 @@ class Relay:
 
     def lose(self, subscriber: Subscriber, why: str) -> None:
         """Close a subscriber and end its streams. Their pages reconnect by themselves, each with a new subscriber."""
-        if subscriber.is_lost:
+        if subscriber.lost:
             return
-        log.warning("lost a Redis subscriber: %s", why)
+        subscriber.lost = RedisAway(why)
+        self._questions.unanswered.pop(subscriber, None)
+        self.call(self._questions.ask)
+        self.subscribers.discard(subscriber)
+        self._loop.unwatch(subscriber.sock)
+        subscriber.sock.close()
         streams = set[Stream]().union(*subscriber.streams.values())
-        self._close(subscriber)
+        if streams:
+            log.warning("lost a Redis subscriber: %s", why)
         for stream in streams:
             self.end(stream, "redis-away" if stream.state is WAITING else "redis-lost")
 
@@ -1423,17 +1436,7 @@ class Relay:
         it is answered, and nobody can keep Redis busy by connecting and leaving over and over.
         """
         if not (subscriber.is_shared or subscriber.streams or subscriber in self._questions.unanswered):
-            self._close(subscriber)
-
-    def _close(self, subscriber: Subscriber) -> None:
-        if subscriber.is_lost:
-            return
-        subscriber.is_lost = True
-        self._questions.unanswered.pop(subscriber, None)
-        self.call(self._questions.ask)
-        self.subscribers.discard(subscriber)
-        self._loop.unwatch(subscriber.sock)
-        subscriber.sock.close()
+            self.lose(subscriber, "nobody needs it any more")
 
     # What other threads found out
 
@@ -2144,14 +2147,6 @@ EVENT_STREAM_HEADERS = {
 Route = tuple[str, Callable[[Any], None]]  # methods, starting with the main one; and the Handler method that answers
 
 
-class StreamRefused(Exception):
-    """No stream can be opened now."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(REASONS[reason])
-        self.reason = reason
-
-
 @functools.lru_cache(maxsize=1000)  # streams on the same channels share one tuple, to save memory
 def encoded(prefix: str, channels: tuple[str, ...]) -> tuple[bytes, ...]:
     """The channels as Redis knows them."""
@@ -2425,14 +2420,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.asked.method == "HEAD":
             self.wfile.write(opening)
             return
-        position = position_of(since.after)
-        try:
-            if left_s <= 0:
-                raise StreamRefused("expired")
+        subscriber = Subscriber(lost=RedisAway(REASONS["expired"]))
+        if left_s > 0:
             subscriber = self.app.subscriber()
-        except (StreamRefused, RedisAway) as error:
-            self._refuse_stream(opening, position, error)
-            return
         channels = encoded(self.app.redis.prefix, tuple(names))
         stream = Stream(
             number=next(self.app.stream_numbers),
@@ -2446,18 +2436,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
         log.info("stream %d for %s: %s", stream.number, self.client_address[0], named(channels))
         self.app.relay.call(self.app.relay.open, stream)
-
-    def _refuse_stream(self, opening: bytes, position: str, error: StreamRefused | RedisAway) -> None:
-        """Say when to come back, with status 200: after an error status, EventSource gives up for good."""
-        reason = error.reason
-        self.app.relay.count(f'streams_refused_total{{reason="{reason}"}}')  # counted before the browser can look
-        log.warning("a stream was refused: %s", error)
-        told = ""
-        if isinstance(error, RedisRefused):
-            told = str(error)
-        words = last_words(reason, False, position, self.settings.retry, told)
-        end = self._body(words, b"")
-        self.wfile.write(opening + end)
 
     routes: ClassVar[dict[str, Route]] = {
         "/": ("GET, HEAD, OPTIONS", answer_page),
@@ -2677,7 +2655,7 @@ class Server:
         self._pinging = threading.Lock()
         self._pinged_at = -math.inf
         self._answers = False  # whether Redis answered that ping
-        self._shared: Subscriber | None = None
+        self._shared = Subscriber(lost=RedisAway())
         address = (settings.host, settings.port)
         self.listeners = [Listener(self, address, is_admin=False)]
         if settings.admin:
@@ -2686,19 +2664,23 @@ class Server:
             self.listeners.append(Listener(self, address, is_admin=True))
 
     def subscriber(self) -> Subscriber:
-        """A subscriber for a new stream: its own, or the shared one (--shared). Raises StreamRefused or RedisAway."""
-        if self.stopping.is_set():
-            raise StreamRefused("drain")
-        if len(self.relay.streams) >= self.settings.max_streams:
-            raise StreamRefused("full")
-        connect = self.redis.connections.subscriber
-        if not self.settings.shared:
-            return connect(shared=False)
-        if not self._connecting.acquire(timeout=1.0):  # another thread has tried for a second: Redis is away
+        """A subscriber for a new stream. One that is lost already, if Redis is away or no more streams may open."""
+        try:
+            if len(self.relay.streams) >= self.settings.max_streams:
+                raise RedisAway(REASONS["full"])
+            if self.settings.shared:
+                return self._shared_one()
+            return self.redis.connections.subscriber(shared=False)
+        except RedisAway as error:
+            return Subscriber(lost=error)
+
+    def _shared_one(self) -> Subscriber:
+        """The subscriber of all streams. Raises RedisAway."""
+        if not self._connecting.acquire(timeout=1.0):  # another thread has tried for a second
             raise RedisAway(REASONS["redis-away"])
         try:
-            if self._shared is None or self._shared.is_lost:
-                self._shared = connect(shared=True)
+            if self._shared.lost:
+                self._shared = self.redis.connections.subscriber(shared=True)
             else:
                 self.redis.connections.are_quick = True  # however long connecting took
             return self._shared
