@@ -12,7 +12,6 @@ import itertools
 import json
 import re
 import shlex
-import signal
 import subprocess
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -283,40 +282,6 @@ def test_a_message_goes_over_the_wire_as_is_said(
 
     stream.next()
     assert stream.body[before:].decode().splitlines() == [*wire, ""]
-
-
-def history_off(start: kit.Start) -> kit.EventStream:
-    return start("--history", "0").stream(query="lastEventId=1795542364019268")
-
-
-def too_large(start: kit.Start) -> kit.EventStream:
-    server = start("--max-event", "1000")
-    stream = server.opened()
-    server.redis.publish("sse", "x" * 2**21)
-    return stream
-
-
-@pytest.mark.parametrize("provoke", [history_off, too_large])
-def test_a_stream_is_reset_for_this_reason_too(
-    provoke: Callable[[kit.Start], kit.EventStream], start: kit.Start
-) -> None:
-    event = provoke(start).next()
-
-    assert (event.type, event.json) == ("stream-reset", {"reason": provoke.__name__.replace("_", "-")})
-
-
-def test_publish_that_is_interrupted_ends_with_the_status_that_is_listed(redis_process: kit.RedisProcess) -> None:
-    command = kit.ssepush_command("publish", "a", "-", "--redis-url", redis_process.url)
-    with kit.running(*command, stdin=subprocess.PIPE, env=kit.environment_with()) as process:
-        assert process.stdin
-        assert process.stdout
-        process.stdin.write(b"one line\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == b"0\n"
-
-        process.send_signal(signal.SIGINT)
-
-        assert process.wait(kit.DEADLINE_S) == 130
 
 
 # ── Code that is shown: on the command line, and in Python ───────────────────────────────────────────────────────────

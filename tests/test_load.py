@@ -470,18 +470,6 @@ def test_more_connections_than_may_wait_hold_no_more_than_their_places_and_the_o
     baseline.end()
 
 
-def takes_no_answer(port: int) -> socket.socket:
-    """Somebody who sends one request after another, and does not read."""
-    sock = kit.connect(port)
-    with contextlib.suppress(ConnectionError):
-        sock.sendall(PIPELINE)
-    return sock
-
-
-KEEP_THREADS: dict[str, Callable[[int], socket.socket]] = {
-    "count": lambda port: kit.EventStream(port, "/numbers").sock,
-    "take no answer": takes_no_answer,
-}
 MOST_OF_A_FLOOD = 5000  # as many as this process may have files
 
 
@@ -499,29 +487,6 @@ def flood(port: int, per_s: int) -> Iterator[list[socket.socket]]:
         yield came
     for sock in came:
         sock.close()
-
-
-def is_answered(port: int) -> bool:
-    """Whether an honest request gets its answer within two seconds."""
-    with contextlib.suppress(OSError):
-        return kit.exchange(port, POSITION, 2.0).startswith(b"HTTP/1.1 200 ")
-    return False
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("keep", KEEP_THREADS)
-def test_every_honest_request_is_answered_beside_a_flood(start: Start, many_files: None, keep: str) -> None:
-    server = start()
-    answered = []
-
-    with flood(server.port, 900) as idle:
-        for enough in range(0, 2700, 300):
-            # Others in place of those that were ended to make room.
-            with KEEP_THREADS[keep](server.port), KEEP_THREADS[keep](server.port):
-                while len(idle) < enough + 300:
-                    answered.append(is_answered(server.port))
-
-    assert answered.count(False) == 0, len(answered)
 
 
 @pytest.mark.alone

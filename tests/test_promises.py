@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 import sys
 import time
 from typing import Any
@@ -323,13 +322,6 @@ def test_a_page_that_was_rendered_with_the_position_gets_all_that_came_since(sta
     assert answer.json == {"state": "ok", "id": rendered}
     with server.stream(channel, other, query=f"lastEventId={rendered}") as stream:
         assert stream.next().data == "since"
-
-
-def test_a_stream_begins_with_its_position_and_reconnection_time(server: ServerProcess, channel: str) -> None:
-    with server.opened(channel) as stream:
-        block, _, _ = stream.body.partition(b"\n\n")
-
-    assert re.fullmatch(rb"retry: [0-9]+\nevent: stream-position\nid: [0-9]{16}\ndata: {\"heartbeat\": 15.0}", block)
 
 
 # ── Keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
