@@ -48,6 +48,7 @@ import base64
 import dataclasses
 import enum
 import functools
+import gc
 import hashlib
 import hmac
 import http.server
@@ -604,40 +605,38 @@ def command(*words: Word) -> bytes:
 
 
 # Both scripts begin with this. KEYS: counter, newest. The last two of ARGV: the newest id that the caller has seen from
-# this Redis, and the newest that it has seen from former masters ("0": none).
+# this Redis, and from former masters ("0": none).
 #
-# An id is Redis's clock in microseconds, always 16 digits; or the last id plus one, if the clock has not moved on.
-#
-# No event since `born` is lost: a page that resumes from an older id gets a stream-reset. Whenever Redis may have lost
-# events, a new counter is born, with a later id than any before. There are three cases:
-# 1. There is no counter: Redis is new, or was flushed.
-# 2. The replication id (`lineage`) has changed. That happens when Redis starts, is promoted or gets a first replica.
-#    Nothing is lost by a first replica (the process is the same), nor by a start with an append-only file. A promoted
-#    replica may lack events. You can tell one by its replid2, the id of its former master: it is not all zeros.
-# 3. The caller has seen an id that Redis does not know. Or it has seen one from a former master that is later than
-#    `born`: a page that has this id would skip what was published here before it. That happens when a master that was
-#    stopped goes on, and publishes before it hears of its successor. Ids ahead of Redis's clock were never issued.
+# No event since `born` is lost: a page that resumes from an older id gets a stream-reset. So a new counter is born
+# whenever Redis may have lost events, with a later id than any before.
 #
 # NEWEST_KEY lists at most MAX_NEWEST channels. When the one with the oldest id is dropped, that id becomes `floor`: a
 # channel that is not listed has had no event after `floor`.
 COUNTER_LUA = """
 local function text(id) return string.format('%.0f', id) end
 local time = redis.call('TIME')
-local clock = math.max(time[1] * 1e6 + time[2], 1e15)
+local clock = math.max(time[1] * 1e6 + time[2], 1e15)  -- microseconds: always 16 digits
+local counter = redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'lineage', 'process')
+local born, newest, floor, known, process = unpack(counter)
+
 local replication = redis.call('INFO', 'replication')
 local role, lineage, replid2 = string.match(replication, 'role:(%a+).*replid:(%x+).*replid2:(%x+)')
 if role ~= 'master' then return redis.error_reply('READONLY this Redis is a replica') end
-local counter = redis.call('HMGET', KEYS[1], 'born', 'newest', 'floor', 'lineage', 'process')
-local born, newest, floor, known, process = unpack(counter)
-if known ~= lineage then
+if known ~= lineage then  -- Redis has started, was promoted, or has got its first replica
+  local was_promoted = string.find(replid2, '[^0]')  -- then it may lack events of its former master
   local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
-  local was_promoted = string.find(replid2, '[^0]')
-  local keeps_all = run_id == process or string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1')
+  local has_a_file = string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1')
+  local keeps_all = run_id == process or has_a_file
   if known and (was_promoted or not keeps_all) then born = false end
   redis.call('HSET', KEYS[1], 'lineage', lineage, 'process', run_id)
 end
-local function is_unknown(id, known) return id > known and tonumber(id) <= clock end
-if born and (is_unknown(ARGV[#ARGV - 1], newest) or is_unknown(ARGV[#ARGV], born)) then born = false end
+
+-- Redis has gone back in time if it does not know what it gave out. And a former master that was cut off may have given
+-- out ids later than `born`: a page that has one would skip what was published here before it.
+local function is_later(id, than) return id > than and tonumber(id) <= clock end  -- ids of the future are made up
+local seen_here, seen_before = ARGV[#ARGV - 1], ARGV[#ARGV]
+if born and (is_later(seen_here, newest) or is_later(seen_before, born)) then born = false end
+
 if not born then
   redis.call('UNLINK', KEYS[2])
   born = text(math.max(clock, newest or 0) + 1)
@@ -658,7 +657,7 @@ local first = key ~= '' and redis.call('GET', KEYS[4])
 if first then return {{0, first, 1}} end
 local known = newest_of(channel)
 local previous = text(known or floor)
-local id = text(math.max(clock, newest + 1))
+local id = text(math.max(clock, newest + 1))  -- the clock may not have moved on
 local members = ', "id": "' .. id .. '", "previous": "' .. previous .. '"}}'
 message = string.sub(message, 1, -2) .. members  -- instead of its closing brace
 redis.call('HSET', KEYS[1], 'floor', floor)
@@ -801,7 +800,7 @@ ANSWER_BYTES = 256 * 1024  # bytes per read from Redis in the middle of an answe
 SEND_BUFFER_BYTES = 64 * 1024  # what the kernel may buffer for a stream; left alone, it takes megabytes
 STRAY_BYTES = 64 * 1024  # a browser that sends more than this on an open stream is cut
 UNSENT_BYTES = 256 * 2**20  # of all streams together; above it, the stream with the most is cut
-SLICE_S = 0.005  # how long the relay does other work before it looks at Redis again: live events go first
+SLICE_S = 0.001  # how long the relay does other work before it looks at Redis again: live events go first
 
 
 class State(enum.Enum):
@@ -2754,6 +2753,7 @@ class Server:
         """Serve until SIGTERM or Ctrl-C, then drain. The calling thread only waits."""
         # While a request computes, the relay waits at most this long for the GIL after each send.
         sys.setswitchinterval(0.0005)
+        gc.set_threshold(10_000, 50, 50)  # a collection looks through everything, and events wait meanwhile
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         relay = Thread(target=self.relay.run, daemon=True)
