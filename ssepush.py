@@ -2871,7 +2871,7 @@ def publish_lines(options: Any, redis: Redis) -> None:
 
 
 MAX_LINES = 1000  # of the log that may wait to be written
-LOG_S = 0.05  # to collect more lines before each write, since each wake-up of this thread makes others wait
+LOG_S = 0.02  # to collect more lines before each write, since each wake-up of this thread makes others wait
 
 
 class LogWriter(logging.Handler):

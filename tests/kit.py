@@ -166,10 +166,10 @@ def stopped(process: subprocess.Popen[Any]) -> Iterator[None]:
         process.send_signal(signal.SIGCONT)
 
 
-def npm_install(folder: Path, package: str) -> Path:
-    """The folder, with this package of npm's in it."""
+def npm_install(folder: Path, *packages: str) -> Path:
+    """The folder, with these packages of npm's in it."""
     pytest.importorskip("selenium", reason=TEST_EXTRA)
-    command = [needs("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), package]
+    command = [needs("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), *packages]
     installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert installed.returncode == 0, installed.stderr
     return folder
@@ -894,28 +894,29 @@ def assert_whole(page: Page, publishers: Sequence[Publisher]) -> None:
     assert [data for data in got if data not in unsure] == expected
 
 
-# ── What stands before Redis ─────────────────────────────────────────────────────────────────────────────────────────
+# ── What stands before Redis, or before a server ─────────────────────────────────────────────────────────────────────
 
 
 class Link:
     """One connection through a proxy, and what has gone through it."""
 
     def __init__(self, ours: socket.socket, theirs: socket.socket) -> None:
-        self.ours, self.theirs = ours, theirs  # to ssepush, to Redis
-        self.asked = b""  # the last that came from ssepush
+        self.ours, self.theirs = ours, theirs  # to who asks, to who answers: to ssepush and to Redis
+        self.asked = b""  # the last that was asked
         self.is_subscribed = False  # Redis's confirmation has been passed on
 
 
 class RedisProxy:
-    """Stands before Redis; subclasses say what becomes of what is on its way."""
+    """Stands before Redis, or before a server; subclasses say what becomes of what is on its way."""
 
     size = 65536  # bytes that it takes at once
 
-    def __init__(self, redis_process: RedisProcess) -> None:
-        self._redis_port = redis_process.port
+    def __init__(self, answers: RedisProcess | ServerProcess) -> None:
+        self._answers_at = answers.port
         self._links: dict[socket.socket, Link] = {}
         self._listener = socket.create_server((LOOPBACK, 0))
-        self.url = f"redis://{LOOPBACK}:{self._listener.getsockname()[1]}/0"
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"redis://{LOOPBACK}:{self.port}/0"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def changed(self, received: bytes, is_from_redis: bool, link: Link) -> bytes:
@@ -933,7 +934,7 @@ class RedisProxy:
         with contextlib.suppress(OSError):
             while True:
                 ours, _ = self._listener.accept()
-                theirs = connect(self._redis_port)
+                theirs = connect(self._answers_at)
                 self._links[ours] = self._links[theirs] = Link(ours, theirs)
                 for ends in ((ours, theirs), (theirs, ours)):
                     threading.Thread(target=self._pass_on, args=ends, daemon=True).start()

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import contextlib
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,38 +88,16 @@ KEEP_WHAT_IS_SHOWN = "window.shown = []; window.show = (data) => shown.push(data
 HEARTBEAT_S = 0.4
 
 
-class DeafProxy:
+class DeafProxy(kit.RedisProxy):
     """Before the server. From `go_deaf` on it passes nothing on, and keeps what is open; new connections work."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._listener = socket.create_server((kit.LOOPBACK, 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._open: list[threading.Event] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                ours, _ = self._listener.accept()
-                deaf = threading.Event()
-                self._open.append(deaf)
-                theirs = kit.connect(self._port)
-                for ends in ((ours, theirs), (theirs, ours)):
-                    threading.Thread(target=self._pass_on, args=(*ends, deaf), daemon=True).start()
-
-    def _pass_on(self, source: socket.socket, sink: socket.socket, deaf: threading.Event) -> None:
-        with contextlib.suppress(OSError):
-            while received := source.recv(65536):
-                if not deaf.is_set():
-                    sink.sendall(received)
+    deaf: tuple[kit.Link, ...] = ()
 
     def go_deaf(self) -> None:
-        for deaf in self._open:
-            deaf.set()
+        self.deaf = tuple(self._links.values())
 
-    def close(self) -> None:
-        self._listener.close()
+    def changed(self, received: bytes, is_from_redis: bool, link: kit.Link) -> bytes:
+        return b"" if link in self.deaf else received
 
 
 def listen(tab: WebDriver, site: Site, port: int) -> None:
@@ -136,7 +111,7 @@ def test_the_guides_page_notices_a_dead_stream_and_misses_nothing(
     start: Start, own_redis: RedisProcess, tab: WebDriver
 ) -> None:
     server = start("--heartbeat", str(HEARTBEAT_S), redis=own_redis)
-    with Site({"/": lambda: ""}) as site, contextlib.closing(DeafProxy(server.port)) as proxy:
+    with Site({"/": lambda: ""}) as site, DeafProxy(server) as proxy:
         listen(tab, site, proxy.port)
         own_redis.wait_for_subscribers("orders", 1)
         server.publish({"item": "seen"}, "orders", type="order_placed")

@@ -42,11 +42,7 @@ NPM_PACKAGES = (
 @pytest.fixture(scope="session")
 def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all the packages of the npm registry that are run here."""
-    folder = tmp_path_factory.mktemp("npm")
-    command = [kit.needs("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), *NPM_PACKAGES]
-    installed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert installed.returncode == 0, installed.stderr
-    return folder
+    return kit.npm_install(tmp_path_factory.mktemp("npm"), *NPM_PACKAGES)
 
 
 # ── What docs/clients.md says ────────────────────────────────────────────────────────────────────────────────────────
