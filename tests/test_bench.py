@@ -51,7 +51,6 @@ def test_whatever_dies_or_attacks_no_page_suffers(scenario: str) -> None:
     play(scenario)
 
 
-@pytest.mark.alone
 def test_however_redis_fails_over_no_page_suffers() -> None:
     for program in NEEDED:
         needs(program)

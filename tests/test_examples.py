@@ -191,7 +191,6 @@ def arrivals(tab: Tab) -> dict[str, float]:
     return dict(found)
 
 
-@pytest.mark.alone
 def test_eight_tabs_share_one_stream_and_each_gets_each_event_once_in_order_while_leaders_are_closed(
     chromium: WebDriver, start: kit.Start, redis_process: kit.RedisProcess, channel: str
 ) -> None:
