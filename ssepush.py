@@ -492,10 +492,6 @@ class Since(NamedTuple):
     after: str = "$"  # events after this id; "$": none, "0": all (as in Redis Streams); "": the page's id is unknown
     last: int = 0  # if not 0: at most this many of each channel, the newest
 
-    def reads_history(self) -> bool:
-        """Whether Redis has to read the history."""
-        return self.after not in ("$", "")
-
 
 LIVE_ONLY = Since()  # shared by all such streams, to save memory
 
@@ -775,16 +771,17 @@ class Redis:
         return newest
 
     def question(self, node: Address, channels: Sequence[bytes], since: Since) -> bytes:
-        """The commands that ask this Redis what a stream missed, as they are sent. `history_in` reads the answer.
+        """The commands that subscribe and ask what a stream missed, as they are sent. `history_in` reads the answer.
 
+        A subscriber that follows the channels already subscribes again, for Redis to check permissions.
         The script does not return the entries, too: converting each to a Lua value would take five times as long.
         """
-        commands: list[tuple[Word, ...]] = [("MULTI",)]
+        commands: list[tuple[Word, ...]] = [("SUBSCRIBE", *channels), ("MULTI",)]
         if not self.history:
             commands += [("ECHO", "")] * 3
         else:
             commands.append(self._script(node, NEWEST_LUA, [], *channels))
-        if self.history and since.reads_history():
+        if self.history and since.after not in ("$", ""):
             oldest = "-" if since.after == "0" else f"({since.after}"
             count = min(since.last or MAX_REPLAYED, MAX_REPLAYED)
             for channel in channels:
@@ -880,10 +877,6 @@ class Subscriber:
         for channel in stream.channels:
             self.streams.setdefault(channel, set()).add(stream)
 
-    def ask(self, channels: Sequence[bytes], commands: bytes) -> None:
-        """Subscribe, even if already subscribed: Redis then checks permissions. And ask what was missed."""
-        self._send(command("SUBSCRIBE", *channels) + commands)
-
     def remove(self, stream: Stream) -> None:
         """Stop feeding this stream."""
         for channel in stream.channels:
@@ -892,9 +885,9 @@ class Subscriber:
             if not followers:
                 del self.streams[channel]
                 self.seen.pop(channel, None)
-                self._send(command("UNSUBSCRIBE", channel))
+                self.send(command("UNSUBSCRIBE", channel))
 
-    def _send(self, commands: bytes = b"") -> None:
+    def send(self, commands: bytes = b"") -> None:
         """Send what the kernel takes, and the rest before the next read. If Redis is gone, that read will notice."""
         self.unsent += commands
         with suppress(OSError):
@@ -904,7 +897,7 @@ class Subscriber:
     def read(self) -> bytes:
         """What Redis has sent. Raises OSError if the connection is lost, BlockingIOError if there is nothing yet."""
         if self.unsent:
-            self._send()
+            self.send()
         received = self.sock.recv(ANSWER_BYTES if self.inbox.rest else READ_BYTES)
         if not received:
             raise ConnectionError("Redis closed the connection")
@@ -914,7 +907,7 @@ class Subscriber:
     def ping(self) -> None:
         """Make Redis answer. This also keeps firewalls from cutting an idle connection."""
         self.pinged_at = monotonic()
-        self._send(command("PING"))
+        self.send(command("PING"))
 
     def follows(self, channel: bytes, batch: Batch) -> bool:
         """Whether the batch follows what was seen of this channel without a gap. The batch then counts as seen."""
@@ -976,7 +969,7 @@ class Questions:
             if streams:  # if all have left, nobody needs the answer
                 self.unanswered[subscriber] = Question(streams[:MAX_ASKERS], channels, monotonic())
                 question = self._redis.question(subscriber.node, channels, since)
-                subscriber.ask(channels, question)
+                subscriber.send(question)
 
     def answered(self, subscriber: Subscriber, text: bytes) -> list[Stream]:
         """The streams that this answers. After an error the question may stay open: EXEC's answer still follows."""
