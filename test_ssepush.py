@@ -1187,9 +1187,12 @@ def test_sigterm_is_heeded_while_visitors_come_and_go(redis_process: RedisProces
         assert server.process.wait(5.0) == 0
 
 
-def test_a_full_server_sends_newcomers_away_and_those_inside_notice_nothing(start: Start, channel: str) -> None:
-    server = start("--max-streams", "3", "--retry", "1000")
-    inside = [server.stream(channel) for _ in range(3)]
+def test_a_full_server_sends_newcomers_away_and_those_inside_notice_nothing(
+    own_redis: RedisProcess, start: Start, channel: str
+) -> None:
+    server = start("--max-streams", "3", "--retry", "1000", redis=own_redis)
+    inside = [server.opened(channel) for _ in range(3)]
+    connected = own_redis.client.info("stats")["total_connections_received"]
 
     for _ in range(50):
         newcomer = server.stream(channel)
@@ -1198,6 +1201,7 @@ def test_a_full_server_sends_newcomers_away_and_those_inside_notice_nothing(star
         assert newcomer.parser.comments == ["this server is full"]
         assert newcomer.comes_back_after(1000)
         assert newcomer.headers["content-type"].startswith("text/event-stream")
+    assert own_redis.client.info("stats")["total_connections_received"] == connected
     server.publish("all of you", channel)
 
     assert server.metric("streams_opened_total") == 3
